@@ -1,0 +1,48 @@
+# make run: everything from nothing.  make test: what CI runs.  See README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+export TF_ENABLE_ONEDNN_OPTS ?= 1
+ifneq ($(strip $(BRATS_RAW)),)
+override BRATS_RAW := $(abspath $(BRATS_RAW))
+export BRATS_RAW
+endif
+ifneq ($(strip $(BRATS_REAL_CASES)),)
+override BRATS_REAL_CASES := $(abspath $(BRATS_REAL_CASES))
+export BRATS_REAL_CASES
+endif
+
+.PHONY: run test test-all lab lint bench
+.DEFAULT_GOAL := run
+
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e ".[test]"
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps segmentation-models-3D==1.1.1 classification-models-3D==1.1.0
+	touch $@
+
+run: $(STAMP)
+	@for notebook in $(NOTEBOOKS); do \
+	  echo "running $$notebook"; \
+	  $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	    --ExecutePreprocessor.timeout=-1 $$notebook || exit 1; \
+	done
+	@$(BIN)/nbstripout --keep-output $(NOTEBOOKS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -m ""
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/seed_recipe.py
