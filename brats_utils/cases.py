@@ -1,0 +1,558 @@
+"""Find, read and check BraTS cases, and write label maps back; all NIfTI is here."""
+
+import gzip
+import os
+import re
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from brats_utils.files import atomic_write
+from brats_utils.labels import LABELS
+
+MODALITIES = ("flair", "t1ce", "t2")
+ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
+# BraTS 2017-2021 write <id>_t1ce.nii, BraTS 2023 <id>-t1c.nii.
+_NAMES_2020 = {m: m for m in (*ALL_MODALITIES, "seg")}
+_NAMES_2023 = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "seg": "seg"}
+_PATTERNS = (
+    (re.compile(r"(.+)_(flair|t1ce|t1|t2|seg)\.nii(\.gz)?", re.I), _NAMES_2020),
+    (re.compile(r"(.+)-(t2f|t1n|t1c|t2w|seg)\.nii(\.gz)?", re.I), _NAMES_2023),
+)
+_LPS = nib.orientations.axcodes2ornt("LPS")
+
+
+class BratsDataError(ValueError):
+    """Something is wrong with the scans; the message says where and what to do.
+
+    Parameters
+    ----------
+    problem : str
+        What was found, and what was expected.
+    case : str, optional
+        Id of the case.
+    file : path, optional
+        The file.
+    advice : str, optional
+        What to do about it.
+    """
+
+    def __init__(self, problem, *, case=None, file=None, advice=None):
+        self.problem, self.case, self.file, self.advice = problem, case, file, advice
+        where = ", ".join(str(part) for part in (case, file) if part)
+        text = f"{where}: {problem}" if where else problem
+        super().__init__(f"{text}. {advice}." if advice else f"{text}.")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One patient's scan: where its files are and how its labels are written.
+
+    Parameters
+    ----------
+    id : str
+        Name of the case, `BraTS20_Training_001`.
+    images : dict of str to Path
+        A file for each of "flair", "t1", "t1ce" and "t2".
+    segmentation : Path or None
+        The label map; None for a case to be predicted.
+    labels : {"0124", "0123"}
+        Which values the label map holds: enhancing tumour is 4 until 2021, then 3.
+    """
+
+    id: str
+    images: dict
+    segmentation: Path | None = None
+    labels: str = "0124"
+
+
+def _nifti_files(root):
+    """Yield every NIfTI file below `root`, sorted; hidden and macOS strays left out."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = sorted(
+            f for f in folders if not f.startswith(".") and f != "__MACOSX"
+        )
+        for name in sorted(names):
+            if name.lower().endswith((".nii", ".nii.gz")) and not name.startswith("."):
+                yield Path(folder) / name
+
+
+def _group_files(root):
+    """Return {(folder, id): {key: path}} and {folder: [files of no known name]}."""
+    groups, leftovers = {}, {}
+    for path in _nifti_files(root):
+        for pattern, names in _PATTERNS:
+            match = pattern.fullmatch(path.name)
+            if match:
+                break
+        else:
+            leftovers.setdefault(path.parent, []).append(path)
+            continue
+        files = groups.setdefault((path.parent, match[1]), {})
+        key = names[match[2].lower()]
+        if key in files:
+            raise BratsDataError(
+                f"two files for {key}: {files[key].name} and {path.name}",
+                case=match[1],
+                file=path.parent,
+                advice="Keep one of them",
+            )
+        files[key] = path
+    return groups, leftovers
+
+
+def _odd_segmentation(case_id, candidates):
+    """Return the one file among `candidates` that must be the label map, or None."""
+    candidates = [path for path in candidates if "seg" in path.name.lower()]
+    if len(candidates) > 1:
+        raise BratsDataError(
+            f"no {case_id}_seg file, and {len(candidates)} that might be it: "
+            + ", ".join(path.name for path in candidates),
+            case=case_id,
+            file=candidates[0].parent,
+            advice=f"Rename the right one to {case_id}_seg.nii",
+        )
+    return candidates[0] if candidates else None
+
+
+def _check_complete(root, groups, leftovers):
+    """Raise one error that lists all missing modalities and doubled case ids."""
+    if not groups:
+        here = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
+        raise BratsDataError(
+            f"no BraTS case (<id>_flair.nii, ...) in {root} or below; it holds: {here}",
+            advice="Pass the folder that holds the case folders, or one above it",
+        )
+    problems, seen = [], {}
+    for (folder, case_id), files in groups.items():
+        missing = [m for m in ALL_MODALITIES if m not in files]
+        if missing:
+            problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}")
+        other = seen.setdefault(case_id.lower(), folder)
+        if other != folder:
+            problems.append(f"{case_id} is there twice: {other} and {folder}")
+    if problems:
+        raise BratsDataError(
+            "; ".join(problems), advice="Download them again, or take those folders out"
+        )
+
+
+def find_cases(root, *, labels="auto"):
+    """Find the BraTS cases in a folder, at any depth.
+
+    Takes `.nii` and `.nii.gz`, and the names of BraTS 2017 to 2021 (`<id>_t1ce`) and
+    2023 (`<id>-t1c`). A segmentation of another name, as that of folder 355 of the
+    Kaggle set, is taken where it is the only file left with "seg" in its name, and a
+    line is printed that says so. Files of other kinds are passed over.
+
+    Parameters
+    ----------
+    root : path
+        The folder; nothing in it is changed.
+    labels : {"auto", "0124", "0123"}
+        How enhancing tumour is written, 4 or 3. "auto" reads all segmentations and
+        decides for the whole set.
+
+    Returns
+    -------
+    cases : list of Case
+        Sorted by id.
+
+    Raises
+    ------
+    BratsDataError
+        If the folder is missing or holds no case, a case lacks a modality, two cases
+        share an id, or the set holds both label values 3 and 4.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise BratsDataError(
+            f"there is no folder {root}", advice="Check the path; see data/README.md"
+        )
+    if labels not in ("auto", "0124", "0123"):
+        raise ValueError(f"labels is 'auto', '0124' or '0123', not {labels!r}")
+    groups, leftovers = _group_files(root)
+    _check_complete(root, groups, leftovers)
+    found = []
+    for (folder, case_id), files in groups.items():
+        segmentation = files.get("seg")
+        if segmentation is None:
+            segmentation = _odd_segmentation(case_id, leftovers.get(folder, []))
+            if segmentation:
+                print(f"{case_id}: taking {segmentation.name} as its segmentation")
+        images = {m: files[m] for m in ALL_MODALITIES}
+        found.append((case_id, images, segmentation))
+    if labels == "auto":
+        labels = _decide_labels([path for _, _, path in found if path])
+    return sorted((Case(*parts, labels) for parts in found), key=lambda case: case.id)
+
+
+def _decide_labels(paths):
+    """Return how the label maps at `paths` write enhancing tumour, as 4 or as 3."""
+
+    def holds(path):
+        try:
+            values = _read(path)[0]
+        except BratsDataError:
+            return False, False  # found again, and reported, when the case is read
+        return bool((values == 3).any()), bool((values == 4).any())
+
+    with ThreadPoolExecutor(2) as pool:
+        held = list(pool.map(holds, paths))
+    threes = [path for path, (three, _) in zip(paths, held, strict=True) if three]
+    fours = [path for path, (_, four) in zip(paths, held, strict=True) if four]
+    if threes and fours:
+        raise BratsDataError(
+            f"label 3 in {threes[0].name} and label 4 in {fours[0].name}: two label "
+            "conventions in one set, or labels that this project does not know",
+            advice="Keep sets apart, or say labels='0124' or labels='0123'",
+        )
+    if threes:
+        print("Label 3 and no label 4 in this set: 3 is read as enhancing tumour")
+    return "0123" if threes else "0124"
+
+
+def rename_odd_segmentation(root):
+    """Rename segmentations of another name to `<id>_seg`, as in folder 355 of Kaggle's.
+
+    Nothing needs it, since `find_cases` takes the odd name too. A second call changes
+    nothing.
+
+    Parameters
+    ----------
+    root : path
+        The folder with the cases; must be writable.
+
+    Returns
+    -------
+    renamed : list of (Path, Path)
+        Old and new path of each.
+
+    Raises
+    ------
+    BratsDataError
+        If two files might be the segmentation of one case.
+    """
+    groups, leftovers = _group_files(root)
+    renamed = []
+    for (folder, case_id), files in sorted(groups.items()):
+        if "seg" in files:
+            continue
+        old = _odd_segmentation(case_id, leftovers.get(folder, []))
+        if old:
+            suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
+            separator = files["flair"].name[len(case_id)] if "flair" in files else "_"
+            renamed.append(
+                (old, old.rename(folder / f"{case_id}{separator}seg{suffix}"))
+            )
+    return renamed
+
+
+def _read(path):
+    """Return the voxels (X, Y, Z) as stored, the affine (4, 4) and the header."""
+    path = Path(path)
+    try:
+        if path.name.lower().endswith(".gz"):
+            # A full read reaches the checksum at the end; a lazy one never does.
+            image = nib.Nifti1Image.from_bytes(gzip.decompress(path.read_bytes()))
+        else:
+            image = nib.Nifti1Image.from_filename(path)
+        volume = np.asanyarray(image.dataobj)
+    except FileNotFoundError:
+        raise BratsDataError("the file is not there", file=path) from None
+    except (
+        EOFError,
+        OSError,
+        ValueError,
+        zlib.error,
+        nib.spatialimages.HeaderDataError,
+        nib.filebasedimages.ImageFileError,
+    ) as error:
+        raise BratsDataError(
+            f"cannot be read as NIfTI: {error}",
+            file=path,
+            advice="The download is incomplete or damaged; download it again",
+        ) from None
+    if volume.ndim == 4 and volume.shape[3] == 1:
+        volume = volume[..., 0]
+    if volume.ndim != 3:
+        raise BratsDataError(f"expected a 3-D volume, got {volume.shape}", file=path)
+    return volume, image.affine, image.header
+
+
+def load_labels(path, labels="0124"):
+    """Read one label map.
+
+    Parameters
+    ----------
+    path : path
+        A NIfTI file of labels.
+    labels : {"0124", "0123"}
+        How the file writes enhancing tumour.
+
+    Returns
+    -------
+    segmentation : (X, Y, Z) uint8 array
+        Values 0, 1, 2 and 4, whatever the file's convention.
+    affine : (4, 4) array
+        Voxel indices to millimetres.
+
+    Raises
+    ------
+    BratsDataError
+        If the file cannot be read, or holds another value.
+    """
+    volume, affine, _ = _read(path)
+    allowed = [int(value) for value in labels]
+    if volume.dtype == np.uint8:
+        values = np.flatnonzero(np.bincount(volume.ravel(order="K"), minlength=256))
+    else:
+        values = np.unique(volume)
+    strange = [value.item() for value in values if value not in allowed]
+    if strange:
+        raise BratsDataError(
+            f"expected only the labels {allowed}, found {strange[:5]}",
+            file=path,
+            advice="Check that this is a BraTS segmentation of the same year",
+        )
+    segmentation = volume.astype(np.uint8)
+    if labels == "0123":
+        segmentation[segmentation == 3] = 4
+    return segmentation, affine
+
+
+def _check_same_grid(case_id, path, shape, affine, first):
+    """Raise if a volume lies on another grid than the first of its case."""
+    first_path, first_shape, first_affine = first
+    if shape != first_shape:
+        raise BratsDataError(
+            f"shape {shape}, but {first_path.name} has {first_shape}",
+            case=case_id,
+            file=path,
+        )
+    if not np.allclose(affine, first_affine, atol=1e-3):
+        raise BratsDataError(
+            f"its grid (affine) differs from that of {first_path.name}",
+            case=case_id,
+            file=path,
+            advice="All volumes of a case must lie on one grid; register them first",
+        )
+
+
+def _read_image(case_id, path):
+    """Return one modality as float32 (X, Y, Z), checked voxel by voxel, and affine."""
+    volume, affine, _ = _read(path)
+    volume = volume.astype(np.float32)
+    bad = np.size(volume) - np.count_nonzero(np.isfinite(volume))
+    if bad or not np.isfinite(affine).all():
+        raise BratsDataError(
+            f"{bad} voxels are NaN or infinite" if bad else "its affine is not finite",
+            case=case_id,
+            file=path,
+            advice="Download it again, or leave this case out",
+        )
+    if volume.min() == volume.max():
+        raise BratsDataError(
+            f"a blank volume: every voxel is {volume.flat[0]:g}",
+            case=case_id,
+            file=path,
+            advice="Download it again, or leave this case out",
+        )
+    return volume, affine
+
+
+def load_case(case, modalities=MODALITIES):
+    """Read a case's images and segmentation, on the grid they are stored in.
+
+    Parameters
+    ----------
+    case : Case
+        From `find_cases`.
+    modalities : sequence of str
+        Which images, and in which order, become the channels; may be empty.
+
+    Returns
+    -------
+    image : (X, Y, Z, C) float32 array
+        Raw intensities, a channel for each modality.
+    segmentation : (X, Y, Z) uint8 array or None
+        Values 0, 1, 2 and 4. None where the case has none.
+    affine : (4, 4) array
+        Voxel indices to millimetres.
+
+    Raises
+    ------
+    BratsDataError
+        If a file cannot be read, is blank, holds NaN or infinity or a wrong label, or
+        if the files do not lie on one grid.
+    """
+    channels, segmentation, first = [], None, None
+    for modality in modalities:
+        path = case.images[modality]
+        volume, affine = _read_image(case.id, path)
+        first = first or (path, volume.shape, affine)
+        _check_same_grid(case.id, path, volume.shape, affine, first)
+        channels.append(volume)
+    if case.segmentation:
+        segmentation, affine = load_labels(case.segmentation, case.labels)
+        first = first or (case.segmentation, segmentation.shape, affine)
+        _check_same_grid(case.id, case.segmentation, segmentation.shape, affine, first)
+    if first is None:
+        return np.empty((*read_grid(case)[0], 0), np.float32), None, read_grid(case)[1]
+    image = np.empty((*first[1], len(channels)), np.float32)  # (X, Y, Z, C)
+    for index, volume in enumerate(channels):
+        image[..., index] = volume
+    return image, segmentation, first[2]
+
+
+def check_cases(cases):
+    """Read every file of every case, and list all that is wrong; nothing is changed.
+
+    Parameters
+    ----------
+    cases : list of Case
+        From `find_cases`.
+
+    Returns
+    -------
+    problems : pandas.DataFrame
+        A row for each problem: "case", "file", "problem", "what to do". Empty if none.
+    """
+    import pandas as pd
+
+    rows = []
+    for case in cases:
+        first = None
+        for path in (*case.images.values(), case.segmentation):
+            if path is None:
+                continue
+            try:
+                if path == case.segmentation:
+                    volume, affine = load_labels(path, case.labels)
+                else:
+                    volume, affine = _read_image(case.id, path)
+                first = first or (path, volume.shape, affine)
+                _check_same_grid(case.id, path, volume.shape, affine, first)
+            except BratsDataError as error:
+                rows.append((case.id, str(path), error.problem, error.advice or ""))
+    return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
+
+
+def read_grid(case):
+    """Return the grid of a case, from the header of its first image alone.
+
+    Parameters
+    ----------
+    case : Case
+        From `find_cases`.
+
+    Returns
+    -------
+    shape : tuple of 3 int
+        Voxels along X, Y and Z.
+    affine : (4, 4) array
+        Voxel indices to millimetres.
+    spacing_mm : tuple of 3 float
+        Voxel size along X, Y and Z.
+    """
+    image = nib.load(next(iter(case.images.values())))
+    spacing_mm = tuple(float(size) for size in nib.affines.voxel_sizes(image.affine))
+    return image.shape[:3], image.affine, spacing_mm
+
+
+def to_lps(volume, affine):
+    """Turn a volume into LPS order: X to the left, Y to the back, Z to the head.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z, ...) array
+        On the stored grid.
+    affine : (4, 4) array
+        Of that grid.
+
+    Returns
+    -------
+    volume : array
+        Axes swapped and flipped, no voxel changed; a view where possible.
+    """
+    stored = nib.orientations.io_orientation(affine)
+    turn = nib.orientations.ornt_transform(stored, _LPS)
+    return nib.orientations.apply_orientation(volume, turn)
+
+
+def from_lps(volume, affine):
+    """Turn a volume from LPS order to that of a stored grid: the inverse of `to_lps`.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z, ...) array
+        In LPS order.
+    affine : (4, 4) array
+        Of the stored grid.
+
+    Returns
+    -------
+    volume : array
+        On the stored grid.
+    """
+    stored = nib.orientations.io_orientation(affine)
+    turn = nib.orientations.ornt_transform(_LPS, stored)
+    return nib.orientations.apply_orientation(volume, turn)
+
+
+def save_volume(volume, affine, path):
+    """Write a volume as NIfTI, atomically, in the array's own type.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z) array
+        What to write.
+    affine : (4, 4) array
+        Voxel indices to millimetres, in nibabel's RAS+ world.
+    path : path
+        Ends in `.nii` or `.nii.gz`.
+    """
+    with atomic_write(path) as temporary:
+        nib.save(nib.Nifti1Image(volume, affine), temporary)
+
+
+def save_segmentation(segmentation, case, path):
+    """Write a label map on the case's own grid, as the challenge wants it.
+
+    Parameters
+    ----------
+    segmentation : (X, Y, Z) integer array
+        Values 0, 1, 2 and 4, in the shape of the case's images.
+    case : Case
+        Whose affine and header geometry the file takes.
+    path : path
+        Ends in `.nii` or `.nii.gz`; the file holds uint8.
+
+    Raises
+    ------
+    ValueError
+        If the shape is not the case's, or a value is no BraTS label.
+    """
+    segmentation = np.asarray(segmentation)
+    model = nib.load(case.images["flair"])
+    if segmentation.shape != model.shape[:3]:
+        raise ValueError(
+            f"{case.id}: the label map has shape {segmentation.shape}, "
+            f"its images {model.shape[:3]}"
+        )
+    strange = np.setdiff1d(segmentation, list(LABELS))
+    if strange.size:
+        raise ValueError(
+            f"{case.id}: {strange[:5].tolist()} are no BraTS labels {list(LABELS)}"
+        )
+    header = model.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    header["cal_max"] = header["cal_min"] = 0
+    image = nib.Nifti1Image(segmentation.astype(np.uint8), model.affine, header)
+    with atomic_write(path) as temporary:
+        nib.save(image, temporary)
