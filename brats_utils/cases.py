@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from brats_utils.files import atomic_write
-from brats_utils.labels import LABELS
+from brats_utils.labels import encode_labels
 
 MODALITIES = ("flair", "t1ce", "t2")
 ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -85,11 +85,9 @@ def _group_files(root):
     """Return {(folder, id): {key: path}} and {folder: [files of no known name]}."""
     groups, leftovers = {}, {}
     for path in _nifti_files(root):
-        for pattern, names in _PATTERNS:
-            match = pattern.fullmatch(path.name)
-            if match:
-                break
-        else:
+        matches = ((p.fullmatch(path.name), names) for p, names in _PATTERNS)
+        match, names = next((pair for pair in matches if pair[0]), (None, None))
+        if match is None:
             leftovers.setdefault(path.parent, []).append(path)
             continue
         files = groups.setdefault((path.parent, match[1]), {})
@@ -544,11 +542,7 @@ def save_segmentation(segmentation, case, path):
             f"{case.id}: the label map has shape {segmentation.shape}, "
             f"its images {model.shape[:3]}"
         )
-    strange = np.setdiff1d(segmentation, list(LABELS))
-    if strange.size:
-        raise ValueError(
-            f"{case.id}: {strange[:5].tolist()} are no BraTS labels {list(LABELS)}"
-        )
+    encode_labels(segmentation)  # raises on a value that is no label
     header = model.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
