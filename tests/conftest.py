@@ -1,0 +1,66 @@
+"""Small synthetic cases that tests share: 24 x 24 x 16 voxels, a few KB each."""
+
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+SHAPE = (24, 24, 16)
+AFFINE = np.array([[-1.0, 0, 0, 0], [0, -1, 0, 23], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def toy_volumes(seed=0, shape=SHAPE):
+    """Return four raw images and a segmentation: a brain box with a tumour in it."""
+    rng = np.random.default_rng(seed)
+    brain = np.zeros(shape, bool)
+    brain[3:-3, 2:-2, 1:-1] = True
+    segmentation = np.zeros(shape, np.uint8)
+    segmentation[8:16, 8:16, 4:10] = 2
+    segmentation[10:14, 10:14, 5:9] = 1
+    segmentation[11:13, 11:13, 6:8] = 4
+    images = {}
+    for name in ("flair", "t1", "t1ce", "t2"):
+        image = rng.integers(50, 100, shape)
+        image = (image + 40 * segmentation.astype(int)) * brain
+        images[name] = image.astype(np.int16)
+    return images, segmentation
+
+
+def write_case(folder, case_id, *, seed=0, suffix=".nii", affine=AFFINE, **options):
+    """Write a toy case; `seg_name` renames its label map, None leaves it out."""
+    folder = Path(folder) / case_id
+    folder.mkdir(parents=True)
+    images, segmentation = toy_volumes(seed, options.get("shape", SHAPE))
+    segmentation = options.get("segmentation", segmentation)
+    for name, image in images.items():
+        path = folder / f"{case_id}_{name}{suffix}"
+        nib.save(nib.Nifti1Image(image, affine), path)
+    seg_name = options.get("seg_name", f"{case_id}_seg{suffix}")
+    if seg_name:
+        nib.save(nib.Nifti1Image(segmentation, affine), folder / seg_name)
+    return folder
+
+
+@pytest.fixture
+def toy_set(tmp_path):
+    """Four labelled toy cases and one without segmentation; returns their root."""
+    root = tmp_path / "raw"
+    for number in range(1, 5):
+        name = f"BraTS20_Training_{number:03}"
+        write_case(root / "deep" / "er", name, seed=number)
+    write_case(root / "validation", "BraTS20_Validation_001", seed=9, seg_name=None)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_cases():
+    """The folder of real scans, where `BRATS_REAL_CASES` names one."""
+    folder = os.environ.get("BRATS_REAL_CASES")
+    if not folder:
+        pytest.skip("BRATS_REAL_CASES is not set: no real scans here")
+    return Path(folder)

@@ -1,0 +1,229 @@
+import gzip
+import os
+import shutil
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import AFFINE, toy_volumes, write_case
+
+from brats_utils.cases import (
+    ALL_MODALITIES,
+    BratsDataError,
+    check_cases,
+    find_cases,
+    from_lps,
+    load_case,
+    load_labels,
+    read_grid,
+    rename_odd_segmentation,
+    save_segmentation,
+    to_lps,
+)
+
+
+def test_finds_cases_at_any_depth_sorted_by_id(toy_set):
+    cases = find_cases(toy_set)
+    assert [case.id[-14:] for case in cases] == [
+        "0_Training_001",
+        "0_Training_002",
+        "0_Training_003",
+        "0_Training_004",
+        "Validation_001",
+    ]
+    assert list(cases[0].images) == list(ALL_MODALITIES)
+    assert cases[-1].segmentation is None
+    assert {case.labels for case in cases} == {"0124"}
+
+
+def test_strays_are_passed_over(toy_set):
+    folder = next(toy_set.rglob("BraTS20_Training_001"))
+    for name in ("._x_flair.nii", ".DS_Store", "survival_info.csv", "atlas.nii.gz"):
+        (folder / name).write_bytes(b"stray")
+    (toy_set / "__MACOSX").mkdir()
+    (toy_set / "__MACOSX" / "BraTS20_Training_009_flair.nii").write_bytes(b"stray")
+    assert len(find_cases(toy_set)) == 5
+
+
+def test_the_order_does_not_depend_on_the_system(toy_set, monkeypatch):
+    ids = [case.id for case in find_cases(toy_set)]
+    walk = os.walk
+
+    def shuffled(root, **options):
+        for folder, folders, names in walk(root, **options):
+            folders.reverse()
+            yield folder, folders, names[::-1]
+
+    monkeypatch.setattr(os, "walk", shuffled)
+    assert [case.id for case in find_cases(toy_set)] == ids
+
+
+def test_reads_the_raw_values_in_the_order_asked_for(toy_set):
+    case = find_cases(toy_set)[0]
+    images, segmentation = toy_volumes(1)
+    image, read, affine = load_case(case, ("t2", "flair"))
+    assert image.dtype == np.float32 and image.shape == (24, 24, 16, 2)
+    np.testing.assert_array_equal(image[..., 0], images["t2"])
+    np.testing.assert_array_equal(image[..., 1], images["flair"])
+    np.testing.assert_array_equal(read, segmentation)
+    np.testing.assert_array_equal(affine, AFFINE)
+    assert load_case(case, ())[0].shape == (24, 24, 16, 0)
+    assert read_grid(case)[2] == (1.0, 1.0, 1.0)
+
+
+def test_nii_and_nii_gz_may_be_mixed(toy_set):
+    case = find_cases(toy_set)[0]
+    expected = load_case(case)[0]
+    for path in list(case.images.values())[:2]:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    case = find_cases(toy_set)[0]
+    assert case.images["flair"].name.endswith(".nii.gz")
+    np.testing.assert_array_equal(load_case(case)[0], expected)
+
+
+def test_the_odd_segmentation_is_taken_and_renamed_when_asked(tmp_path, capsys):
+    odd = "W39_1998.09.19_Segm.nii"
+    folder = write_case(tmp_path, "BraTS20_Training_355", seg_name=odd)
+    (case,) = find_cases(tmp_path)
+    assert case.segmentation == folder / odd
+    assert "taking W39_1998.09.19_Segm.nii" in capsys.readouterr().out
+    new = folder / "BraTS20_Training_355_seg.nii"
+    assert rename_odd_segmentation(tmp_path) == [(folder / odd, new)]
+    assert rename_odd_segmentation(tmp_path) == []
+    (case,) = find_cases(tmp_path)
+    assert case.segmentation == new
+
+
+def test_two_odd_segmentations_are_an_error(tmp_path):
+    folder = write_case(tmp_path, "BraTS20_Training_355", seg_name="a_Segm.nii")
+    shutil.copy(folder / "a_Segm.nii", folder / "b_seg_old.nii")
+    for call in (find_cases, rename_odd_segmentation):
+        with pytest.raises(BratsDataError, match=r"a_Segm\.nii, b_seg_old\.nii"):
+            call(tmp_path)
+
+
+def test_all_missing_modalities_and_doubles_are_listed_at_once(toy_set):
+    next(toy_set.rglob("*002_t1ce.nii")).unlink()
+    next(toy_set.rglob("*003_t2.nii")).unlink()
+    folder = next(toy_set.rglob("BraTS20_Training_004"))
+    shutil.copytree(folder, toy_set / "copy" / folder.name)
+    with pytest.raises(BratsDataError) as error:
+        find_cases(toy_set)
+    for part in ("002 (", "lacks t1ce", "003 (", "lacks t2", "004 is there twice"):
+        assert part in str(error.value)
+
+
+def test_a_wrong_folder_says_what_it_holds(tmp_path):
+    with pytest.raises(BratsDataError, match="there is no folder"):
+        find_cases(tmp_path / "nowhere")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(BratsDataError, match="it holds: notes.txt"):
+        find_cases(tmp_path)
+
+
+def test_brats_2023_names_and_labels(tmp_path, capsys):
+    folder = write_case(tmp_path, "BraTS-GLI-00000-000", suffix=".nii.gz")
+    names = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
+    for old, new in names.items():
+        path = folder / f"{folder.name}_{old}.nii.gz"
+        path.rename(folder / f"{folder.name}-{new}.nii.gz")
+    path = folder / f"{folder.name}-seg.nii.gz"
+    segmentation = toy_volumes()[1]
+    stored = np.where(segmentation == 4, 3, segmentation).astype(np.uint8)
+    nib.save(nib.Nifti1Image(stored, AFFINE), path)
+    (case,) = find_cases(tmp_path)
+    assert case.labels == "0123"
+    assert "3 is read as enhancing tumour" in capsys.readouterr().out
+    np.testing.assert_array_equal(load_case(case)[1], segmentation)
+    write_case(tmp_path, "BraTS20_Training_001")
+    with pytest.raises(BratsDataError, match="two label conventions"):
+        find_cases(tmp_path)
+
+
+def test_every_problem_is_listed_by_one_pass(toy_set):
+    cases = find_cases(toy_set)
+    assert check_cases(cases).empty
+    image = nib.load(cases[0].images["t1"])
+    moved = AFFINE.copy()
+    moved[0, 3] += 5
+    nib.save(nib.Nifti1Image(np.array(image.dataobj), moved), image.get_filename())
+    broken = toy_volumes(2)[0]["t2"].astype(np.float32)
+    broken[3, 4, 5] = np.nan
+    nib.save(nib.Nifti1Image(broken, AFFINE), cases[1].images["t2"])
+    wrong = np.full((24, 24, 16), 5, np.uint8)
+    nib.save(nib.Nifti1Image(wrong, AFFINE), cases[2].segmentation)
+    cases[3].images["flair"].write_bytes(b"<html>quota exceeded</html>")
+    problems = check_cases(cases)
+    assert problems["case"].str[-1].tolist() == ["1", "2", "3", "4"]
+    for part, text in zip(
+        ("grid (affine) differs", "NaN", "found [5]", "cannot be read as NIfTI"),
+        problems["problem"],
+        strict=True,
+    ):
+        assert part in text
+
+
+def test_a_damaged_or_cut_gz_is_refused(tmp_path):
+    folder = write_case(tmp_path, "BraTS20_Training_001", suffix=".nii.gz")
+    path = folder / "BraTS20_Training_001_flair.nii.gz"
+    whole = path.read_bytes()
+    (case,) = find_cases(tmp_path)
+    for data in (
+        whole[: len(whole) // 2],
+        whole[:-3],
+        whole[:-20] + b"x" + whole[-19:],
+    ):
+        path.write_bytes(data)
+        with pytest.raises(BratsDataError, match="cannot be read"):
+            load_case(case)
+
+
+def test_wrong_labels_are_refused_whatever_their_type(tmp_path):
+    path = tmp_path / "x.nii.gz"
+    for values in ([0, 1, 5], [0.0, 0.999, 2.0]):
+        nib.save(nib.Nifti1Image(np.array([[values]], np.float32), np.eye(4)), path)
+        with pytest.raises(BratsDataError, match="expected only the labels"):
+            load_labels(path)
+    exact = np.array([[[0.0, 1.0, 4.0]]], np.float32)
+    nib.save(nib.Nifti1Image(exact, np.eye(4)), path)
+    assert load_labels(path)[0].tolist() == [[[0, 1, 4]]]
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "PIR", "SRA"])
+def test_orientation_there_and_back(codes):
+    volume = np.arange(24).reshape(2, 3, 4)
+    lps = nib.orientations.axcodes2ornt("LPS")
+    turn = nib.orientations.ornt_transform(lps, nib.orientations.axcodes2ornt(codes))
+    stored = nib.orientations.apply_orientation(volume, turn)
+    affine = np.diag([-1.0, -1, 1, 1]) @ nib.orientations.inv_ornt_aff(turn, (2, 3, 4))
+    assert "".join(nib.aff2axcodes(affine)) == codes
+    np.testing.assert_array_equal(to_lps(stored, affine), volume)
+    np.testing.assert_array_equal(from_lps(volume, affine), stored)
+
+
+def test_saved_labels_lie_on_the_cases_own_grid(toy_set, tmp_path):
+    case = find_cases(toy_set)[0]
+    segmentation = load_case(case)[1]
+    path = tmp_path / "out" / f"{case.id}.nii.gz"
+    save_segmentation(segmentation, case, path)
+    saved, model = nib.load(path), nib.load(case.images["flair"])
+    assert saved.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(saved.dataobj), segmentation)
+    np.testing.assert_array_equal(saved.affine, model.affine)
+    for field in ("pixdim", "qform_code", "sform_code", "xyzt_units"):
+        np.testing.assert_array_equal(saved.header[field], model.header[field])
+    with pytest.raises(ValueError, match=r"has shape \(2, 2, 2\)"):
+        save_segmentation(np.zeros((2, 2, 2), int), case, path)
+    with pytest.raises(ValueError, match="BraTS labels"):
+        save_segmentation(np.full_like(segmentation, 3), case, path)
+
+
+def test_real_cases_are_sound(real_cases):
+    cases = find_cases(real_cases)
+    assert len(cases) >= 2
+    image, segmentation, affine = load_case(cases[0], ALL_MODALITIES)
+    assert image.shape == (240, 240, 155, 4)
+    assert set(np.unique(segmentation)) == {0, 1, 2, 4}
+    assert nib.aff2axcodes(affine) == ("L", "P", "S")
+    assert check_cases(cases[:1]).empty

@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from brats_utils.files import (
+    atomic_write,
+    free_gb,
+    project_root,
+    read_json,
+    setting,
+    sha256,
+    write_json,
+    write_npy,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "default", "value"),
+    [
+        ("7", 3, 7),
+        ("0.5", 1.0, 0.5),
+        ("yes", False, True),
+        ("0", True, False),
+        ("64, 64,32", (128, 128, 128), (64, 64, 32)),
+        ("none", (128, 128, 128), None),
+        ("flair,t1", ("flair",), ("flair", "t1")),
+        ("/data/x", Path("y"), Path("/data/x")),
+        ("text", None, "text"),
+        ("", 3, 3),
+    ],
+)
+def test_setting_reads_by_the_type_of_the_default(monkeypatch, text, default, value):
+    monkeypatch.setenv("BRATS_THING", text)
+    found = setting("THING", default)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("default", [3, True, (1, 2)])
+def test_setting_names_the_variable_it_cannot_read(monkeypatch, default):
+    monkeypatch.setenv("BRATS_EPOCHS", "many")
+    with pytest.raises(ValueError, match="BRATS_EPOCHS='many'"):
+        setting("EPOCHS", default)
+
+
+def test_project_root_is_the_nearest_with_pyproject(tmp_path):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    assert project_root(tmp_path / "notebooks") == tmp_path.resolve()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_write_makes_folders_and_keeps_long_suffixes(tmp_path):
+    with atomic_write(tmp_path / "new" / "a.nii.gz") as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_bytes(b"x")
+    assert (tmp_path / "new" / "a.nii.gz").read_bytes() == b"x"
+
+
+def test_npy_goes_there_and_back_but_objects_do_not(tmp_path):
+    array = np.arange(6, dtype=np.float16).reshape(2, 3)
+    write_npy(tmp_path / "a.npy", array)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array)
+    with pytest.raises(ValueError, match="[Oo]bject"):
+        write_npy(tmp_path / "b.npy", np.array([{}]))
+    assert not (tmp_path / "b.npy").exists()
+
+
+def test_sha256_of_abc(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    # The first test vector of FIPS 180.
+    assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+
+
+def test_free_gb_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert free_gb(tmp_path / "a" / "b") > 0
+
+
+def test_broken_json_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
+        read_json(tmp_path / "x.json")

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from brats_utils.labels import (
+    COLOURS,
+    ENCODED_REGIONS,
+    LABELS,
+    REGIONS,
+    decode_labels,
+    encode_labels,
+    region_volumes_ml,
+)
+
+
+def test_labels_go_there_and_back():
+    segmentation = np.array([[0, 1], [2, 4]], np.uint8)
+    labels = encode_labels(segmentation)
+    assert labels.tolist() == [[0, 1], [2, 3]]
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(decode_labels(labels), segmentation)
+
+
+@pytest.mark.parametrize("value", [3, 5, 255, -1, 2.5, np.nan])
+def test_another_value_is_refused_not_rounded(value):
+    with pytest.raises(ValueError, match="expected only the BraTS labels 0, 1, 2, 4"):
+        encode_labels(np.array([0, value]))
+
+
+def test_label_three_is_refused_in_uint8_too():
+    with pytest.raises(ValueError, match=r"found \[3\]"):
+        encode_labels(np.array([0, 3], np.uint8))
+    with pytest.raises(ValueError, match=r"found \[4\]"):
+        decode_labels(np.array([0, 4], np.uint8))
+
+
+def test_regions_nest_and_agree_in_both_encodings():
+    assert set(REGIONS["ET"]) < set(REGIONS["TC"]) < set(REGIONS["WT"])
+    for region, values in REGIONS.items():
+        assert encode_labels(values).tolist() == list(ENCODED_REGIONS[region])
+    assert set(COLOURS) == set(LABELS) - {0}
+
+
+def test_region_volumes_by_hand():
+    segmentation = np.zeros((4, 4, 4), np.uint8)
+    segmentation[0, 0, :3] = [1, 2, 4]
+    # A voxel of 2 x 5 x 10 mm is 0.1 ml; WT has 3 of them, TC 2, ET 1.
+    volumes = region_volumes_ml(segmentation, (2, 5, 10))
+    assert volumes == pytest.approx({"WT": 0.3, "TC": 0.2, "ET": 0.1})
+    assert region_volumes_ml(segmentation * 0, (1, 1, 1))["ET"] == 0.0
+    with pytest.raises(ValueError, match="3-D"):
+        region_volumes_ml(segmentation[0], (1, 1, 1))
