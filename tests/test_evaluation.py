@@ -1,0 +1,133 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+
+from brats_utils import evaluation
+from brats_utils.cases import Case, find_cases, load_labels, save_volume
+from brats_utils.evaluation import MISSED_REGION_MM, hd95, score_case, score_cases
+
+AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
+
+
+def blob(seed, shape=(30, 26, 22)):
+    """Return a random lumpy mask of some thousand voxels, cut off by the border."""
+    noise = np.random.default_rng(seed).normal(size=shape)
+    return gaussian_filter(noise, 2) > 0.02
+
+
+def write_case(folder, case_id, segmentation, labels="0124"):
+    path = folder / f"{case_id}_seg.nii.gz"
+    save_volume(np.asarray(segmentation, np.uint8), AFFINE, path)
+    return Case(case_id, {}, path, labels)
+
+
+def test_scores_derived_by_hand():
+    truth = np.zeros((10, 1, 1), np.uint8)
+    truth[:6, 0, 0] = [1, 1, 4, 4, 2, 2]
+    prediction = np.zeros_like(truth)
+    prediction[:7, 0, 0] = [1, 1, 4, 2, 2, 2, 2]
+    scores = score_case(prediction, truth, spacing_mm=(3, 1, 1))
+    assert list(scores)[:4] == ["dice_WT", "dice_TC", "dice_ET", "hd95_WT"]
+    assert scores["dice_WT"] == 2 * 6 / (6 + 7)
+    assert scores["dice_TC"] == 2 * 3 / (4 + 3)
+    assert scores["dice_ET"] == 2 * 1 / (2 + 1)
+    assert scores["sensitivity_TC"] == 3 / 4
+    assert scores["specificity_WT"] == 3 / 4
+    # A line of single voxels is all surface. ET: 0 one way, 0 and 3 mm the other.
+    assert scores["hd95_ET"] == np.percentile([0, 0, 3], 95)
+    # Intersection over union: background 3/4, core 2/2, oedema 2/4, enhancing 1/2.
+    assert scores["mean_iou"] == np.mean([3 / 4, 1, 2 / 4, 1 / 2])
+
+
+def test_a_map_against_itself_is_perfect():
+    truth = np.random.default_rng(0).choice([0, 1, 2, 4], size=(6, 5, 4))
+    scores = score_case(truth, truth)
+    assert all(v == (0 if k.startswith("hd95") else 1) for k, v in scores.items())
+
+
+def test_regions_empty_in_one_or_both():
+    truth = np.zeros((5, 5, 5), np.uint8)
+    nothing = score_case(truth, truth)
+    assert nothing["dice_ET"] == 1 and nothing["hd95_ET"] == 0
+    assert nothing["sensitivity_ET"] == 1 and nothing["specificity_ET"] == 1
+    assert nothing["mean_iou"] == 1
+    invented = truth.copy()
+    invented[2, 2, 2] = 4
+    for one, other in ((invented, truth), (truth, invented)):
+        scores = score_case(one, other)
+        assert scores["dice_ET"] == 0 and scores["sensitivity_ET"] == 0
+        assert scores["hd95_ET"] == MISSED_REGION_MM
+    assert MISSED_REGION_MM == pytest.approx(373.12866, abs=1e-5)
+
+
+def test_a_region_that_fills_the_grid():
+    truth = np.full((3, 3, 3), 4)
+    assert score_case(truth, truth)["specificity_WT"] == 1
+    missed = truth.copy()
+    missed[0, 0, 0] = 0
+    assert score_case(missed, truth)["specificity_WT"] == 0
+
+
+@pytest.mark.parametrize("many", [0, 10**9])
+@pytest.mark.parametrize("seed", range(4))
+def test_hd95_equals_medpy(seed, many, monkeypatch):
+    binary = pytest.importorskip("medpy.metric.binary")
+    monkeypatch.setattr(evaluation, "MANY_SURFACE_VOXELS", many)
+    spacing_mm = (0.9, 1.5, 3.0)
+    one, other = blob(seed), blob(seed + 100)
+    expected = binary.hd95(one, other, voxelspacing=spacing_mm)
+    assert hd95(one, other, spacing_mm) == pytest.approx(expected, abs=1e-6)
+    assert hd95(other, one, spacing_mm) == hd95(one, other, spacing_mm)
+
+
+def test_score_case_refuses_other_shapes_and_labels():
+    with pytest.raises(ValueError, match="one shape"):
+        score_case(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
+    with pytest.raises(ValueError, match="found .3"):
+        score_case(np.full((2, 2, 2), 3), np.zeros((2, 2, 2)))
+
+
+def test_score_cases_reads_files_of_both_conventions(tmp_path):
+    truth = np.zeros((6, 6, 6), np.uint8)
+    truth[1:4, 2, 2] = 4
+    cases = [
+        write_case(tmp_path, "b", truth),
+        write_case(tmp_path, "a", np.minimum(truth, 3), labels="0123"),
+    ]
+    predictions = tmp_path / "predictions"
+    save_volume(truth, AFFINE, predictions / "a.nii.gz")
+    save_volume(np.roll(truth, 1, axis=2), AFFINE, predictions / "b.nii")
+    scores = score_cases(predictions, cases)
+    assert scores.columns[0] == "case" and list(scores["case"]) == ["b", "a"]
+    assert list(scores["dice_ET"]) == [0, 1]
+    assert list(scores["hd95_ET"]) == [2, 0]  # voxels are 2 mm high
+
+
+def test_score_cases_names_what_is_missing(tmp_path):
+    truth = np.zeros((6, 6, 6), np.uint8)
+    cases = [write_case(tmp_path, name, truth) for name in ("here", "gone", "lost")]
+    predictions = tmp_path / "predictions"
+    save_volume(truth, AFFINE, predictions / "here.nii.gz")
+    with pytest.raises(ValueError, match="2 of 3 cases: gone, lost"):
+        score_cases(predictions, cases)
+    with pytest.raises(ValueError, match="no segmentation.*blind"):
+        score_cases(predictions, [Case("blind", {}, None)])
+    save_volume(truth, np.eye(4), predictions / "here.nii.gz")
+    with pytest.raises(ValueError, match="grid of case here"):
+        score_cases(predictions, cases[:1])
+
+
+def test_score_cases_on_real_scans(tmp_path):
+    root = os.environ.get("BRATS_REAL_CASES")
+    if not root:
+        pytest.skip("BRATS_REAL_CASES is unset")
+    case = find_cases(Path(root), labels="0124")[0]
+    truth, affine = load_labels(case.segmentation)
+    save_volume(np.roll(truth, 2, axis=0), affine, tmp_path / f"{case.id}.nii.gz")
+    scores = score_cases(tmp_path, [case])
+    # Surfaces of a map moved by 2 mm are nowhere further apart than that.
+    assert 1 <= scores["hd95_WT"][0] <= 2
+    assert 0.8 < scores["dice_WT"][0] < 1
