@@ -1,0 +1,193 @@
+import keras
+import numpy as np
+import pytest
+
+from brats_utils.losses import dice_focal_loss
+from brats_utils.metrics import RegionDice
+from brats_utils.model import model_table, unet, unet_cicek2016
+
+ANY_SIZE = (None, None, None, 3)
+
+
+@pytest.fixture
+def image():
+    return np.random.default_rng(0).normal(size=(2, 8, 8, 8, 3)).astype("float32")
+
+
+@pytest.fixture
+def tiny():
+    return unet(ANY_SIZE, filters=2, depth=2)
+
+
+def test_standard_unet_has_the_published_tutorials_size():
+    model = unet(ANY_SIZE, normalisation=False)
+    total = model_table(model, (128, 128, 128, 3)).loc["total"]
+    assert total.parameters == model.count_params() == 5_645_828
+    assert round(total.GFLOP) == 243
+
+
+def test_two_and_three_dimensions_differ_in_rank_only():
+    flat, solid = unet((32, 32, 3)), unet((32, 32, 32, 3))
+    assert [x.name for x in flat.layers] == [x.name for x in solid.layers]
+    assert flat.output_shape == (None, 32, 32, 4)
+    assert solid.output_shape == (None, 32, 32, 32, 4)
+
+
+def test_layers_are_named_as_a_map_of_the_u(tiny):
+    stages = dict.fromkeys(x.name.split("_")[0] for x in tiny.layers)
+    assert list(stages) == ["image", "encoder1", "bottleneck", "decoder1", "head"]
+
+
+def test_open_sizes_take_any_multiple(tiny):
+    assert tiny(np.zeros((1, 4, 6, 8, 3))).shape == (1, 4, 6, 8, 4)
+    assert tiny(np.zeros((2, 2, 2, 10, 3))).shape == (2, 2, 2, 10, 4)
+
+
+def test_labels_share_a_voxel_and_regions_do_not(tiny, image):
+    labels = np.asarray(tiny(image))
+    np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-5)
+    regions = np.asarray(unet(ANY_SIZE, filters=2, depth=2, n_classes=3)(image))
+    assert regions.shape == (2, 8, 8, 8, 3)
+    assert 0 <= regions.min() and regions.max() <= 1
+    assert np.ptp(regions.sum(-1)) > 0.01
+
+
+def test_a_sample_does_not_depend_on_the_batch(tiny, image):
+    together, alone = np.asarray(tiny(image)), np.asarray(tiny(image[1:]))
+    np.testing.assert_allclose(together[1:], alone, atol=1e-6)
+
+
+def test_stem_stride_halves_the_grid_and_restores_it():
+    model = unet((16, 16, 16, 3), filters=2, depth=3, stem_stride=2)
+    assert model.get_layer("encoder1_conv1").output.shape == (None, 8, 8, 8, 2)
+    assert model.get_layer("bottleneck_act2").output.shape == (None, 2, 2, 2, 8)
+    assert model.output_shape == (None, 16, 16, 16, 4)
+    full = model_table(unet(ANY_SIZE), (64, 64, 64, 3)).GFLOP["total"]
+    cheap = model_table(unet(ANY_SIZE, stem_stride=2), (64, 64, 64, 3)).GFLOP["total"]
+    assert full / cheap > 7
+
+
+def test_dropout_acts_in_training_only(image):
+    model = unet(ANY_SIZE, filters=2, depth=2, dropout=0.5)
+    once, twice = (np.asarray(model(image, training=False)) for _ in range(2))
+    np.testing.assert_array_equal(once, twice)
+    assert np.any(np.asarray(model(image, training=True)) != once)
+
+
+def test_head_is_float32_in_mixed_precision():
+    policy = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = unet(ANY_SIZE, filters=2, depth=2)
+    finally:
+        keras.config.set_dtype_policy(policy)
+    assert model.get_layer("encoder1_conv1").output.dtype == "bfloat16"
+    assert model.output.dtype == "float32"
+
+
+@pytest.mark.parametrize("build", [unet, unet_cicek2016])
+def test_models_are_made_of_keras_layers_only(build):
+    layers = build(ANY_SIZE).layers
+    assert {type(layer).__module__.split(".")[0] for layer in layers} == {"keras"}
+
+
+def test_reloads_compiled_without_custom_objects(tiny, image, tmp_path):
+    tiny.compile(loss=dice_focal_loss, metrics=[RegionDice("WT")])
+    tiny.train_on_batch(image, np.zeros((2, 8, 8, 8, 1), "uint8"))
+    tiny.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(tiny(image), again(image))
+    assert again.loss is dice_focal_loss
+
+
+def test_learns_one_patch_by_heart():
+    keras.utils.set_random_seed(0)
+    labels = np.zeros((1, 8, 8, 8, 1), "uint8")
+    labels[:, 2:7, 2:7, 2:7], labels[:, 3:6, 3:6, 3:6], labels[:, 4, 4, 4] = 2, 3, 1
+    model = unet((8, 8, 8, 1), filters=8, depth=2)
+    model.compile(keras.optimizers.Adam(0.01), dice_focal_loss)
+    history = model.fit(labels / 3.0, labels, epochs=40, verbose=0).history["loss"]
+    assert history[0] > 0.9 and history[-1] < 0.1
+
+
+def test_cicek2016_has_the_published_size_and_valid_grid():
+    model = unet_cicek2016((132, 132, 116, 3), n_classes=3, padding="valid")
+    assert model.count_params() == 19_069_955
+    assert model.output_shape == (None, 44, 44, 28, 3)
+
+
+def test_cicek2016_with_same_padding_keeps_the_grid_and_the_weights():
+    valid = unet_cicek2016((92, 92, 92, 3), padding="valid")
+    same = unet_cicek2016(ANY_SIZE)
+    assert [w.shape for w in same.weights] == [w.shape for w in valid.weights]
+    assert same(np.zeros((1, 8, 8, 16, 3))).shape == (1, 8, 8, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "says"),
+    [
+        ((30, 32, 32, 3), {}, "multiple of 16"),
+        ((16, 16, 16, 3), {"stem_stride": 2}, "multiple of 32"),
+        ((32, 3), {}, r"\(X, Y, C\) or \(X, Y, Z, C\)"),
+        ((32, 32, 32, None), {}, "channels"),
+        ((32, 32, 32, 3), {"n_classes": 2}, "n_classes"),
+        ((32, 32, 32, 3), {"depth": 0}, "depth"),
+        ((32, 32, 32, 3), {"stem_stride": 3}, "stem_stride"),
+    ],
+)
+def test_unet_says_what_does_not_fit(shape, options, says):
+    with pytest.raises(ValueError, match=says):
+        unet(shape, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "says"),
+    [
+        ((64, 64, 3), {}, r"\(X, Y, Z, C\)"),
+        ((60, 64, 64, 3), {}, "multiple of 8"),
+        ((64, 64, 64, 3), {"padding": "full"}, "padding"),
+        ((64, 64, 64, 3), {"n_classes": 5}, "n_classes"),
+    ],
+)
+def test_cicek2016_says_what_does_not_fit(shape, options, says):
+    with pytest.raises(ValueError, match=says):
+        unet_cicek2016(shape, **options)
+
+
+def test_table_by_hand():
+    table = model_table(unet((8, 8, 8, 1), filters=2, depth=2))
+    # Kernels of encoder1: 3³·1·2 = 54 and 3³·2·2 = 108; bottleneck: 3³·2·4 = 216 and
+    # 3³·4·4 = 432; decoder1: 2³·4·2 = 64 upwards, 3³·4·2 = 216 and 108; head: 2·4 = 8.
+    # A norm has twice its channels; only the transposed and the last have a bias.
+    assert table.parameters.to_dict() == {
+        "encoder1": 54 + 4 + 108 + 4,
+        "bottleneck": 216 + 8 + 432 + 8,
+        "decoder1": 64 + 2 + 216 + 4 + 108 + 4,
+        "head": 8 + 4,
+        "total": 1244,
+    }
+    # 512 voxels at full size, 64 at half; the way up is paid per coarse voxel.
+    flop = [512 * 162, 64 * 648, 64 * 64 + 512 * 324, 512 * 8]
+    expected = [2 * f / 1e9 for f in (*flop, sum(flop))]
+    np.testing.assert_allclose(table.GFLOP, expected, rtol=1e-12)
+    # Six layers a block, and the pooling, the way up, the concatenation, two heads.
+    values = [
+        6 * 512 * 2,
+        64 * 2 + 6 * 64 * 4,
+        512 * 2 + 512 * 4 + 6 * 512 * 2,
+        2 * 512 * 4,
+    ]
+    expected = [4 * v / 1e6 for v in (*values, sum(values))]
+    np.testing.assert_allclose(table.activations_mb, expected, rtol=1e-12)
+    assert table.output.tolist() == [
+        (8, 8, 8, 2),
+        (4, 4, 4, 4),
+        (8, 8, 8, 2),
+        (8, 8, 8, 4),
+        (8, 8, 8, 4),
+    ]
+
+
+def test_table_needs_sizes(tiny):
+    with pytest.raises(ValueError, match="give input_shape"):
+        model_table(tiny)
