@@ -103,11 +103,13 @@ def test_reloads_compiled_without_custom_objects(tiny, image, tmp_path):
 def test_learns_one_patch_by_heart():
     keras.utils.set_random_seed(0)
     labels = np.zeros((1, 8, 8, 8, 1), "uint8")
-    labels[:, 2:7, 2:7, 2:7], labels[:, 3:6, 3:6, 3:6], labels[:, 4, 4, 4] = 2, 3, 1
+    for label, edge in ((2, 1), (3, 2), (1, 3)):
+        labels[:, edge:-edge, edge:-edge, edge:-edge] = label
     model = unet((8, 8, 8, 1), filters=8, depth=2)
-    model.compile(keras.optimizers.Adam(0.01), dice_focal_loss)
-    history = model.fit(labels / 3.0, labels, epochs=40, verbose=0).history["loss"]
-    assert history[0] > 0.9 and history[-1] < 0.1
+    model.compile(keras.optimizers.Adam(0.02), dice_focal_loss)
+    model.fit(labels / 3.0, labels, epochs=40, verbose=0)
+    predicted = np.asarray(model(labels / 3.0)).argmax(-1)
+    np.testing.assert_array_equal(predicted, labels[..., 0])
 
 
 def test_cicek2016_has_the_published_size_and_valid_grid():
