@@ -1,0 +1,176 @@
+import builtins
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+
+from brats_utils import plotting  # noqa: E402
+from brats_utils.labels import COLOURS, LABELS  # noqa: E402
+from brats_utils.plotting import (  # noqa: E402
+    best_slice,
+    browse,
+    plot_case,
+    plot_history,
+    plot_prediction,
+    plot_slices,
+)
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def toy():
+    """Return an image of 20 x 16 x 12 with a margin of 2, and its labels."""
+    image = np.zeros((20, 16, 12, 3), np.float32)
+    image[2:-2, 2:-2, 2:-2] = np.random.default_rng(0).normal(100, 10, (16, 12, 8, 3))
+    segmentation = np.zeros((20, 16, 12), np.uint8)
+    segmentation[5:10, 5:10, 4:6] = 2
+    segmentation[6:9, 6:9, 5] = 4
+    segmentation[7, 7, 5:8] = 1
+    return image, segmentation
+
+
+def drawn(axes, layer):
+    return axes.images[layer].get_array()
+
+
+def test_best_slice_by_content(toy):
+    segmentation = toy[1]
+    assert best_slice(segmentation, axis=2) == 4
+    assert best_slice(segmentation, axis=0) == 7
+    assert best_slice(np.zeros((4, 6, 9)), axis=1) == 3
+
+
+def test_pictures_are_upright():
+    volume = np.zeros((5, 4, 3))
+    volume[0, 0, 0] = 1  # right, front, foot
+    volume[4, 3, 2] = 2  # left, back, head
+    axial = drawn(plot_slices([volume], index=0, axis=2)[0], 0)
+    assert axial.shape == (4, 5) and axial[0, 0] == 1
+    coronal = drawn(plot_slices([volume], index=3, axis=1)[0], 0)
+    assert coronal.shape == (3, 5) and coronal[0, 4] == 2
+    sagittal = drawn(plot_slices([volume], index=0, axis=0)[0], 0)
+    assert sagittal.shape == (3, 4) and sagittal[2, 0] == 1
+
+
+def test_plot_case_draws_every_channel_and_its_labels(toy):
+    axes = plot_case(*toy, spacing_mm=(1, 2, 3), axis=0)
+    assert [each.get_title() for each in axes] == ["FLAIR", "T1CE", "T2"]
+    overlay = axes[1].images[1]
+    # Label 4 is the third colour; sagittal slice 7, seen from the head downwards.
+    assert overlay.get_array()[11 - 5, 6] == 3
+    assert overlay.get_array().mask[0, 0]
+    assert matplotlib.colors.to_hex(overlay.cmap(2)) == COLOURS[4].lower()
+    assert axes[0].get_aspect() == 3 / 2
+    legend = axes[0].figure.legends[0]
+    assert [text.get_text() for text in legend.get_texts()] == list(LABELS.values())[1:]
+
+
+def test_grey_window_is_of_brain_voxels_and_background_is_black(toy):
+    standardised = np.where(toy[0] == 0, 0, (toy[0] - 100) / 10)
+    axes = plot_case(standardised, index=6)
+    low, high = axes[0].images[0].get_clim()
+    assert -3 < low < -1.5 and 1.5 < high < 3
+    assert drawn(axes[0], 0)[0, 0] == np.float32(low)
+    assert not axes[0].figure.legends
+
+
+def test_plot_prediction_tells_errors_apart(toy):
+    image, truth = toy
+    prediction = truth.copy()
+    prediction[5, 5, 5] = 0
+    prediction[11, 7, 5] = 2
+    prediction[6, 6, 5] = 1
+    axes = plot_prediction(image, truth, prediction, index=5)
+    errors = drawn(axes[3], 1)
+    assert (errors[5, 5], errors[7, 11], errors[6, 6]) == (1, 2, 3)
+    assert errors.count() == 3
+    assert len(axes[0].figure.legends[0].get_texts()) == 6
+    assert len(axes[0].images) == 1 and len(axes[1].images) == 2
+
+
+def test_plot_prediction_finds_the_slice_where_nothing_is_true(toy):
+    image, prediction = toy
+    axes = plot_prediction(image, np.zeros_like(prediction), prediction)
+    assert drawn(axes[3], 1).count() == 25  # the whole of slice 4 is invented
+
+
+def test_plot_slices_outlines_a_box_and_keeps_it_in_view(toy):
+    volume = toy[0][..., 0]
+    box = (slice(0, 20), slice(3, 9), slice(0, 10))
+    axes = plot_slices([volume, volume], ["box", "no box"], boxes=[box, None], axis=1)
+    outline = axes[0].patches[0]
+    # Z 0 to 9 of 12 lie in the rows 2 to 11, as the head is on top.
+    assert outline.get_xy() == (-0.5, 1.5)
+    assert (outline.get_width(), outline.get_height()) == (20, 10)
+    assert axes[1].get_xlim() == axes[0].get_xlim() == (-0.5, 19.5)
+    assert not axes[1].patches
+
+
+def test_plots_use_the_axes_given(toy):
+    figure, axes = plt.subplots(2, 4)
+    for row in axes:
+        assert plot_prediction(*toy, toy[1], axes=row)[0] is row[0]
+    assert len(figure.legends) == 1 and plt.get_fignums() == [figure.number]
+    with pytest.raises(ValueError, match="got 2"):
+        plot_case(*toy, axes=axes[0, :2])
+
+
+def test_training_labels_are_refused(toy):
+    with pytest.raises(ValueError, match="found .3"):
+        plot_case(toy[0], np.full((20, 16, 12), 3))
+
+
+def test_plot_history_skips_what_is_missing():
+    history = pd.DataFrame(
+        {
+            "epoch": [1, 2, 3],
+            "loss": [3.0, 2.0, 1.0],
+            "dice_ET": [0.1, 0.2, 0.3],
+            "val_dice_ET": [np.nan, 0.4, np.nan],
+        }
+    )
+    loss, dice = plot_history(history)
+    assert [list(line.get_ydata()) for line in loss.lines] == [[3, 2, 1]]
+    assert list(dice.lines[1].get_xdata()) == [2]
+    assert dice.lines[1].get_label() == "enhancing tumour, validation"
+    assert len(plot_history(history.drop(columns="epoch"))[1].lines) == 2
+
+
+def test_browse_shows_a_still_picture_then_a_slider(toy, monkeypatch):
+    shown, made = [], {}
+    monkeypatch.setattr("IPython.display.display", lambda figure: shown.append(figure))
+    monkeypatch.setattr(
+        "ipywidgets.interact", lambda show, index: made.update(show=show, slider=index)
+    )
+    monkeypatch.setattr(plotting.plt, "show", lambda: shown.append(plt.gcf()))
+    browse(*toy, toy[1])
+    assert len(shown) == 1 and not plt.get_fignums()
+    slider = made["slider"]
+    assert (slider.value, slider.min, slider.max) == (4, 0, 11)
+    assert not slider.continuous_update
+    made["show"](index=5)
+    assert len(shown[1].axes) == 4
+
+
+def test_browse_without_ipywidgets_is_a_still_picture(toy, monkeypatch):
+    shown, real_import = [], builtins.__import__
+
+    def refuse(name, *args, **keywords):
+        if name == "ipywidgets":
+            raise ImportError(name)
+        return real_import(name, *args, **keywords)
+
+    monkeypatch.setattr("IPython.display.display", lambda figure: shown.append(figure))
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    browse(toy[0])
+    assert [len(figure.axes) for figure in shown] == [3]
