@@ -1,0 +1,315 @@
+"""Predict whole scans: raw intensities in, a label map on the scan's own grid out."""
+
+import dataclasses
+import itertools
+import math
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+from tqdm.auto import tqdm
+
+from brats_utils.cases import (
+    ALL_MODALITIES,
+    MODALITIES,
+    from_lps,
+    load_case,
+    save_segmentation,
+    to_lps,
+)
+from brats_utils.labels import ENCODED_REGIONS, decode_labels
+from brats_utils.prepare import brain_box, standardise
+
+# A U-Net of 6 grids, the deepest in use, halves its input 5 times.
+LARGEST_FACTOR = 32
+
+
+def load_model(path):
+    """Load a saved model as data: nothing that the file holds is executed.
+
+    Parameters
+    ----------
+    path : path
+        A `.keras` file, or the folder of a run, whose `best.keras` is taken.
+
+    Returns
+    -------
+    model : keras.Model
+        Not compiled: to predict with. Without XLA, which would compile anew for each
+        brain's size.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
+        code (Lambda layers).
+    """
+    path = Path(path)
+    path = path / "best.keras" if path.is_dir() else path
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        raise ValueError(
+            f"{path}: HDF5 models may hold code and are refused. If you trust it, "
+            "convert it: keras.models.load_model(path).save('model.keras')"
+        )
+    if not path.is_file():
+        raise ValueError(f"there is no model {path}; train one first (notebook 04)")
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            is_page = file.read(1) == b"<"
+        found = "an HTML page, not a model" if is_page else "damaged or no Keras model"
+        raise ValueError(f"{path} is {found}; get it again, as a .keras file")
+    try:
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
+        raise ValueError(
+            f"{path} cannot be loaded: it is damaged, holds code (Lambda layers), or "
+            f"comes from another version than Keras {keras.__version__}: {error}"
+        ) from None
+    model.jit_compile = False
+    return model
+
+
+def _factor(model):
+    """Return what the sizes of the model's input must be multiples of."""
+    strides = [
+        max(layer.strides)
+        for layer in model.layers
+        if hasattr(layer, "strides") and "Transpose" not in type(layer).__name__
+    ]
+    # Residual nets stride in two layers side by side, and are counted too high.
+    return min(LARGEST_FACTOR, math.prod(strides))
+
+
+def _pad(image, shape):
+    """Add zeros, which are background, at the ends of the first three axes."""
+    widths = [(0, n - have) for n, have in zip(shape, image.shape, strict=False)]
+    return np.pad(image, [*widths, (0, 0)])
+
+
+def _gaussian(shape):
+    """Return the weight of each voxel of a patch: high in the middle, low at the rim."""
+    weights = np.ones(shape, np.float32)
+    for axis, n in enumerate(shape):
+        distance = (np.arange(n) - (n - 1) / 2) / (n / 8)
+        line = np.exp(-0.5 * distance**2).astype(np.float32)
+        weights *= np.expand_dims(line, [a for a in range(3) if a != axis])
+    return weights[..., None]  # (X, Y, Z, 1)
+
+
+def _starts(size, patch):
+    """Return where windows of `patch` begin to cover `size`, half a patch apart."""
+    n = math.ceil(2 * (size - patch) / patch) + 1
+    return np.linspace(0, size - patch, n).round().astype(int)
+
+
+def _slide(model, image, patch_shape):
+    """Return the probabilities of overlapping patches, averaged by Gaussian weights."""
+    shape = [max(pair) for pair in zip(image.shape, patch_shape, strict=False)]
+    padded = _pad(image, shape)
+    weights = _gaussian(patch_shape)
+    total = np.zeros((*shape, model.output_shape[-1]), np.float32)
+    divisor = np.zeros((*shape, 1), np.float32)
+    starts = (_starts(*pair) for pair in zip(shape, patch_shape, strict=True))
+    for corner in itertools.product(*starts):
+        box = tuple(slice(i, i + n) for i, n in zip(corner, patch_shape, strict=True))
+        total[box] += weights * model.predict_on_batch(padded[box][None])[0]
+        divisor[box] += weights
+    total /= divisor
+    return total[tuple(slice(n) for n in image.shape[:3])]
+
+
+def _predict_once(model, image, patch_shape):
+    """Return the probabilities of an image: by patches, or in one pass if None."""
+    if patch_shape is not None:
+        return _slide(model, image, patch_shape)
+    factor = _factor(model)
+    shape = [math.ceil(n / factor) * factor for n in image.shape[:3]]
+    probabilities = model.predict_on_batch(_pad(image, shape)[None])[0]
+    return probabilities[tuple(slice(n) for n in image.shape[:3])]
+
+
+def predict_probabilities(model, image, *, flips=False, patch_shape=None):
+    """Return a model's probabilities for every voxel of a standardised image.
+
+    Parameters
+    ----------
+    model : keras.Model
+        (B, X, Y, Z, C) -> (B, X, Y, Z, K). Where it takes any spatial size, the image
+        is predicted in one pass, padded with zeros to the multiple the model needs.
+    image : (X, Y, Z, C) float32 array
+        Of any size, in LPS order, as `standardise` gives it.
+    flips : bool
+        Average over the image and its 7 mirror images: 8 times the work.
+    patch_shape : tuple of 3 int, optional
+        Predict patches of this shape, half a patch apart, and average them by Gaussian
+        weights. Needs less memory than one pass. A model of fixed size always does so.
+
+    Returns
+    -------
+    probabilities : (X, Y, Z, K) float32 array
+
+    Raises
+    ------
+    ValueError
+        If the model is no such model, or takes patches of another shape.
+    """
+    expected, channels = model.input_shape[1:-1], model.input_shape[-1]
+    same_grid = model.output_shape[1:-1] == expected
+    if len(expected) != 3 or not same_grid or channels != image.shape[-1]:
+        raise ValueError(
+            f"the model maps {model.input_shape} to {model.output_shape}; expected "
+            f"(batch, X, Y, Z, {image.shape[-1]}) to the same grid"
+        )
+    if None not in expected:
+        if patch_shape is not None and tuple(patch_shape) != expected:
+            raise ValueError(
+                f"the model takes patches of {expected}, not {patch_shape}"
+            )
+        patch_shape = expected
+    if not flips:
+        return _predict_once(model, image, patch_shape)
+    total = 0
+    for n in range(4):
+        for axes in itertools.combinations(range(3), n):
+            flipped = _predict_once(model, np.flip(image, axes), patch_shape)
+            total = total + np.flip(flipped, axes)
+    return total / 8
+
+
+def decode_probabilities(probabilities):
+    """Return the BraTS labels that a model's probabilities say.
+
+    Parameters
+    ----------
+    probabilities : (..., K) float array
+        K = 4: of the labels 0 to 3; the largest wins. K = 3: of the regions WT, TC and
+        ET; those above 0.5 count, TC only within WT, and ET only within TC.
+
+    Returns
+    -------
+    segmentation : (...) uint8 array
+        Values 0, 1, 2 and 4.
+
+    Raises
+    ------
+    ValueError
+        If K is neither.
+
+    Examples
+    --------
+    >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
+    array([1, 2, 0], dtype=uint8)
+    """
+    probabilities = np.asarray(probabilities)
+    n_channels = probabilities.shape[-1]
+    if n_channels == 4:
+        return decode_labels(probabilities.argmax(axis=-1).astype(np.uint8))
+    if n_channels != len(ENCODED_REGIONS):
+        raise ValueError(
+            f"expected 4 channels (labels) or 3 (WT, TC, ET), got {n_channels}"
+        )
+    nested = np.logical_and.accumulate(probabilities > 0.5, axis=-1)
+    # By how many regions a voxel lies in: oedema, core, enhancing tumour.
+    return np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
+
+
+def _choose_modalities(model, modalities):
+    """Return the channels to feed a model: those given, or the usual ones."""
+    channels = model.input_shape[-1]
+    usual = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
+    modalities = modalities or usual.get(channels)
+    if modalities is None or len(modalities) != channels:
+        raise ValueError(
+            f"the model takes {channels} channels; say which modalities they are, got "
+            f"{modalities}"
+        )
+    return modalities
+
+
+def predict_case(
+    model,
+    case,
+    *,
+    modalities=None,
+    flips=False,
+    patch_shape=None,
+    min_et_voxels=0,
+):
+    """Predict the label map of a whole scan, on the scan's own grid.
+
+    Parameters
+    ----------
+    model : keras.Model or path
+        Four output channels are the labels 0 to 3, three the regions WT, TC and ET.
+    case : Case
+        Its segmentation, if it has one, is not read.
+    modalities : sequence of str, optional
+        The model's channels. FLAIR, T1CE, T2 by default for three, all for four.
+    flips, patch_shape
+        As in `predict_probabilities`.
+    min_et_voxels : int
+        Where less enhancing tumour than this is found, call it core (label 1): a few
+        stray voxels would cost the whole Dice of a case that has none.
+
+    Returns
+    -------
+    segmentation : (X, Y, Z) uint8 array
+        Values 0, 1, 2 and 4; 0 where all modalities are 0, outside the brain.
+
+    Raises
+    ------
+    BratsDataError
+        If a file of the case is not sound.
+    ValueError
+        If the model does not fit, or its output is NaN.
+    """
+    if not isinstance(model, keras.Model):
+        model = load_model(model)
+    modalities = _choose_modalities(model, modalities)
+    unlabelled = dataclasses.replace(case, segmentation=None)
+    image, _, affine = load_case(unlabelled, modalities)
+    image = to_lps(image, affine)
+    box = brain_box(image)
+    # All non-zero voxels lie in the box: mean and SD are the whole scan's.
+    brain = standardise(image[box])
+    probabilities = predict_probabilities(
+        model, brain, flips=flips, patch_shape=patch_shape
+    )
+    if not np.isfinite(probabilities).all():
+        raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
+    found = decode_probabilities(probabilities)
+    found[~image[box].any(axis=-1)] = 0
+    if np.count_nonzero(found == 4) < min_et_voxels:
+        found[found == 4] = 1
+    segmentation = np.zeros(image.shape[:3], np.uint8)
+    segmentation[box] = found
+    return np.ascontiguousarray(from_lps(segmentation, affine))
+
+
+def predict_cases(model, cases, out_dir, **options):
+    """Predict many cases and write each as `<case id>.nii.gz`.
+
+    Parameters
+    ----------
+    model : keras.Model or path
+        As in `predict_case`.
+    cases : sequence of Case
+        With or without segmentations.
+    out_dir : path
+        Where to; a former prediction of a case is replaced.
+    **options
+        Further keywords of `predict_case`.
+
+    Returns
+    -------
+    paths : list of Path
+        One for each case: uint8, values 0, 1, 2 and 4, on the case's own grid.
+    """
+    if not isinstance(model, keras.Model):
+        model = load_model(model)
+    paths = []
+    for case in tqdm(cases, desc="predicting", unit="case"):
+        paths.append(Path(out_dir) / f"{case.id}.nii.gz")
+        save_segmentation(predict_case(model, case, **options), case, paths[-1])
+    return paths
