@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import splitfolders
 from joblib import Parallel, delayed
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from brats_utils.cases import (
     MODALITIES,
@@ -315,11 +316,14 @@ def _attempt(case, out, options):
         return error
 
 
-def _settings(cases, options):
-    """Return what `settings.json` holds: how the volumes were made."""
+def _settings(raw, cases, options):
+    """Return what `settings.json` holds: of what and how the volumes were made."""
     packages = ("numpy", "nibabel", "brats-utils")
     found = {d.metadata["Name"].lower(): d.version for d in _distributions(packages)}
+    if isinstance(raw, list):
+        raw = os.path.commonpath([case.images["flair"] for case in raw])
     return {
+        "raw": str(Path(raw).resolve()),
         **options,
         "labels": cases[0].labels,
         "label_map": {str(value): i for i, value in enumerate(LABELS)},
@@ -393,7 +397,9 @@ def prepare_dataset(
     work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
         delayed(_attempt)(case, out, options) for case in labelled
     )
-    rows = list(tqdm(work, total=len(labelled), desc="preparing", unit="case"))
+    # To stdout, as text: a widget's last state is lost when a notebook is saved.
+    bar = {"total": len(labelled), "desc": "preparing", "unit": "case"}
+    rows = list(tqdm(work, file=sys.stdout, **bar))
     errors = [str(row) for row in rows if isinstance(row, BratsDataError)]
     if errors:
         raise BratsDataError(f"{len(errors)} cases are not sound: " + " ".join(errors))
@@ -404,7 +410,7 @@ def prepare_dataset(
     ]
     report = pd.DataFrame(rows).sort_values("case", ignore_index=True)
     report.to_csv(out / "cases.csv", index=False)
-    write_json(out / "settings.json", _settings(cases, options))
+    write_json(out / "settings.json", _settings(raw, cases, options))
     return report
 
 

@@ -1,0 +1,261 @@
+"""Batches for Keras, read from a split folder: whole volumes or patches."""
+
+import math
+import zlib
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+
+from brats_utils.augment import augment as augment_patch
+from brats_utils.files import read_json
+
+
+def _case_files(folder):
+    """Return {case id: (image path, mask path)} of one side of a split, by id."""
+    folder = Path(folder)
+    images, masks = (
+        {path.stem: path for path in (folder / kind).glob("*.npy")}
+        for kind in ("images", "masks")
+    )
+    if not images and not masks:
+        raise FileNotFoundError(
+            f"no volumes in {folder}: run notebooks/01_prepare.ipynb first"
+        )
+    alone = sorted(images.keys() ^ masks.keys())
+    if alone:
+        raise ValueError(f"{folder}: image without mask, or the reverse: {alone[:5]}")
+    return {case_id: (images[case_id], masks[case_id]) for case_id in sorted(images)}
+
+
+class BratsGenerator(keras.utils.PyDataset):
+    """Batches of one side of a split, whole volumes or patches, standardised.
+
+    Each case comes once an epoch (or `patches_per_case` times), in an order that is a
+    function of (seed, epoch); what is drawn of a case, and how it is augmented, is a
+    function of (seed, epoch, case). Image and mask are paired by the case id.
+
+    Parameters
+    ----------
+    folder : path
+        `data/split/train` or `data/split/val`, as `split_dataset` makes them.
+    batch_size : int
+        The last batch of an epoch may be smaller.
+    patch_shape : tuple of 3 int, optional
+        Voxels along X, Y and Z; where a volume is smaller, zeros (background) are
+        added at its end. None gives whole volumes, which must then be of one shape.
+    tumour_share : float
+        Chance that a patch is centred on a voxel of a tumour label chosen at random,
+        as far as the volume's border allows; the others lie anywhere.
+    augment : bool
+        Whether to change patches at random, see `brats_utils.augment`.
+    cache : bool
+        Keep the stored volumes in memory instead of reading them again.
+    seed : int
+        Of order, patches and augmentation.
+    patches_per_case : int
+        How often each case comes in an epoch.
+    **kwargs
+        `workers` and `max_queue_size` of `keras.utils.PyDataset`.
+
+    Attributes
+    ----------
+    case_ids : list of str
+        Sorted.
+    modalities : tuple of str
+        The channels, in order.
+    settings : dict
+        What `settings.json` says of the volumes.
+    epoch : int
+        Which epoch the next batches belong to; it advances when Keras ends one.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no volumes.
+    ValueError
+        If an image lacks its mask or the reverse, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        folder,
+        *,
+        batch_size=2,
+        patch_shape=None,
+        tumour_share=1 / 3,
+        augment=False,
+        cache=False,
+        seed=0,
+        patches_per_case=1,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if batch_size < 1 or patches_per_case < 1 or not 0 <= tumour_share <= 1:
+            raise ValueError(
+                "batch_size and patches_per_case are at least 1, tumour_share is in "
+                f"0..1; got {batch_size}, {patches_per_case}, {tumour_share}"
+            )
+        self._files = _case_files(folder)
+        self.case_ids = list(self._files)
+        self.settings = read_json(Path(folder) / "settings.json")
+        self.modalities = tuple(self.settings["modalities"])
+        self.batch_size = batch_size
+        self.patch_shape = None if patch_shape is None else tuple(patch_shape)
+        self.tumour_share = tumour_share
+        self.augment = augment
+        self.seed = seed
+        self.patches_per_case = patches_per_case
+        self.epoch = 0
+        self._cache = {} if cache else None
+        report = pd.read_csv(Path(folder) / "cases.csv", index_col="case")
+        columns = [
+            [f"{m}_{what}" for m in self.modalities] for what in ("mean", "sd", "zero")
+        ]
+        self._statistics = {
+            case_id: [
+                report.loc[case_id, names].to_numpy(np.float32) for names in columns
+            ]
+            for case_id in self.case_ids
+        }
+
+    def __len__(self):
+        """Return the number of batches in an epoch."""
+        return math.ceil(len(self.case_ids) * self.patches_per_case / self.batch_size)
+
+    def order(self, epoch=None):
+        """Return the cases of an epoch in the order in which they come.
+
+        Parameters
+        ----------
+        epoch : int, optional
+            The current one by default.
+
+        Returns
+        -------
+        draws : list of (str, int)
+            Case id, and which of its patches.
+        """
+        epoch = self.epoch if epoch is None else epoch
+        n = len(self.case_ids)
+        shuffled = np.random.default_rng([self.seed, epoch]).permutation(
+            n * self.patches_per_case
+        )
+        return [(self.case_ids[i % n], int(i // n)) for i in shuffled]
+
+    def set_epoch(self, epoch):
+        """Say which epoch the next batches belong to, to go on with a run.
+
+        Parameters
+        ----------
+        epoch : int
+            Counted from 0.
+        """
+        self.epoch = epoch
+
+    def on_epoch_end(self):
+        """Go on to the next epoch's order; Keras calls this."""
+        self.epoch += 1
+
+    def __getitem__(self, index):
+        """Return batch number `index` of the current epoch.
+
+        Parameters
+        ----------
+        index : int
+            From 0 to `len(self) - 1`.
+
+        Returns
+        -------
+        x : (B, X, Y, Z, C) float32 array
+            Mean 0 and SD 1 over the non-zero voxels of the whole scan; background 0.
+        y : (B, X, Y, Z, 1) uint8 array
+            Labels 0 to 3.
+
+        Raises
+        ------
+        IndexError
+            If there is no such batch.
+        ValueError
+            If a volume cannot be read, or whole volumes differ in shape.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        epoch, first = self.epoch, index * self.batch_size
+        draws = self.order(epoch)[first : first + self.batch_size]
+        samples = [self._sample(case_id, epoch, draw) for case_id, draw in draws]
+        shapes = {labels.shape for _, labels in samples}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"volumes of shapes {sorted(shapes)} do not go into one batch: set "
+                "patch_shape, or batch_size=1"
+            )
+        x = np.stack([image for image, _ in samples])  # (B, X, Y, Z, C)
+        y = np.stack([labels for _, labels in samples])[..., None]  # (B, X, Y, Z, 1)
+        return x, y
+
+    def _read(self, case_id):
+        """Return the stored image and mask, memory-mapped or from the cache."""
+        if self._cache is not None and case_id in self._cache:
+            return self._cache[case_id]
+        mode = "r" if self._cache is None else None
+        try:
+            pair = tuple(
+                np.load(path, mmap_mode=mode, allow_pickle=False)
+                for path in self._files[case_id]
+            )
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"{case_id}: {self._files[case_id][0].parent.parent} holds a volume "
+                f"that cannot be read ({error}); prepare and split again"
+            ) from error
+        if self._cache is not None:
+            self._cache[case_id] = pair
+        return pair
+
+    def _corner(self, mask, rng):
+        """Draw where a patch begins, along X, Y and Z."""
+        room = np.maximum(np.array(mask.shape) - self.patch_shape, 0)
+        if rng.random() < self.tumour_share:
+            present = np.flatnonzero(np.bincount(mask.ravel(), minlength=4)[1:]) + 1
+            if present.size:
+                voxels = np.flatnonzero(mask == rng.choice(present))
+                centre = np.unravel_index(rng.choice(voxels), mask.shape)
+                return np.clip(
+                    np.array(centre) - np.array(self.patch_shape) // 2, 0, room
+                )
+        return rng.integers(0, room + 1)
+
+    def _sample(self, case_id, epoch, draw):
+        """Return one image (X, Y, Z, C) float32 and its labels (X, Y, Z) uint8."""
+        rng = np.random.default_rng(
+            [self.seed, epoch, zlib.crc32(case_id.encode()), draw]
+        )
+        image, labels = self._read(case_id)
+        if self.patch_shape is not None:
+            corner = self._corner(labels, rng)
+            box = tuple(
+                slice(int(start), int(start) + size)
+                for start, size in zip(corner, self.patch_shape, strict=True)
+            )
+            image, labels = image[box], labels[box]
+        image, labels = self._standardise(case_id, image), np.asarray(labels)
+        if self.patch_shape is not None:
+            sizes = zip(self.patch_shape, labels.shape, strict=True)
+            widths = [(0, size - have) for size, have in sizes]
+            if any(after for _, after in widths):
+                image = np.pad(image, [*widths, (0, 0)])
+                labels = np.pad(labels, widths)
+        if self.augment:
+            image, labels = augment_patch(image, labels, rng)
+        return image, labels
+
+    def _standardise(self, case_id, stored):
+        """Return stored values as the network sees them, background exactly 0."""
+        mean, sd, zero = self._statistics[case_id]
+        image = stored.astype(np.float32)
+        image -= mean
+        image /= sd
+        image *= stored != zero.astype(stored.dtype)
+        return image
