@@ -88,7 +88,7 @@ def _pad(image, shape):
 
 
 def _gaussian(shape):
-    """Return the weight of each voxel of a patch: high in the middle, low at the rim."""
+    """Return the weights of a patch: high in its middle, low at its rim."""
     weights = np.ones(shape, np.float32)
     for axis, n in enumerate(shape):
         distance = (np.arange(n) - (n - 1) / 2) / (n / 8)
