@@ -1,0 +1,242 @@
+"""Batches: paired by id, every case once, in an order that seed and epoch decide."""
+
+import json
+from collections import Counter
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+
+from brats_utils.generator import BratsGenerator
+
+MODALITIES = ["flair", "t1ce", "t2"]
+SHAPE = (24, 24, 16)
+
+
+def write_split(folder, n_cases=5, shape=SHAPE):
+    """Write one side of a split; a case's image tells which case it is.
+
+    Brain voxels of case i hold i + 1 eighths, tumour voxels one eighth more; with mean
+    1/4 and SD 1/2 they are seen as (i - 1) / 4 and i / 4.
+    """
+    rows = []
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(n_cases):
+        case_id = f"case_{i:03}"
+        mask = np.zeros(shape, np.uint8)
+        mask[10:14, 10:14, 6:10] = 2
+        mask[11:13, 11:13, 7:9] = [1, 3]
+        image = np.zeros((*shape, len(MODALITIES)), np.float16)
+        image[2:-2, 2:-2, 1:-1] = (i + 1) / 8
+        image[mask > 0] += 1 / 8
+        np.save(folder / "images" / f"{case_id}.npy", image)
+        np.save(folder / "masks" / f"{case_id}.npy", mask)
+        row = {"case": case_id}
+        for m in MODALITIES:
+            row |= {f"{m}_mean": 0.25, f"{m}_sd": 0.5, f"{m}_zero": 0.0}
+        rows.append(row)
+    pd.DataFrame(rows).to_csv(folder / "cases.csv", index=False)
+    (folder / "settings.json").write_text(json.dumps({"modalities": MODALITIES}))
+    return folder
+
+
+@pytest.fixture
+def split(tmp_path):
+    return write_split(tmp_path / "train")
+
+
+def test_a_batch_is_standardised_and_background_is_exactly_zero(split):
+    x, y = BratsGenerator(split, batch_size=5)[0]
+    assert x.shape == (5, 24, 24, 16, 3) and x.dtype == np.float32
+    assert y.shape == (5, 24, 24, 16, 1) and y.dtype == np.uint8
+    assert not x[:, 0].any() and (x[:, 12, 12, 8] != x[:, 5, 5, 5]).all()
+    order = [int(case[-3:]) for case, _ in BratsGenerator(split).order(0)]
+    # Brain of case i: ((i + 1) / 8 - 1/4) / (1/2) = (i - 1) / 4, one more in tumour.
+    np.testing.assert_array_equal(x[:, 5, 5, 5, 0], (np.array(order) - 1) / 4)
+    np.testing.assert_array_equal(x[:, 12, 12, 8, 2], np.array(order) / 4)
+    np.testing.assert_array_equal(np.unique(y), [0, 1, 2, 3])
+
+
+def test_background_other_than_zero_is_still_background(split):
+    table = pd.read_csv(split / "cases.csv").assign(flair_zero=0.125)
+    table.to_csv(split / "cases.csv", index=False)
+    generator = BratsGenerator(split, batch_size=5)
+    first = [case for case, _ in generator.order()].index("case_000")
+    x, _ = generator[0]
+    assert x[first, 5, 5, 5].tolist() == [0, -0.25, -0.25]
+    assert x[first, 0, 0, 0].tolist() == [-0.5, 0, 0]
+
+
+@pytest.mark.parametrize("batch_size, n_batches", [(2, 3), (5, 1), (8, 1)])
+def test_every_case_comes_once_an_epoch_with_the_last_partial_batch(
+    split, batch_size, n_batches
+):
+    generator = BratsGenerator(split, batch_size=batch_size)
+    assert len(generator) == n_batches
+    seen = np.concatenate([x[:, 12, 12, 8, 0] for x, _ in generator])
+    assert sorted(seen * 4) == [0, 1, 2, 3, 4]
+    with pytest.raises(IndexError):
+        generator[n_batches]
+
+
+def test_several_patches_of_a_case_differ(split):
+    generator = BratsGenerator(split, patch_shape=(8, 8, 8), patches_per_case=3)
+    assert len(generator) == 8  # 15 draws in batches of 2
+    draws = generator.order()
+    assert Counter(case for case, _ in draws) == dict.fromkeys(generator.case_ids, 3)
+    patches = [generator._sample("case_004", 0, draw)[0] for draw in range(3)]
+    assert not np.array_equal(patches[0], patches[1])
+
+
+def test_the_order_is_a_function_of_seed_and_epoch(split):
+    one, two = BratsGenerator(split, seed=1), BratsGenerator(split, seed=1)
+    assert one.order(3) == two.order(3)
+    assert len({tuple(one.order(epoch)) for epoch in range(9)}) > 1
+    assert any(one.order(e) != BratsGenerator(split, seed=2).order(e) for e in range(3))
+
+
+def test_the_order_of_the_file_system_does_not_matter(split, monkeypatch):
+    expected = BratsGenerator(split)[0][0]
+    glob = type(split).glob
+    monkeypatch.setattr(
+        type(split), "glob", lambda *args: reversed(sorted(glob(*args)))
+    )
+    np.testing.assert_array_equal(BratsGenerator(split)[0][0], expected)
+
+
+def test_patches_and_augmentation_are_a_function_of_the_epoch_too(split):
+    options = {"patch_shape": (16, 16, 8), "augment": True, "batch_size": 5}
+    one, two = BratsGenerator(split, **options), BratsGenerator(split, **options)
+    two.set_epoch(1)
+    later = two[0]
+    one.on_epoch_begin()
+    one.on_epoch_end()
+    for mine, its in zip(one[0], later, strict=True):
+        np.testing.assert_array_equal(mine, its)
+    two.set_epoch(0)
+    assert not np.array_equal(two[0][0], later[0])
+
+
+def test_the_share_of_patches_centred_on_tumour(split):
+    centres = {0.0: 0, 0.5: 0, 1.0: 0}
+    for share in centres:
+        generator = BratsGenerator(
+            split, patch_shape=(5, 5, 5), tumour_share=share, patches_per_case=40
+        )
+        centres[share] = sum((y[:, 2, 2, 2, 0] > 0).sum() for _, y in generator)
+    assert centres[1.0] == 200  # 5 cases, 40 patches each
+    assert 80 < centres[0.5] < 130  # 100 expected, SD 7, and few by chance
+    # Anywhere: 4 x 4 x 4 tumour voxels among 20 x 20 x 12 places, 1.3 % of 200.
+    assert centres[0.0] < 15
+
+
+def test_each_label_is_as_likely_a_centre(split):
+    generator = BratsGenerator(
+        split, patch_shape=(3, 3, 3), tumour_share=1, patches_per_case=60
+    )
+    middles = np.concatenate([y[:, 1, 1, 1, 0] for _, y in generator])
+    # A third of 300 each, though label 2 has 56 of the 64 voxels.
+    assert np.all(np.bincount(middles, minlength=4)[1:] > 75)
+
+
+def test_a_patch_larger_than_the_volume_is_padded_with_background(split):
+    generator = BratsGenerator(split, patch_shape=(32, 16, 16), batch_size=5)
+    assert generator.input_shape == (32, 16, 16, 3)
+    x, y = generator[0]
+    assert x.shape == (5, 32, 16, 16, 3) and y.shape == (5, 32, 16, 16, 1)
+    assert not x[:, 24:].any() and not y[:, 24:].any()
+
+
+def test_a_case_without_tumour_gives_patches_from_anywhere(split):
+    np.save(split / "masks" / "case_000.npy", np.zeros(SHAPE, np.uint8))
+    generator = BratsGenerator(split, patch_shape=(8, 8, 8), tumour_share=1)
+    assert sum(len(x) for x, _ in generator) == 5
+
+
+def test_the_cache_gives_the_same_batches(split):
+    read, cached = BratsGenerator(split), BratsGenerator(split, cache=True)
+    for _ in range(2):
+        np.testing.assert_array_equal(cached[1][0], read[1][0])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_keras_gets_the_same_batches_with_any_number_of_threads(split, workers):
+    generator = BratsGenerator(
+        split, patch_shape=(8, 8, 8), augment=True, workers=workers, max_queue_size=2
+    )
+    expected = []
+    for epoch in range(2):
+        generator.set_epoch(epoch)
+        expected += [x for x, _ in generator]
+    generator.set_epoch(0)
+    seen = []
+
+    class Recorder(keras.Model):
+        def train_step(self, data):
+            seen.append(np.array(data[0]))
+            return {"loss": keras.ops.zeros(())}
+
+    model = Recorder()
+    model.compile(run_eagerly=True, jit_compile=False)
+    model.fit(generator, epochs=2, shuffle=False, verbose=0)
+    for mine, theirs in zip(expected, seen, strict=True):
+        np.testing.assert_array_equal(theirs, mine)
+    assert generator.epoch == 2
+
+
+def test_a_missing_partner_is_named(split):
+    (split / "masks" / "case_002.npy").unlink()
+    with pytest.raises(ValueError, match="case_002"):
+        BratsGenerator(split)
+
+
+def test_an_empty_folder_says_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match="01_prepare"):
+        BratsGenerator(tmp_path)
+
+
+def test_a_case_that_the_table_lacks_is_named(split):
+    table = pd.read_csv(split / "cases.csv").query("case != 'case_003'")
+    table.to_csv(split / "cases.csv", index=False)
+    with pytest.raises(ValueError, match="case_003"):
+        BratsGenerator(split)
+
+
+def test_a_damaged_volume_is_named_in_a_thread_too(split):
+    path = split / "images" / "case_001.npy"
+    path.write_bytes(path.read_bytes()[:1000])
+    model = keras.Sequential([keras.Input((*SHAPE, 3)), keras.layers.Dense(1)])
+    model.compile(loss="mse", jit_compile=False)
+    with pytest.raises(Exception, match="case_001"):
+        model.fit(BratsGenerator(split, workers=2), verbose=0)
+
+
+def test_pickled_objects_are_refused(split):
+    path = split / "images" / "case_001.npy"
+    np.save(path, np.array([{"any": "object"}], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="case_001"):
+        list(BratsGenerator(split))
+
+
+def test_an_image_that_does_not_fit_its_mask_is_named(split):
+    np.save(split / "masks" / "case_001.npy", np.zeros((24, 24, 8), np.uint8))
+    with pytest.raises(ValueError, match="case_001.*24, 24, 8"):
+        list(BratsGenerator(split, patch_shape=(8, 8, 8)))
+
+
+def test_volumes_of_several_shapes_need_a_patch_shape(split, tmp_path):
+    np.save(split / "images" / "case_001.npy", np.zeros((32, 24, 16, 3), np.float16))
+    np.save(split / "masks" / "case_001.npy", np.zeros((32, 24, 16), np.uint8))
+    with pytest.raises(ValueError, match="patch_shape"):
+        list(BratsGenerator(split, batch_size=5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"batch_size": 0}, {"tumour_share": 2}, {"patch_shape": (8, 8)}],
+)
+def test_arguments_out_of_range_are_refused(split, options):
+    with pytest.raises(ValueError, match="got"):
+        BratsGenerator(split, **options)
