@@ -1,8 +1,11 @@
 """Train a model from generators: schedule, best checkpoint, history, going on."""
 
 import io
+import json
+import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import keras
@@ -11,7 +14,7 @@ import pandas as pd
 from keras import ops
 from tqdm import tqdm
 
-from brats_utils.files import atomic_write, write_json
+from brats_utils.files import atomic_write, read_json, write_json
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import dice_cross_entropy_loss
 from brats_utils.metrics import RegionDice
@@ -34,6 +37,32 @@ def has_gpu():
         return bool(keras.distribution.list_devices("gpu"))
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return False
+
+
+def choose_precision():
+    """Return the dtype policy to set before a model is made.
+
+    Returns
+    -------
+    policy : str
+        "mixed_bfloat16" on a GPU of compute capability 8 or more (A100, L4), else
+        "mixed_float16" on one of 7 (T4, V100), and "float32" anywhere else.
+
+    References
+    ----------
+    https://developer.nvidia.com/cuda-gpus lists the compute capabilities.
+    """
+    if not has_gpu():
+        return "float32"
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        capability = min(float(line) for line in found.stdout.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return "float32"
+    if capability >= 8:
+        return "mixed_bfloat16"
+    return "mixed_float16" if capability >= 7 else "float32"
 
 
 def _jit():
@@ -66,39 +95,47 @@ def _compile(model, loss, learning_rate, steps):
     )
     metrics = [RegionDice(region) for region in ENCODED_REGIONS]
     model.compile(optimizer, loss, metrics=metrics, jit_compile=_jit())
-    optimizer.build(model.trainable_variables)
+    # Not `optimizer`: with mixed_float16 Keras has wrapped it, to scale the loss.
+    model.optimizer.build(model.trainable_variables)
 
 
 def _variables(model):
-    """Return all that a run must keep to go on: weights, then the optimizer's own."""
-    return [*model.weights, *model.optimizer.variables]
+    """Return all that a run must keep: weights, dropout's seeds, optimizer's state."""
+    return [*model.variables, *model.optimizer.variables]
 
 
-def _save_state(model, epoch, path):
-    """Write the weights, the optimizer's state and the number of finished epochs."""
+def _save_state(model, rows, path):
+    """Write the weights, the optimizer's state and the history so far, as one file."""
     arrays = {
         f"v{i:04}": ops.convert_to_numpy(variable)
         for i, variable in enumerate(_variables(model))
     }
     with atomic_write(path) as temporary:
-        np.savez(temporary, epoch=epoch, **arrays)
+        np.savez(temporary, history=json.dumps(rows), **arrays)
 
 
 def _load_state(model, path):
-    """Put a saved state into a compiled model; return the number of finished epochs."""
-    with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as state:
-        variables = _variables(model)
-        arrays = [state[name] for name in sorted(state.files) if name != "epoch"]
-        epoch = int(state["epoch"])
-    shapes = [tuple(variable.shape) for variable in variables]
-    if [array.shape for array in arrays] != shapes:
+    """Put a saved state into a compiled model; return the history's rows."""
+    try:
+        # From memory: the file is not kept open, and the next state can replace it.
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as state:
+            arrays = {name: state[name] for name in sorted(state.files)}
+        rows = json.loads(arrays.pop("history").item())
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}). {BEST} beside it is the best model so far; "
+            "to train again choose another run_dir, or delete that folder"
+        ) from error
+    variables = _variables(model)
+    if [a.shape for a in arrays.values()] != [tuple(v.shape) for v in variables]:
         raise ValueError(
             f"{path.parent} holds the run of another model: {len(arrays)} arrays, this "
-            f"one has {len(shapes)}. Choose another run_dir, or delete that folder"
+            f"one has {len(variables)}, or of other shapes. Choose another run_dir, or "
+            "delete that folder"
         )
-    for variable, array in zip(variables, arrays, strict=True):
+    for variable, array in zip(variables, arrays.values(), strict=True):
         variable.assign(array)
-    return epoch
+    return rows
 
 
 def save_model(model, path):
@@ -116,78 +153,103 @@ def save_model(model, path):
         bare.save(temporary)
 
 
-def _describe(model, data):
-    """Return what `model.json` says: the input that the model needs, and of what."""
+def _describe(model, train_data, val_data, loss, learning_rate):
+    """Return what `model.json` says: the input that the model needs, and its making."""
     return {
-        "modalities": list(data.modalities),
+        "modalities": list(train_data.modalities),
         "normalisation": "mean 0, SD 1 over each modality's non-zero voxels",
         "orientation": "LPS",
         "outputs": "labels 0..3" if model.output_shape[-1] == 4 else "WT, TC, ET",
-        "patch_shape": data.patch_shape,
-        "labels": data.settings.get("labels"),
-        "train_cases": data.case_ids,
+        "labels": train_data.settings.get("labels"),
+        "crop_shape": train_data.settings.get("crop_shape"),
+        "scaling": train_data.settings.get("scaling"),
+        "patch_shape": train_data.patch_shape and list(train_data.patch_shape),
+        "batch_size": train_data.batch_size,
+        "augment": train_data.augment,
+        "seed": train_data.seed,
+        "loss": getattr(loss, "__name__", type(loss).__name__),
+        "learning_rate": learning_rate,
+        "train_cases": train_data.case_ids,
+        "val_cases": val_data.case_ids,
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
     }
 
 
+def _begin_or_go_on(model, run_dir, description):
+    """Restore the run that `run_dir` holds, if any; return its history's rows."""
+    if not (run_dir / STATE).exists():
+        (run_dir / BEST).unlink(missing_ok=True)  # of a run that left no state
+        write_json(run_dir / SIDECAR, description)
+        return []
+    before = read_json(run_dir / SIDECAR)
+    changed = [
+        name if isinstance(value, list) else f"{name} ({before.get(name)} -> {value})"
+        for name, value in description.items()
+        if name not in ("keras", "backend") and before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{run_dir} holds a run with other {', '.join(changed)}. Choose another "
+            "run_dir, or delete that folder to train anew"
+        )
+    return _load_state(model, run_dir / STATE)
+
+
+def _mean_dice(row):
+    """Return the mean validation Dice of a history row, -1 where there is none."""
+    values = [row.get(f"val_dice_{region}", np.nan) for region in ENCODED_REGIONS]
+    return float(np.nan_to_num(np.mean(values), nan=-1))
+
+
 class _Keeper(keras.callbacks.Callback):
     """At the end of each epoch: check, save the state, the best model, the history."""
 
-    def __init__(self, run_dir, train_data, val_data, history, epochs, verbose):
+    def __init__(self, run_dir, train_data, val_data, history, max_minutes, bar):
         super().__init__()
-        self.run_dir, self.rows, self.epochs = run_dir, history, epochs
+        self.run_dir, self.rows, self.bar = run_dir, history, bar
         self.train_data, self.val_data = train_data, val_data
-        self.bar = tqdm(
-            total=epochs,
-            initial=len(history),
-            desc="training",
-            unit="epoch",
-            file=sys.stdout,
-            disable=not verbose,
-        )
+        limit_s = np.inf if max_minutes is None else 60 * max_minutes
+        self.deadline = time.perf_counter() + limit_s
 
     def on_epoch_begin(self, epoch, logs=None):
         self.train_data.set_epoch(epoch)
-        self.val_data.set_epoch(0)  # the same patches each time
         self.start = time.perf_counter()
 
+    def on_test_begin(self, logs=None):
+        self.val_data.set_epoch(0)  # the same patches each time
+
     def on_epoch_end(self, epoch, logs=None):
-        finite = np.isfinite(logs["loss"]) and all(
-            bool(ops.all(ops.isfinite(weight))) for weight in self.model.weights
-        )
-        if not finite:
-            raise FloatingPointError(
-                f"epoch {epoch + 1}: the loss or a weight is NaN or infinite. The "
-                f"state of the epoch before is kept in {self.run_dir}. Lower the "
-                "learning rate, or look for a bad volume with check_cases"
-            )
+        self._check_finite(epoch, logs["loss"])
         seconds = time.perf_counter() - self.start
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         row = {"epoch": epoch + 1, "seconds": seconds, "learning_rate": rate}
         self.rows.append({**row, **{k: float(v) for k, v in logs.items()}})
         score = _mean_dice(self.rows[-1])
-        if score is not None and score >= max(
-            s for s in map(_mean_dice, self.rows) if s is not None
-        ):
+        # Until the first validation the newest model is the best there is.
+        best = score >= max(map(_mean_dice, self.rows))
+        if best or not (self.run_dir / BEST).exists():
             save_model(self.model, self.run_dir / BEST)
         with atomic_write(self.run_dir / HISTORY) as temporary:
             pd.DataFrame(self.rows).to_csv(temporary, index=False)
-        _save_state(self.model, epoch + 1, self.run_dir / STATE)
+        _save_state(self.model, self.rows, self.run_dir / STATE)
         shown = {"loss": f"{logs['loss']:.3f}"}
-        shown |= {} if score is None else {"val Dice": f"{score:.3f}"}
+        shown |= {"val Dice": f"{score:.3f}"} if score >= 0 else {}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+        if time.perf_counter() > self.deadline:
+            self.model.stop_training = True
 
-    def on_train_end(self, logs=None):
-        self.bar.close()
-
-
-def _mean_dice(row):
-    """Return the mean validation Dice of a history row, None where there is none."""
-    values = [row.get(f"val_dice_{region}") for region in ENCODED_REGIONS]
-    known = all(value is not None and np.isfinite(value) for value in values)
-    return float(np.mean(values)) if known else None
+    def _check_finite(self, epoch, loss):
+        """Raise if the loss or a weight is NaN or infinite."""
+        weights = self.model.weights
+        if np.isfinite(loss) and all(bool(ops.all(ops.isfinite(w))) for w in weights):
+            return
+        raise FloatingPointError(
+            f"epoch {epoch + 1}: the loss or a weight is NaN or infinite. The state of "
+            f"the epoch before is kept in {self.run_dir}. Lower the learning rate, or "
+            "look for a bad volume with check_cases"
+        )
 
 
 def train(
@@ -200,6 +262,7 @@ def train(
     loss=dice_cross_entropy_loss,
     learning_rate=1e-3,
     validation_freq=1,
+    max_minutes=None,
     verbose=True,
 ):
     """Train a model, or go on with the run that `run_dir` holds.
@@ -228,6 +291,9 @@ def train(
         The highest one, after the warm-up.
     validation_freq : int
         Validate every so many epochs, and after the last.
+    max_minutes : float, optional
+        Stop after the epoch in which this time is up; the same call then goes on. The
+        learning rate stays planned for `epochs`, so give as many as the time allows.
     verbose : bool
         Whether to show a progress bar.
 
@@ -242,31 +308,43 @@ def train(
     FloatingPointError
         If the loss or a weight becomes NaN or infinite; the state before is kept.
     ValueError
-        If `run_dir` holds the run of another model, or `epochs` is less than 1.
+        If `run_dir` holds a run of another model, of other data or other settings, or
+        a damaged one, or if `epochs` is less than 1.
+
+    References
+    ----------
+    Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
+    (the cosine).
     """
     if epochs < 1:
         raise ValueError(f"epochs is at least 1, got {epochs}")
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     _compile(model, loss, learning_rate, epochs * len(train_data))
-    done, rows = 0, []
-    if (run_dir / STATE).exists():
-        done = _load_state(model, run_dir / STATE)
-        rows = pd.read_csv(run_dir / HISTORY).head(done).to_dict("records")
-    if done < epochs:
-        write_json(run_dir / SIDECAR, _describe(model, train_data))
-        keeper = _Keeper(run_dir, train_data, val_data, rows, epochs, verbose)
-        validated = [e for e in range(1, epochs) if e % validation_freq == 0]
-        model.fit(
-            train_data,
-            validation_data=val_data,
-            validation_freq=[*validated, epochs],
-            initial_epoch=done,
-            epochs=epochs,
-            shuffle=False,  # the generator's order is its own
-            verbose=0,
-            callbacks=[keeper],
+    description = _describe(model, train_data, val_data, loss, learning_rate)
+    rows = _begin_or_go_on(model, run_dir, description)
+    if len(rows) < epochs:
+        bar = tqdm(
+            total=epochs,
+            initial=len(rows),
+            desc="training",
+            unit="epoch",
+            file=sys.stdout,  # as text: a saved notebook loses a widget's last state
+            disable=not verbose,
         )
+        keeper = _Keeper(run_dir, train_data, val_data, rows, max_minutes, bar)
+        validated = [e for e in range(1, epochs) if e % validation_freq == 0]
+        with bar:
+            model.fit(
+                train_data,
+                validation_data=val_data,
+                validation_freq=[*validated, epochs],
+                initial_epoch=len(rows),
+                epochs=epochs,
+                shuffle=False,  # the generator's order is its own
+                verbose=0,
+                callbacks=[keeper],
+            )
     best = keras.models.load_model(run_dir / BEST, compile=False)
     model.set_weights(best.get_weights())
     return pd.DataFrame(rows)
