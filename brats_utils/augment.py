@@ -65,12 +65,14 @@ def turn_and_zoom(image, labels, rng):
     matrix = _rotation(degrees) / rng.uniform(*ZOOM)
     middle = (np.array(labels.shape) - 1) / 2
     offset = middle - matrix @ middle
-    turned = np.empty_like(image)
-    for channel in range(image.shape[-1]):
-        turned[..., channel] = ndimage.affine_transform(
-            image[..., channel], matrix, offset, order=1
-        )
-    return turned, ndimage.affine_transform(labels, matrix, offset, order=0)
+    # No spline is fitted below order 2: the prefilter would only copy.
+    place = {"matrix": matrix, "offset": offset, "prefilter": False}
+    channels = [
+        ndimage.affine_transform(channel, order=1, **place)
+        for channel in np.moveaxis(image, -1, 0)
+    ]
+    turned = np.stack(channels, axis=-1)  # (X, Y, Z, C)
+    return turned, ndimage.affine_transform(labels, order=0, **place)
 
 
 def change_intensities(image, rng):
