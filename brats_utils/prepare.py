@@ -15,6 +15,7 @@ import splitfolders
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
+from brats_utils import __version__
 from brats_utils.cases import (
     MODALITIES,
     BratsDataError,
@@ -211,7 +212,19 @@ def _store_channel(volume, box, crop_shape, scaling):
     if scaling == "zscore":
         crop[volume[box] == 0] = 0
     crop = _pad_to(crop, crop_shape, zero).astype(np.float16)
-    return crop, ((mean - offset) / divisor, sd / divisor, zero)
+    return crop, {"mean": (mean - offset) / divisor, "sd": sd / divisor, "zero": zero}
+
+
+def _losses(segmentation, box):
+    """Return how much tumour the crop and the tutorial recipe's window leave out."""
+    tumour = np.count_nonzero(segmentation)
+    lost = tumour - np.count_nonzero(segmentation[box])
+    window_lost = tumour - np.count_nonzero(segmentation[FIXED_WINDOW])
+    return {
+        "lost_voxels": lost,
+        "lost_share": lost / max(1, tumour),
+        "window_lost_share": window_lost / max(1, tumour),
+    }
 
 
 def prepare_case(
@@ -254,19 +267,13 @@ def prepare_case(
     image, segmentation = to_lps(image, affine), to_lps(segmentation, affine)
     box = crop_box(image, segmentation, crop_shape)
     mask = _pad_to(encode_labels(segmentation[box]), crop_shape, 0)
-    tumour = np.count_nonzero(segmentation)
-    lost = tumour - np.count_nonzero(mask)
-    window_lost = tumour - np.count_nonzero(segmentation[FIXED_WINDOW])
     share = np.count_nonzero(mask) / mask.size
-    kept = share >= min_labelled
     row = {
         "case": case.id,
-        "kept": kept,
-        "reason": "" if kept else f"labelled share below {min_labelled:g}",
+        "kept": share >= min_labelled,
+        "reason": "" if share >= min_labelled else f"labelled below {min_labelled:g}",
         "labelled_share": share,
-        "lost_voxels": lost,
-        "lost_share": lost / max(1, tumour),
-        "window_lost_share": window_lost / max(1, tumour),
+        **_losses(segmentation, box),
         "shape": "x".join(map(str, mask.shape)),
     }
     volumes = region_volumes_ml(segmentation, read_grid(case)[2])
@@ -275,9 +282,8 @@ def prepare_case(
     for index, modality in enumerate(modalities):
         crop, statistics = _store_channel(image[..., index], box, crop_shape, scaling)
         channels.append(crop)
-        names = (f"{modality}_mean", f"{modality}_sd", f"{modality}_zero")
-        row |= dict(zip(names, statistics, strict=True))
-    if kept:
+        row |= {f"{modality}_{name}": value for name, value in statistics.items()}
+    if row["kept"]:
         write_npy(Path(out) / "images" / f"{case.id}.npy", np.stack(channels, axis=-1))
         write_npy(Path(out) / "masks" / f"{case.id}.npy", mask)
     return row
@@ -316,28 +322,32 @@ def _attempt(case, out, options):
         return error
 
 
+def _prepare_all(cases, out, options, jobs):
+    """Prepare cases in threads; return their rows, or raise one error for all."""
+    work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
+        delayed(_attempt)(case, out, options) for case in cases
+    )
+    # To stdout, as text: a widget's last state is lost when a notebook is saved.
+    bar = {"total": len(cases), "desc": "preparing", "unit": "case"}
+    rows = list(tqdm(work, file=sys.stdout, **bar))
+    errors = [str(row) for row in rows if isinstance(row, BratsDataError)]
+    if errors:
+        raise BratsDataError(f"{len(errors)} cases are not sound: " + " ".join(errors))
+    return rows
+
+
 def _settings(raw, cases, options):
     """Return what `settings.json` holds: of what and how the volumes were made."""
-    packages = ("numpy", "nibabel", "brats-utils")
-    found = {d.metadata["Name"].lower(): d.version for d in _distributions(packages)}
     if isinstance(raw, list):
         raw = os.path.commonpath([case.images["flair"] for case in raw])
+    packages = {name: importlib.metadata.version(name) for name in ("numpy", "nibabel")}
     return {
         "raw": str(Path(raw).resolve()),
         **options,
         "labels": cases[0].labels,
         "label_map": {str(value): i for i, value in enumerate(LABELS)},
-        "versions": found,
+        "versions": {"brats_utils": __version__, **packages},
     }
-
-
-def _distributions(names):
-    """Yield the installed ones of the named packages."""
-    for name in names:
-        try:
-            yield importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
 
 
 def prepare_dataset(
@@ -394,19 +404,10 @@ def prepare_dataset(
         "modalities": tuple(modalities),
         "scaling": scaling,
     }
-    work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
-        delayed(_attempt)(case, out, options) for case in labelled
-    )
-    # To stdout, as text: a widget's last state is lost when a notebook is saved.
-    bar = {"total": len(labelled), "desc": "preparing", "unit": "case"}
-    rows = list(tqdm(work, file=sys.stdout, **bar))
-    errors = [str(row) for row in rows if isinstance(row, BratsDataError)]
-    if errors:
-        raise BratsDataError(f"{len(errors)} cases are not sound: " + " ".join(errors))
+    rows = _prepare_all(labelled, out, options, jobs)
+    unlabelled = [case.id for case in cases if not case.segmentation]
     rows += [
-        {"case": case.id, "kept": False, "reason": "no segmentation"}
-        for case in cases
-        if not case.segmentation
+        {"case": i, "kept": False, "reason": "no segmentation"} for i in unlabelled
     ]
     report = pd.DataFrame(rows).sort_values("case", ignore_index=True)
     report.to_csv(out / "cases.csv", index=False)

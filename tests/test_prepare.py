@@ -126,7 +126,7 @@ def test_the_report_says_who_is_dropped_and_why(toy_set, tmp_path):
     out, report = prepared_toys(toy_set, tmp_path)
     report = report.set_index("case")
     assert report["kept"].sum() == 4
-    assert report.loc["BraTS20_Training_099", "reason"] == "labelled share below 0.01"
+    assert report.loc["BraTS20_Training_099", "reason"] == "labelled below 0.01"
     assert report.loc["BraTS20_Validation_001", "reason"] == "no segmentation"
     assert len(list((out / "images").iterdir())) == 4
     assert len(pd.read_csv(out / "cases.csv")) == 6
