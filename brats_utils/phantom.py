@@ -24,27 +24,37 @@ MARKER = "PHANTOMS.txt"
 ODD_NAME, ODD_INDEX = "W39_1998.09.19_Segm", 2
 CENTRE_MM = np.array([118.5, 128.5, 78.0])
 
-# Per modality: white matter, grey matter, CSF, in SDs of the brain.
+# Per modality, in SDs of the brain: CSF and grey matter above white matter, vessels
+# and dura, the caps of the ventricles.
 TISSUES = {
-    "flair": (-0.10, 0.50, -2.0),
-    "t1": (0.75, -0.15, -2.2),
-    "t1ce": (0.45, 0.05, -1.7),
-    "t2": (-0.55, 0.15, 2.9),
+    "flair": (-2.0, 0.8, 0.0, 1.2),
+    "t1": (-2.4, -0.8, 0.2, 0.0),
+    "t1ce": (-2.1, -0.3, 2.7, 0.0),
+    "t2": (3.2, 0.6, 0.0, 0.2),
 }
-# Per modality: oedema, necrosis, enhancing tumour, above normal brain: mean (spread).
+# Textures over 1.5, 3, 8 and 25 mm that the modalities share, over 3 and 25 mm (bias
+# field) of each one's own; noise; and texture of tumour over 4 mm.
+TEXTURE_MM = (1.5, 3, 8, 25, 3, 25)
+TEXTURES = {
+    "flair": ((0.10, 0.38, 0.33, -0.36, 0.00, 0.30), 0.07, 0.80),
+    "t1": ((-0.10, 0.54, 0.43, 0.42, 0.00, 0.14), 0.05, 0.20),
+    "t1ce": ((-0.10, 0.37, 0.07, 0.49, 0.51, 0.30), 0.07, 0.50),
+    "t2": ((0.10, 0.48, 0.12, -0.06, 0.00, 0.05), 0.05, 0.70),
+}
+# Oedema, necrosis and enhancing tumour above normal brain: mean, SD over cases.
 CONTRASTS = {
-    "flair": ((2.0, 0.4), (2.3, 0.6), (2.2, 0.6)),
-    "t1": ((0.2, 0.2), (-0.5, 0.3), (-0.1, 0.3)),
-    "t1ce": ((0.0, 0.2), (-0.5, 0.3), (1.75, 0.5)),
-    "t2": ((0.9, 0.3), (2.0, 0.4), (1.25, 0.4)),
+    "flair": ((2.1, 0.7), (2.6, 0.9), (2.5, 0.9)),
+    "t1": ((0.1, 0.3), (-0.5, 0.45), (-0.1, 0.45)),
+    "t1ce": ((-0.1, 0.3), (-0.6, 0.4), (2.1, 0.75)),
+    "t2": ((1.1, 0.45), (2.2, 0.6), (1.45, 0.6)),
 }
-# Per modality: raw mean (median, lowest, highest over cases), raw SD / mean, bias
-# field, shared grain, own grain, noise (SDs of the brain), hottest voxel / 99.5th %.
+# Raw mean of the brain (median, lowest, highest over cases), its SD / mean, hottest
+# voxel / 99.5th percentile.
 SCANNER = {
-    "flair": ((198, 117, 14035), 0.36, 0.35, 0.40, 0.40, 0.14, 1.6),
-    "t1": ((382, 210, 9447), 0.26, 0.30, 0.30, 0.10, 0.10, 1.8),
-    "t1ce": ((417, 47, 9592), 0.30, 0.30, 0.30, 0.30, 0.14, 2.0),
-    "t2": ((442, 115, 11794), 0.39, 0.10, -0.10, 0.25, 0.10, 1.3),
+    "flair": ((198, 117, 14035), 0.36, 1.6),
+    "t1": ((382, 210, 9447), 0.26, 1.8),
+    "t1ce": ((417, 47, 9592), 0.30, 2.0),
+    "t2": ((442, 115, 11794), 0.39, 1.3),
 }
 
 
@@ -64,7 +74,7 @@ def _stretch(coarse, shape):
 def _field(rng, shape, length):
     """Draw a smooth random field of mean 0 and SD 1; `length` in voxels per axis."""
     length = np.maximum(np.broadcast_to(length, 3), 0.4)
-    step = np.maximum(length / 2, 1)
+    step = np.maximum(length / 1.5, 1)
     size = np.ceil(np.array(shape) / step).astype(int) + 2
     noise = rng.standard_normal(size, np.float32)
     noise = ndimage.gaussian_filter(noise, length / step, truncate=3)
@@ -101,18 +111,18 @@ def _brain(rng, points, mm):
     size = rng.normal(1, 0.02) * rng.normal(1, 0.015, 3)
     points = [(p - c) / s + c for p, c, s in zip(points, CENTRE_MM, size, strict=True)]
     shape = np.broadcast_shapes(*(p.shape for p in points))
-    bumps = 2.0 * _field(rng, shape, 14 / mm)
-    cerebrum = _ball(points, (118.5, 128.5, 84), (70, 86, 57), 2.3) + bumps
-    lower = _ball(points, (118.5, 172, 36), (52, 35, 31), 2.2) + 0.5 * bumps
-    stem = _ball(points, (118.5, 150, 22), (15, 17, 40), 3)
+    bumps = 1.5 * _field(rng, shape, 14 / mm)
+    cerebrum = _ball(points, (118.5, 128.5, 84), (69, 85, 55), 2.05) + bumps
+    lower = _ball(points, (118.5, 172, 36), (48, 33, 28), 2.1) + 0.5 * bumps
+    stem = _ball(points, (118.5, 150, 22), (13, 14, 40), 3)
     return cerebrum, np.maximum(lower, stem)
 
 
 def _csf_distances(rng, points, mm, cerebrum, lower, depth):
     """Return mm to the nearest fold or surface, mm to the ventricles, the folds."""
     x, y, z = (p - c for p, c in zip(points, CENTRE_MM, strict=True))
-    fold = _field(rng, depth.shape, 5.5 / mm)
-    sulcus = 7 * np.abs(fold) + 0.5 * np.maximum(depth - 14, 0)
+    fold = _field(rng, depth.shape, 5 / mm)
+    sulcus = 6.5 * np.abs(fold) + 0.5 * np.maximum(depth - 18, 0)
     beyond = (y / 62) ** 2 + ((z - 2) / 24) ** 2 - 1
     fissure = np.abs(x + 1.5 * fold) + 20 * np.maximum(-beyond, 0)
     tentorium = np.abs(cerebrum - lower)
@@ -185,9 +195,10 @@ def _volumes(rng, n_brain, enhances):
 def _tumour_maps(rng, maps, mm):
     """Draw the coarse maps, in mm, whose highest parts are whole tumour and core."""
     room = maps["cerebrum"] - 12 * (maps["ventricle"] < 6) - 12 * (maps["z"] < 40)
+    room = room - 12 * (maps["y"] > 174)
     x = maps["x"] - CENTRE_MM[0]
-    room = room - 0.6 * np.maximum(22 - np.abs(x), 0)
-    seats = np.flatnonzero(room >= min(14, room.max() * 0.9))
+    room = room - 0.3 * np.maximum(20 - np.abs(x), 0)
+    seats = np.flatnonzero(room >= min(rng.uniform(3, 16), room.max() * 0.9))
     seat = rng.choice(seats)
     centre = [maps[axis].flat[seat] for axis in "xyz"]
     turn = np.linalg.qr(rng.standard_normal((3, 3)))[0] * rng.uniform(0.8, 1.25, 3)
@@ -197,12 +208,12 @@ def _tumour_maps(rng, maps, mm):
     )
     radius = -np.sqrt(length).astype(np.float32)
     shape = x.shape
-    rough = 4.5 * _field(rng, shape, 10 / mm) + 2.0 * _field(rng, shape, 4 / mm)
+    rough = 4.5 * _field(rng, shape, 10 / mm) + 2.5 * _field(rng, shape, 4 / mm)
     across = np.maximum(-np.sign(centre[0] - CENTRE_MM[0]) * x, 0)
-    barrier = rng.choice([0.5, 3.0], p=[0.3, 0.7]) * np.minimum(across, 8)
+    barrier = rng.choice([0.1, 3.0], p=[0.4, 0.6]) * np.minimum(across, 8)
     fluid = np.minimum(maps["ventricle"] - 1, maps["cortex"] * 0.7)
     spread = 2.0 * np.clip(fluid - 2.5, -5, 1)
-    whole = radius + 1.3 * rough + spread - barrier
+    whole = radius + rng.uniform(1.0, 1.9) * rough + spread - barrier
     core = radius + 0.6 * rough + 3.0 * _field(rng, shape, 12 / mm) - 0.5 * barrier
     return whole, core
 
@@ -223,21 +234,22 @@ def _tumour(rng, maps, mm, inside, size, enhances):
     )
     speckle = _grain(rng, size, 2)[inside]
     n_whole, n_core, n_enhancing = _volumes(rng, len(whole), enhances)
-    whole += 0.5 * speckle
+    whole += 1.0 * speckle
     limit = _top(whole, n_whole)
     labels = np.where(whole >= limit, 2, 0).astype(np.uint8)
     parts = [_rise(whole - limit, 0.6)]
-    core += 0.4 * speckle
+    core += 0.7 * speckle
     limit = _top(core[labels > 0], n_core)
     parts.append(_rise(core - limit, 0.5) * parts[0])
     tumour_core = (labels > 0) & (core >= limit)
     labels[tumour_core] = 1
     patch = _field(rng, size, 3 / mm)[inside]
-    ring = limit - core + rng.uniform(1.5, 4) * patch + 0.8 * speckle
+    ring = 3 * np.tanh((limit - core) / 4)
+    ring += rng.uniform(0.5, 2) * patch - 4 * np.maximum(speckle - 2.2, 0)
     if n_enhancing:
         limit = _top(ring[tumour_core], n_enhancing)
         labels[tumour_core & (ring >= limit)] = 4
-        parts.append(_rise(ring - limit, 0.6) * parts[1])
+        parts.append(_rise(ring - limit, 0.3) * parts[1])
     else:
         parts.append(np.zeros_like(whole))
     return labels, parts
@@ -256,19 +268,8 @@ def _contrasts(rng, modality):
     return oedema, necrosis, enhancing
 
 
-def _normal_tissue(modality, head, shared):
-    """Return the intensity of healthy brain, in SDs, before noise."""
-    white, grey, csf = TISSUES[modality]
-    image = white + (grey - white) * head["grey"] + (csf - white) * head["csf"]
-    if modality == "flair":  # the bright caps of the ventricles
-        image += 1.2 * np.exp(-np.abs(head["ventricle"] - 2) / 3)
-    if modality == "t1ce":
-        image += 2.6 * head["vessels"]
-    return image + SCANNER[modality][3] * shared
-
-
 def _tissue_maps(rng, maps, size, mm, inside):
-    """Return the shares of grey matter, CSF and vessels in each brain voxel."""
+    """Return the shares of CSF, grey matter, vessels and caps in each brain voxel."""
     fine = {
         k: _stretch(maps[k], size)[inside]
         for k in ("depth", "cortex", "ventricle", "fold")
@@ -279,25 +280,29 @@ def _tissue_maps(rng, maps, size, mm, inside):
     tubes = np.exp(-(fine["fold"] ** 2 + other**2) / 0.05)
     tubes *= _rise(16 - fine["depth"], 2)
     dura = _rise(2.0 - fine["depth"], 0.5) * np.maximum(other, 0)
-    vessels = np.maximum(tubes, dura)
-    return {
-        "csf": csf,
-        "grey": grey,
-        "vessels": vessels,
-        "ventricle": fine["ventricle"],
-        "depth": fine["depth"],
-    }
+    caps = np.exp(-np.abs(fine["ventricle"] - 2) / 3)
+    return csf, grey, np.maximum(tubes, dura), caps
 
 
 def _acquire(rng, modality, image, hot, brightness):
     """Turn an image in SDs of the brain into a scanner's raw values, int16."""
-    (median, low, high), cv, *_, ratio = SCANNER[modality]
+    (median, low, high), cv, hottest = SCANNER[modality]
     image = (image - image.mean()) / image.std()
     raw = np.maximum(1 + cv * rng.uniform(0.85, 1.15) * image, 0.02)
-    ceiling = np.percentile(raw[::7], 99.5)
-    raw = np.minimum(raw, 1.15 * ceiling) + (ratio - 1) * ceiling * hot
+    bright = np.percentile(raw[::7], 99.5)
+    raw = np.minimum(raw, 1.15 * bright)
+    raw = np.maximum(raw, hot * hottest * rng.uniform(0.9, 1.1) * bright)
     mean = np.clip(median * brightness * rng.lognormal(0, 0.3), low, high)
-    return np.clip(np.rint(raw * mean), 1, 32767).astype(np.int16)
+    return np.clip(np.rint(raw * mean / raw.mean()), 1, 32767).astype(np.int16)
+
+
+def _hot_voxels(rng, maps, size, mm, inside):
+    """Return where flow and skin at the brain's edge shine: 0 to 1, nearly all 0."""
+    step = mm * np.array(size) / maps["solid"].shape
+    hot = _field(rng, maps["solid"].shape, 3 / step) - 0.5 * maps["depth"]
+    hot = _stretch(hot, size)[inside]
+    hot = np.maximum(hot - _top(hot, len(hot) // 4000 + 1), 0)
+    return hot / max(hot.max(), 1e-6)
 
 
 def _draw_case(rng, shape, index):
@@ -306,34 +311,39 @@ def _draw_case(rng, shape, index):
     inside = _stretch(maps["solid"], size) > 0
     head = _tissue_maps(rng, maps, size, mm, inside)
     labels, parts = _tumour(rng, maps, mm, inside, size, not _is_low_grade(index))
-    shared = _grain(rng, size, 2)[inside]
-    swelling = _field(rng, size, 6 / mm)[inside]
-    hot = _field(rng, size, 3 / mm)[inside] * _rise(4 - head["depth"], 1)
-    hot = np.clip((hot - _top(hot, len(hot) // 2000 + 1)) / np.ptp(hot) * 3, 0, 1)
-    hot /= max(hot.max(), 1e-6)
+    hot = _hot_voxels(rng, maps, size, mm, inside)
+    grid = maps["solid"].shape
+    step = mm * np.array(size) / grid
+    shared = [_field(rng, grid, length / step) for length in TEXTURE_MM[:4]]
+    # Deep white matter is the calmer part.
+    calm = 0.35 + _rise(8 - maps["cortex"], 2)
+    shared[:3] = [calm * texture for texture in shared[:3]]
     # One case in eight comes from a scanner with values some thirty times higher.
     brightness = rng.lognormal(0, 0.35) * (25 if index % 8 == 3 else 1)
+
+    def place(values):
+        volume = np.zeros(shape, values.dtype, order="F")
+        volume[window][inside] = values
+        return volume
+
     images = {}
     for modality in ALL_MODALITIES:
-        _, _, bias, _, grain, noise, _ = SCANNER[modality]
-        normal = _normal_tissue(modality, head, shared)
-        normal += bias * _field(rng, size, 35 / mm)[inside]
-        own = _grain(rng, size, 1)[inside]
+        weights, noise, patchiness = TEXTURES[modality]
+        own = [_field(rng, grid, length / step) for length in TEXTURE_MM[4:]]
+        own[0] *= calm
+        texture = sum(w * f for w, f in zip(weights, shared + own, strict=True))
+        normal = _stretch(texture, size)[inside]
+        for weight, tissue in zip(TISSUES[modality], head, strict=True):
+            normal += weight * tissue
+        normal -= normal.mean()
+        patches = _stretch(_field(rng, grid, 4 / step), size)[inside]
         oedema, necrosis, enhancing = _contrasts(rng, modality)
-        added = oedema + (necrosis - oedema) * parts[1] + 0.5 * swelling
-        added += (enhancing - necrosis) * parts[2]
-        image = normal * (1 - 0.5 * parts[0]) + added * parts[0]
-        image += grain * own + noise * rng.standard_normal(len(own), np.float32)
-        volume = np.zeros(shape, np.int16, order="F")
-        box = np.zeros(size, np.int16)
-        box[inside] = _acquire(rng, modality, image, hot, brightness)
-        volume[window] = box
-        images[modality] = volume
-    segmentation = np.zeros(shape, np.uint8, order="F")
-    box = np.zeros(size, np.uint8)
-    box[inside] = labels
-    segmentation[window] = box
-    return images, segmentation
+        tumour = oedema + (necrosis - oedema) * parts[1] + patchiness * patches
+        tumour += (enhancing - necrosis) * parts[2]
+        image = normal * (1 - 0.5 * parts[0]) + tumour * parts[0]
+        image += noise * rng.standard_normal(len(image), np.float32)
+        images[modality] = place(_acquire(rng, modality, image, hot, brightness))
+    return images, place(labels)
 
 
 def _write_case(root, kind, index, seed, shape, suffix):
