@@ -5,8 +5,8 @@ import json
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
+from zipfile import BadZipFile
 
 import keras
 import numpy as np
@@ -97,6 +97,13 @@ def _compile(model, loss, learning_rate, steps):
     model.compile(optimizer, loss, metrics=metrics, jit_compile=_jit())
     # Not `optimizer`: with mixed_float16 Keras has wrapped it, to scale the loss.
     model.optimizer.build(model.trainable_variables)
+    # What is not built yet JAX and torch build with a first batch before the first
+    # epoch, and a second worker's batches, queued by then, come again later.
+    voxel = [1] * (len(model.output_shape) - 1)
+    labels = np.zeros([*voxel, 1], np.uint8)
+    outputs = np.full([*voxel, model.output_shape[-1]], 0.5, np.float32)
+    model.compute_loss(None, labels, outputs)
+    model.compute_metrics(None, labels, outputs)
 
 
 def _variables(model):
@@ -121,7 +128,7 @@ def _load_state(model, path):
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as state:
             arrays = {name: state[name] for name in sorted(state.files)}
         rows = json.loads(arrays.pop("history").item())
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
         raise ValueError(
             f"{path} is damaged ({error}). {BEST} beside it is the best model so far; "
             "to train again choose another run_dir, or delete that folder"
@@ -165,6 +172,8 @@ def _describe(model, train_data, val_data, loss, learning_rate):
         "scaling": train_data.settings.get("scaling"),
         "patch_shape": train_data.patch_shape and list(train_data.patch_shape),
         "batch_size": train_data.batch_size,
+        "patches_per_case": train_data.patches_per_case,
+        "tumour_share": train_data.tumour_share,
         "augment": train_data.augment,
         "seed": train_data.seed,
         "loss": getattr(loss, "__name__", type(loss).__name__),

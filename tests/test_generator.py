@@ -2,13 +2,17 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import keras
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import toy_volumes
 
 from brats_utils.generator import BratsGenerator
+from brats_utils.labels import encode_labels
+from brats_utils.prepare import brain_box, prepare_dataset, split_dataset, standardise
 
 MODALITIES = ["flair", "t1ce", "t2"]
 SHAPE = (24, 24, 16)
@@ -57,6 +61,21 @@ def test_a_batch_is_standardised_and_background_is_exactly_zero(split):
     np.testing.assert_array_equal(x[:, 5, 5, 5, 0], (np.array(order) - 1) / 4)
     np.testing.assert_array_equal(x[:, 12, 12, 8, 2], np.array(order) / 4)
     np.testing.assert_array_equal(np.unique(y), [0, 1, 2, 3])
+
+
+def test_prepared_cases_are_seen_as_standardised_scans(tmp_path, toy_set):
+    prepare_dataset(toy_set, tmp_path / "prepared", crop_shape=None, jobs=1)
+    split_dataset(tmp_path / "prepared", tmp_path / "split")
+    generator = BratsGenerator(tmp_path / "split" / "train", batch_size=3)
+    x, y = generator[0]
+    for image, labels, (case_id, _) in zip(x, y, generator.order(), strict=True):
+        raw, segmentation = toy_volumes(int(case_id[-3:]))
+        whole = standardise(np.stack([raw[m] for m in MODALITIES], axis=-1))
+        box = brain_box(whole)
+        # Half precision is good to 2^-12 of the range, some 1.5 SD here.
+        np.testing.assert_allclose(image, whole[box], atol=5e-3)
+        np.testing.assert_array_equal(image == 0, whole[box] == 0)
+        np.testing.assert_array_equal(labels[..., 0], encode_labels(segmentation[box]))
 
 
 def test_background_other_than_zero_is_still_background(split):
@@ -213,11 +232,23 @@ def test_a_damaged_volume_is_named_in_a_thread_too(split):
         model.fit(BratsGenerator(split, workers=2), verbose=0)
 
 
-def test_pickled_objects_are_refused(split):
-    path = split / "images" / "case_001.npy"
-    np.save(path, np.array([{"any": "object"}], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="case_001"):
-        list(BratsGenerator(split))
+class Trap:
+    """Makes a file as soon as it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickled_objects_are_refused_and_not_executed(split, tmp_path):
+    trap = np.array([Trap(tmp_path / "executed")], dtype=object)
+    np.save(split / "images" / "case_001.npy", trap, allow_pickle=True)
+    for cache in (False, True):
+        with pytest.raises(ValueError, match="case_001"):
+            list(BratsGenerator(split, cache=cache))
+    assert not (tmp_path / "executed").exists()
 
 
 def test_an_image_that_does_not_fit_its_mask_is_named(split):

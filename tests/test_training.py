@@ -1,0 +1,282 @@
+"""Training: goes down, stops, goes on bit for bit, refuses what does not belong."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import write_case
+
+from brats_utils import training
+from brats_utils.files import read_json
+from brats_utils.generator import BratsGenerator
+from brats_utils.model import unet
+from brats_utils.prepare import prepare_dataset, split_dataset
+from brats_utils.training import has_gpu, train
+
+PATCHES = {"patch_shape": (8, 8, 8), "tumour_share": 1, "batch_size": 2}
+REGIONS = ("WT", "TC", "ET")
+
+
+class Recorder(BratsGenerator):
+    """A generator that notes what Keras asks for, and may be stopped on the way."""
+
+    fail_at = None
+
+    def _sample(self, case_id, epoch, draw):
+        if not hasattr(self, "seen"):
+            self.seen = []
+        sample = super()._sample(case_id, epoch, draw)
+        self.seen.append((epoch, case_id, draw, sample[0].tobytes()))
+        return sample
+
+    def on_epoch_end(self):
+        if self.fail_at == self.epoch:  # after its batches, before its state is kept
+            raise KeyboardInterrupt
+        super().on_epoch_end()
+
+
+def tiny_unet(filters=2, seed=1, depth=1):
+    keras.utils.set_random_seed(seed)
+    return unet((8, 8, 8, 3), filters=filters, depth=depth)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    """Three toy cases to learn from and one to validate."""
+    root = tmp_path_factory.mktemp("toys")
+    for seed in range(1, 5):
+        write_case(root / "raw", f"BraTS20_Training_{seed:03}", seed=seed)
+    prepare_dataset(root / "raw", root / "prepared", crop_shape=(16, 16, 8), jobs=1)
+    split_dataset(root / "prepared", root / "split")
+    return root / "split"
+
+
+def data(split, **options):
+    options = {**PATCHES, **options}
+    return Recorder(split / "train", **options), Recorder(split / "val", **PATCHES)
+
+
+def run(split, run_dir, epochs=4, *, model=None, train_data=None, **options):
+    model = model or tiny_unet()
+    default, val_data = data(split, augment=True)
+    train_data = train_data or default
+    options = {"learning_rate": 0.02, "validation_freq": 2, "verbose": False, **options}
+    history = train(model, train_data, val_data, run_dir, epochs=epochs, **options)
+    return model, history, train_data, val_data
+
+
+@pytest.fixture(scope="module")
+def finished(split, tmp_path_factory):
+    """Four epochs, validated every second one."""
+    run_dir = tmp_path_factory.mktemp("run")
+    return run_dir, *run(split, run_dir)
+
+
+def variables(run_dir):
+    """Return what was saved of the model and its optimizer."""
+    with np.load(run_dir / "last.npz", allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files if name[0] == "v"}
+
+
+def test_the_loss_goes_down_and_the_history_says_so(finished):
+    run_dir, _, history, *_ = finished
+    assert history["epoch"].tolist() == [1, 2, 3, 4]
+    assert history["loss"].iloc[-1] < history["loss"].iloc[0]
+    measured = ["loss"] + [f"dice_{region}" for region in REGIONS]
+    expected = {"epoch", "seconds", "learning_rate", *measured}
+    assert set(history) == expected | {f"val_{name}" for name in measured}
+    # 4 epochs of 2 steps: one step of warm-up, then a cosine that ends at 0.
+    assert history["learning_rate"].iloc[-1] == pytest.approx(0, abs=1e-8)
+    assert (history["learning_rate"] <= 0.02).all()
+    table = pd.read_csv(run_dir / "history.csv", float_precision="round_trip")
+    pd.testing.assert_frame_equal(table, history, check_exact=True)
+
+
+def test_validation_leaves_gaps(finished):
+    history = finished[2]
+    gaps = history["val_dice_WT"].isna().tolist()
+    assert gaps == [True, False, True, False]
+
+
+def test_keras_asks_for_the_generators_order(finished):
+    train_data = finished[3]
+    asked = [draw[:3] for draw in train_data.seen]
+    for epoch in range(4):
+        expected = [(epoch, *draw) for draw in train_data.order(epoch)]
+        # Keras looks at the first batches once before it begins, to know their shapes.
+        assert [draw for draw in asked if draw[0] == epoch][-3:] == expected
+    assert asked[-12:] == [(e, *d) for e in range(4) for d in train_data.order(e)]
+
+
+def test_validation_patches_are_the_same_each_time(finished):
+    val_data = finished[4]
+    assert len(val_data.seen) >= 2 and len(set(val_data.seen)) == 1
+
+
+def test_the_best_model_reloads_without_custom_objects(finished):
+    run_dir, model, history, *_ = finished
+    best = keras.models.load_model(run_dir / "best.keras", safe_mode=True)
+    assert not best.compiled
+    for mine, theirs in zip(best.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    with zipfile.ZipFile(run_dir / "best.keras") as archive:
+        assert b"brats_utils" not in archive.read("config.json")
+    sidecar = read_json(run_dir / "model.json")
+    assert sidecar["modalities"] == ["flair", "t1ce", "t2"]
+    assert sidecar["outputs"] == "labels 0..3" and len(sidecar["train_cases"]) == 3
+
+
+def test_a_finished_run_returns_its_best_weights(finished, split):
+    run_dir, model, history, *_ = finished
+    before = (run_dir / "last.npz").stat().st_mtime_ns
+    again, table, *_ = run(split, run_dir, model=tiny_unet(seed=7))
+    assert table["loss"].tolist() == history["loss"].tolist()
+    for mine, theirs in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    assert (run_dir / "last.npz").stat().st_mtime_ns == before
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(finished, split, tmp_path):
+    assert len(run(split, tmp_path, max_minutes=0)[1]) == 1
+    stopped, _ = data(split, augment=True)
+    stopped.fail_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(split, tmp_path, train_data=stopped)
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 2
+    resumed, _ = data(split, augment=True, workers=2)
+    _, history, *_ = run(split, tmp_path, model=tiny_unet(seed=7), train_data=resumed)
+    expected, found = variables(finished[0]), variables(tmp_path)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    pd.testing.assert_frame_equal(
+        history.drop(columns="seconds"),
+        finished[2].drop(columns="seconds"),
+        check_exact=True,
+    )
+    assert not list(tmp_path.glob(".writing-*"))
+
+
+def test_another_model_is_refused_and_nothing_changes(finished, split):
+    run_dir = finished[0]
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with pytest.raises(ValueError, match="another model.*run_dir"):
+        run(split, run_dir, epochs=5, model=tiny_unet(filters=3))
+    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
+
+
+def test_a_damaged_state_is_refused(finished, tmp_path):
+    path = tmp_path / "last.npz"
+    good = (finished[0] / "last.npz").read_bytes()
+    model = tiny_unet()
+    training._compile(model, "mse", 0.01, 8)
+    rng = np.random.default_rng(0)
+    refused = 0
+    method = good.index(b"PK\1\2") + 10  # where zip says how it compressed
+    for place in [method, *rng.integers(0, len(good), 100)]:
+        damaged = bytearray(good)
+        damaged[place] ^= 1 if place == method else 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try:
+            training._load_state(model, path)
+        except ValueError as error:
+            refused += 1
+            assert str(path.parent) in str(error) and "another run_dir" in str(error)
+            continue
+        mine = [keras.ops.convert_to_numpy(v) for v in training._variables(model)]
+        for value, expected in zip(mine, variables(finished[0]).values(), strict=True):
+            np.testing.assert_array_equal(value, expected)
+    assert refused > 50  # the others hit what nothing reads, such as dates
+    path.write_bytes(good[:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        training._load_state(model, path)
+
+
+def test_nan_stops_the_run_and_keeps_the_last_state(finished, split, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    folder = tmp_path / "split"
+    shutil.copytree(split, folder)  # follows links: files of its own
+    path = next((folder / "train" / "images").iterdir())
+    image = np.load(path)
+    image[8, 8, 4] = np.nan  # the tumour's middle, in every patch
+    np.save(path, image)
+    before = (tmp_path / "run" / "last.npz").read_bytes()
+    with pytest.raises(FloatingPointError, match="epoch 5.*state of the epoch before"):
+        run(folder, tmp_path / "run", epochs=5)
+    assert (tmp_path / "run" / "last.npz").read_bytes() == before
+    best = keras.models.load_model(tmp_path / "run" / "best.keras")
+    assert all(np.isfinite(weight).all() for weight in best.get_weights())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"learning_rate": 0.01},
+        {"patches_per_case": 2},
+        {"tumour_share": 0.5},
+        {"batch_size": 1},
+        {"seed": 3},
+    ],
+)
+def test_other_settings_are_refused_by_name(finished, split, other):
+    (name,) = other
+    options = other if name == "learning_rate" else {}
+    train_data, _ = data(split, augment=True, **({} if options else other))
+    with pytest.raises(ValueError, match=f"other {name}"):
+        run(split, finished[0], epochs=5, train_data=train_data, **options)
+
+
+def test_no_epochs_are_refused(split, tmp_path):
+    with pytest.raises(ValueError, match="at least 1"):
+        run(split, tmp_path / "run", epochs=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_gpu_here_is_no_error():
+    assert has_gpu() in (True, False)
+
+
+JAX_RUNS = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import keras
+from test_training import data, run, tiny_unet
+split, out = map(Path, sys.argv[1:3])
+losses = []
+for workers in (1, 2):
+    train_data, _ = data(split, augment=True, workers=workers)
+    history = run(
+        split, out / str(workers), 2, model=tiny_unet(depth=2), train_data=train_data
+    )[1]
+    losses.append(history["loss"].tolist())
+print(json.dumps([keras.backend.backend(), losses]))
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax") is None, reason="JAX is not installed"
+)
+def test_jax_trains_alike_with_one_worker_and_two(split, tmp_path):
+    here = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", JAX_RUNS, split, tmp_path, here],
+        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    backend, (one, two) = json.loads(result.stdout.splitlines()[-1])
+    assert backend == "jax" and np.isfinite(one).all() and len(one) == 2
+    # Batches left in a queue would come an epoch late with two.
+    assert one == two
