@@ -315,44 +315,40 @@ def load_labels(path, labels="0124"):
     return segmentation, affine
 
 
-def _check_same_grid(case_id, path, shape, affine, first):
-    """Raise if a volume lies on another grid than the first of its case."""
-    first_path, first_shape, first_affine = first
-    if shape != first_shape:
-        raise BratsDataError(
-            f"shape {shape}, but {first_path.name} has {first_shape}",
-            case=case_id,
-            file=path,
-        )
-    if not np.allclose(affine, first_affine, atol=1e-3):
-        raise BratsDataError(
-            f"its grid (affine) differs from that of {first_path.name}",
-            case=case_id,
-            file=path,
-            advice="All volumes of a case must lie on one grid; register them first",
-        )
-
-
-def _read_image(case_id, path):
+def _read_image(path):
     """Return one modality as float32 (X, Y, Z), checked voxel by voxel, and affine."""
     volume, affine, _ = _read(path)
     volume = volume.astype(np.float32)
-    bad = np.size(volume) - np.count_nonzero(np.isfinite(volume))
+    bad = volume.size - np.count_nonzero(np.isfinite(volume))
+    problem = None
     if bad or not np.isfinite(affine).all():
-        raise BratsDataError(
-            f"{bad} voxels are NaN or infinite" if bad else "its affine is not finite",
-            case=case_id,
-            file=path,
-            advice="Download it again, or leave this case out",
-        )
-    if volume.min() == volume.max():
-        raise BratsDataError(
-            f"a blank volume: every voxel is {volume.flat[0]:g}",
-            case=case_id,
-            file=path,
-            advice="Download it again, or leave this case out",
-        )
+        problem = f"{bad} voxels are NaN or infinite" if bad else "NaN in its affine"
+    elif volume.min() == volume.max():
+        problem = f"a blank volume: every voxel is {volume.flat[0]:g}"
+    if problem:
+        advice = "Download it again, or leave this case out"
+        raise BratsDataError(problem, file=path, advice=advice)
     return volume, affine
+
+
+def _read_of_case(case, path, grid=None):
+    """Return a volume of a case and its grid; raise if that is not the given one.
+
+    A grid is (path of the first file, shape, affine).
+    """
+    if path == case.segmentation:
+        volume, affine = load_labels(path, case.labels)
+    else:
+        volume, affine = _read_image(path)
+    grid = grid or (path, volume.shape, affine)
+    if volume.shape != grid[1]:
+        problem = f"shape {volume.shape}, but {grid[0].name} has {grid[1]}"
+    elif not np.allclose(affine, grid[2], atol=1e-3):
+        problem = f"its grid (affine) differs from that of {grid[0].name}"
+    else:
+        return volume, grid
+    advice = "All volumes of a case must lie on one grid; register them first"
+    raise BratsDataError(problem, case=case.id, file=path, advice=advice)
 
 
 def load_case(case, modalities=MODALITIES):
@@ -380,23 +376,18 @@ def load_case(case, modalities=MODALITIES):
         If a file cannot be read, is blank, holds NaN or infinity or a wrong label, or
         if the files do not lie on one grid.
     """
-    channels, segmentation, first = [], None, None
-    for modality in modalities:
-        path = case.images[modality]
-        volume, affine = _read_image(case.id, path)
-        first = first or (path, volume.shape, affine)
-        _check_same_grid(case.id, path, volume.shape, affine, first)
-        channels.append(volume)
-    if case.segmentation:
-        segmentation, affine = load_labels(case.segmentation, case.labels)
-        first = first or (case.segmentation, segmentation.shape, affine)
-        _check_same_grid(case.id, case.segmentation, segmentation.shape, affine, first)
-    if first is None:
-        return np.empty((*read_grid(case)[0], 0), np.float32), None, read_grid(case)[1]
-    image = np.empty((*first[1], len(channels)), np.float32)  # (X, Y, Z, C)
-    for index, volume in enumerate(channels):
-        image[..., index] = volume
-    return image, segmentation, first[2]
+    paths = [case.images[modality] for modality in modalities]
+    paths += [case.segmentation] if case.segmentation else []
+    volumes, grid = [], None
+    for path in paths:
+        volume, grid = _read_of_case(case, path, grid)
+        volumes.append(volume)
+    shape, affine = grid[1:] if grid else read_grid(case)[:2]
+    segmentation = volumes.pop() if case.segmentation else None
+    image = np.empty((*shape, len(volumes)), np.float32)  # (X, Y, Z, C)
+    for channel, volume in enumerate(volumes):
+        image[..., channel] = volume
+    return image, segmentation, affine
 
 
 def check_cases(cases):
@@ -416,17 +407,10 @@ def check_cases(cases):
 
     rows = []
     for case in cases:
-        first = None
-        for path in (*case.images.values(), case.segmentation):
-            if path is None:
-                continue
+        grid = None
+        for path in filter(None, (*case.images.values(), case.segmentation)):
             try:
-                if path == case.segmentation:
-                    volume, affine = load_labels(path, case.labels)
-                else:
-                    volume, affine = _read_image(case.id, path)
-                first = first or (path, volume.shape, affine)
-                _check_same_grid(case.id, path, volume.shape, affine, first)
+                grid = _read_of_case(case, path, grid)[1]
             except BratsDataError as error:
                 rows.append((case.id, str(path), error.problem, error.advice or ""))
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
@@ -454,6 +438,12 @@ def read_grid(case):
     return image.shape[:3], image.affine, spacing_mm
 
 
+def _turn(volume, start, end):
+    """Swap and flip axes from one orientation to another."""
+    turn = nib.orientations.ornt_transform(start, end)
+    return nib.orientations.apply_orientation(volume, turn)
+
+
 def to_lps(volume, affine):
     """Turn a volume into LPS order: X to the left, Y to the back, Z to the head.
 
@@ -469,9 +459,7 @@ def to_lps(volume, affine):
     volume : array
         Axes swapped and flipped, no voxel changed; a view where possible.
     """
-    stored = nib.orientations.io_orientation(affine)
-    turn = nib.orientations.ornt_transform(stored, _LPS)
-    return nib.orientations.apply_orientation(volume, turn)
+    return _turn(volume, nib.orientations.io_orientation(affine), _LPS)
 
 
 def from_lps(volume, affine):
@@ -489,9 +477,7 @@ def from_lps(volume, affine):
     volume : array
         On the stored grid.
     """
-    stored = nib.orientations.io_orientation(affine)
-    turn = nib.orientations.ornt_transform(_LPS, stored)
-    return nib.orientations.apply_orientation(volume, turn)
+    return _turn(volume, _LPS, nib.orientations.io_orientation(affine))
 
 
 def save_volume(volume, affine, path):
