@@ -235,6 +235,65 @@ def test_other_settings_are_refused_by_name(finished, split, other):
         run(split, finished[0], epochs=5, train_data=train_data, **options)
 
 
+def test_the_best_epoch_is_kept_and_not_the_last(split, tmp_path, monkeypatch):
+    score = {1: -1, 2: 0.2, 3: 0.9, 4: 0.4}
+    monkeypatch.setattr(training, "_mean_dice", lambda row: score[row["epoch"]])
+    keep, saved = training.save_model, []
+
+    def note_and_keep(model, path):
+        keep(model, path)
+        saved.append(model.get_weights())
+
+    monkeypatch.setattr(training, "save_model", note_and_keep)
+    model, *_ = run(split, tmp_path)
+    assert len(saved) == 3  # the first until one is validated, then 0.2 and 0.9
+    for mine, best in zip(model.get_weights(), saved[-1], strict=True):
+        np.testing.assert_array_equal(mine, best)
+
+
+def test_a_call_stops_after_the_epoch_in_which_its_time_is_up(split, tmp_path):
+    for n_epochs in (1, 2):  # not validated yet, and still there is a model to use
+        _, history, *_ = run(
+            split, tmp_path, epochs=9, validation_freq=9, max_minutes=0
+        )
+        assert history["epoch"].tolist() == list(range(1, n_epochs + 1))
+    assert (tmp_path / "best.keras").exists()
+
+
+def test_a_run_in_mixed_precision_goes_on_with_its_loss_scale(split, tmp_path):
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        # Convolutions of half precision do not run on a CPU; dense layers do.
+        x = inputs = keras.Input((8, 8, 8, 3))
+        x = keras.layers.Dropout(0.1)(keras.layers.Dense(4)(x))
+        x = keras.layers.Dense(4, activation="softmax", dtype="float32")(x)
+        models = [keras.models.clone_model(keras.Model(inputs, x)) for _ in range(2)]
+        for epochs, model in enumerate(models, start=1):
+            run(split, tmp_path, epochs, model=model)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert int(models[1].optimizer.iterations) == 4  # 2 epochs of 2 steps
+    scales = [float(model.optimizer.dynamic_scale) for model in models]
+    assert scales[0] == scales[1] > 1
+
+
+@pytest.mark.parametrize(
+    "gpu, answer, policy",
+    [
+        (False, "9.0", "float32"),
+        (True, "9.0", "mixed_bfloat16"),
+        (True, "8.0\n7.5", "mixed_float16"),
+        (True, "6.1", "float32"),
+        (True, "no devices", "float32"),
+    ],
+)
+def test_the_precision_follows_the_weakest_gpu(monkeypatch, gpu, answer, policy):
+    monkeypatch.setattr(training, "has_gpu", lambda: gpu)
+    done = subprocess.CompletedProcess([], 0, stdout=answer)
+    monkeypatch.setattr(training.subprocess, "run", lambda *args, **kwargs: done)
+    assert training.choose_precision() == policy
+
+
 def test_no_epochs_are_refused(split, tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         run(split, tmp_path / "run", epochs=0)
