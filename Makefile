@@ -26,7 +26,8 @@ $(STAMP): requirements.txt pyproject.toml
 run: $(STAMP)
 	@for notebook in $(NOTEBOOKS); do \
 	  echo "running $$notebook"; \
-	  $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	  $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace \
+	    --CoalesceStreamsPreprocessor.enabled=True \
 	    --ExecutePreprocessor.timeout=-1 $$notebook || exit 1; \
 	done
 	@$(BIN)/nbstripout --keep-output $(NOTEBOOKS)

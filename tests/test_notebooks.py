@@ -1,0 +1,117 @@
+"""The notebooks: clean as committed, and run alone, twice, and top to bottom."""
+
+import os
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pandas as pd
+import pytest
+
+from brats_utils.cases import find_cases, load_labels
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TINY = {
+    "N_PHANTOMS": "6",
+    "PHANTOM_SHAPE": "48,48,40",
+    "CROP_SHAPE": "32,32,32",
+    "MIN_LABELLED": "0.001",
+    "PATCH_SHAPE": "32,32,32",
+    "FILTERS": "4",
+    "DEPTH": "3",
+    "EPOCHS": "2",
+    "OVERFIT_STEPS": "3",
+    "LIBRARY_STEPS": "1",
+}
+SECRETS = re.compile(
+    r"/(home|root|Users)/\w|KAGGLE_KEY\s*=|\"key\"\s*:\s*\"[0-9a-f]{32}|"
+    r"-----BEGIN|AKIA[0-9A-Z]{16}|gh[pousr]_\w{30}|hf_\w{30}"
+)
+
+
+def code_of(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def execute(path, data, monkeypatch, **settings):
+    """Run a notebook with its own folder as the current one; return it."""
+    for name, value in {**settings, "DATA": str(data)}.items():
+        monkeypatch.setenv(f"BRATS_{name}", value)
+    notebook = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}
+    )
+    return client.execute()
+
+
+def test_there_are_four():
+    names = ["01_prepare", "02_generator", "03_model", "04_train_predict"]
+    assert [path.stem for path in NOTEBOOKS] == names
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_with_pictures_clean_and_without_errors(path):
+    notebook = nbformat.read(path, as_version=4)
+    outputs = [output for cell in code_of(notebook) for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2
+    assert all(cell.execution_count is None for cell in code_of(notebook))
+    assert path.stat().st_size < 1.5e6
+    assert any("parameters" in c.metadata.get("tags", []) for c in code_of(notebook))
+
+
+def find_secrets(text):
+    return SECRETS.findall(text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_secret_and_no_home_path(path):
+    assert not find_secrets(path.read_text(encoding="utf-8"))
+
+
+def test_the_secret_scan_can_fail():
+    assert find_secrets('{"username":"me","key":"0123456789abcdef0123456789abcdef"}')
+    assert find_secrets("saved to /home/me/BraTS2020/data")
+
+
+@pytest.mark.notebooks
+def test_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatch):
+    for name in ("RAW", "MODEL"):
+        monkeypatch.delenv(f"BRATS_{name}", raising=False)
+    for path in NOTEBOOKS:
+        execute(path, tmp_path, monkeypatch, **TINY)
+    scores = pd.read_csv(next((tmp_path / "predictions").rglob("scores.csv")))
+    assert {"case", "dice_WT", "hd95_ET", "mean_iou"} <= set(scores.columns)
+    for path in reversed(NOTEBOOKS):
+        execute(path, tmp_path, monkeypatch, **TINY)
+
+
+@pytest.mark.notebooks
+def test_later_notebooks_alone_say_what_is_missing(tmp_path, monkeypatch):
+    for path in NOTEBOOKS[1:]:
+        with pytest.raises(nbclient.exceptions.CellExecutionError, match="01_prepare"):
+            execute(path, tmp_path / "empty", monkeypatch, **TINY)
+
+
+@pytest.mark.notebooks
+def test_the_real_cases_from_scan_to_label_map(real_cases, tmp_path, monkeypatch):
+    small = {"FILTERS": "4", "DEPTH": "4", "EPOCHS": "1"}
+    small |= {"PATCH_SHAPE": "64,64,64"}
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    for folder in sorted(os.scandir(real_cases), key=lambda entry: entry.name):
+        if folder.is_dir() and len(os.listdir(raw)) < 4:
+            (raw / folder.name).symlink_to(os.path.abspath(folder.path))
+    for path in (NOTEBOOKS[0], NOTEBOOKS[3]):
+        execute(path, tmp_path, monkeypatch, RAW=str(raw), **small)
+    written = list((tmp_path / "predictions").rglob("*.nii.gz"))
+    cases = {case.id: case for case in find_cases(raw)}
+    assert written
+    for path in written:
+        segmentation, affine = load_labels(path)
+        case = cases[path.name.removesuffix(".nii.gz")]
+        truth, expected = load_labels(case.segmentation)
+        assert segmentation.shape == truth.shape
+        assert (affine == expected).all()
