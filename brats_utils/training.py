@@ -145,17 +145,27 @@ def _load_state(model, path):
     return rows
 
 
+def _in_float32(layer):
+    """Return a layer like this one that computes in float32."""
+    return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+
 def save_model(model, path):
     """Save architecture and weights alone, so that Keras reloads it by itself.
 
     Parameters
     ----------
     model : keras.Model
-        Functional; neither its loss nor its optimizer is written.
+        Functional; neither its loss nor its optimizer is written. Mixed precision is
+        saved as float32: half precision cannot be pooled on a CPU.
     path : path
         Ends in `.keras`.
     """
-    bare = keras.Model(model.inputs, model.outputs, name=model.name)
+    if all(layer.compute_dtype == "float32" for layer in model.layers):
+        bare = keras.Model(model.inputs, model.outputs, name=model.name)
+    else:
+        bare = keras.models.clone_model(model, clone_function=_in_float32)
+        bare.set_weights(model.get_weights())
     with atomic_write(path) as temporary:
         bare.save(temporary)
 

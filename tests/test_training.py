@@ -251,6 +251,20 @@ def test_the_best_epoch_is_kept_and_not_the_last(split, tmp_path, monkeypatch):
         np.testing.assert_array_equal(mine, best)
 
 
+def test_a_model_of_half_precision_predicts_on_a_cpu_once_saved(tmp_path):
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        model = tiny_unet(depth=2)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    training.save_model(model, tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for mine, saved in zip(model.get_weights(), loaded.get_weights(), strict=True):
+        np.testing.assert_array_equal(mine, saved)
+    image = np.zeros((1, 8, 8, 8, 3), np.float32)
+    assert loaded.predict_on_batch(image).shape == (1, 8, 8, 8, 4)
+
+
 def test_a_call_stops_after_the_epoch_in_which_its_time_is_up(split, tmp_path):
     for n_epochs in (1, 2):  # not validated yet, and still there is a model to use
         _, history, *_ = run(
