@@ -221,6 +221,18 @@ def _mean_dice(row):
     return float(np.nan_to_num(np.mean(values), nan=-1))
 
 
+def _progress_bar(done, epochs, verbose):
+    """Return a bar of one line that counts epochs, with `done` of them behind it."""
+    return tqdm(
+        total=epochs,
+        initial=done,
+        desc="training",
+        unit="epoch",
+        file=sys.stdout,  # as text: a saved notebook loses a widget's last state
+        disable=not verbose,
+    )
+
+
 class _Keeper(keras.callbacks.Callback):
     """At the end of each epoch: check, save the state, the best model, the history."""
 
@@ -343,14 +355,7 @@ def train(
     description = _describe(model, train_data, val_data, loss, learning_rate)
     rows = _begin_or_go_on(model, run_dir, description)
     if len(rows) < epochs:
-        bar = tqdm(
-            total=epochs,
-            initial=len(rows),
-            desc="training",
-            unit="epoch",
-            file=sys.stdout,  # as text: a saved notebook loses a widget's last state
-            disable=not verbose,
-        )
+        bar = _progress_bar(len(rows), epochs, verbose)
         keeper = _Keeper(run_dir, train_data, val_data, rows, max_minutes, bar)
         validated = [e for e in range(1, epochs) if e % validation_freq == 0]
         with bar:
