@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import math
+import sys
 import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from brats_utils.cases import (
     ALL_MODALITIES,
@@ -309,7 +310,7 @@ def predict_cases(model, cases, out_dir, **options):
     if not isinstance(model, keras.Model):
         model = load_model(model)
     paths = []
-    for case in tqdm(cases, desc="predicting", unit="case"):
+    for case in tqdm(cases, desc="predicting", unit="case", file=sys.stdout):
         paths.append(Path(out_dir) / f"{case.id}.nii.gz")
         save_segmentation(predict_case(model, case, **options), case, paths[-1])
     return paths

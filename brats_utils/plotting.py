@@ -4,6 +4,8 @@ Volumes are expected in LPS order, as BraTS stores them and `to_lps` makes them:
 patient's right is then on the picture's left, the front or the head on top.
 """
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
@@ -386,18 +388,26 @@ def browse(image, segmentation=None, prediction=None, *, axis=2, spacing_mm=(1, 
     else:
         draw, arrays = plot_prediction, (image, segmentation, prediction)
 
-    def show(index):
-        draw(*arrays, index=index, axis=axis, spacing_mm=spacing_mm)
-        plt.show()
+    def picture(index):
+        figure = draw(*arrays, index=index, axis=axis, spacing_mm=spacing_mm)[0].figure
+        plt.close(figure)
+        return figure
 
     start = best_slice(np.zeros(image.shape[:3]) if labels is None else labels, axis)
-    still = draw(*arrays, index=start, axis=axis, spacing_mm=spacing_mm)[0].figure
-    display(still)
-    plt.close(still)  # or the widget's plt.show() would show it again
+    display(picture(start))
     try:
-        from ipywidgets import IntSlider, interact
+        from ipywidgets import Image, IntSlider, VBox
     except ImportError:
         return
+
+    def png(index):
+        with io.BytesIO() as file:
+            picture(index).savefig(file, format="png")
+            return file.getvalue()
+
+    # A picture that is exchanged, not an Output widget: those stall headless runners.
+    shown = Image(value=png(start), format="png")
     slider = IntSlider(start, 0, image.shape[axis] - 1, continuous_update=False)
     slider.description = PLANES[axis]
-    interact(show, index=slider)
+    slider.observe(lambda change: setattr(shown, "value", png(change["new"])), "value")
+    display(VBox([slider, shown]))
