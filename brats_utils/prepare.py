@@ -444,7 +444,7 @@ def _link_side(prepared, case_ids, folder, final):
                 link.symlink_to(os.path.relpath(source, final.resolve() / kind))
             except OSError:  # Windows without the right to link, some network drives
                 shutil.copyfile(source, link)
-    report = pd.read_csv(prepared / "cases.csv")
+    report = pd.read_csv(prepared / "cases.csv", dtype={"case": str})
     report[report["case"].isin(case_ids)].to_csv(folder / "cases.csv", index=False)
     shutil.copyfile(prepared / "settings.json", folder / "settings.json")
 
