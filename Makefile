@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+NBCONVERT := $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --inplace
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
@@ -23,12 +24,14 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps segmentation-models-3D==1.1.1 classification-models-3D==1.1.0
 	touch $@
 
+# TensorFlow's start-up lines stay out of the notebooks; of a progress bar its end is kept.
 run: $(STAMP)
 	@for notebook in $(NOTEBOOKS); do \
 	  echo "running $$notebook"; \
-	  $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace \
-	    --CoalesceStreamsPreprocessor.enabled=True \
-	    --ExecutePreprocessor.timeout=-1 $$notebook || exit 1; \
+	  $(NBCONVERT) --execute --ExecutePreprocessor.timeout=-1 \
+	    --ExecutePreprocessor.extra_arguments=--IPKernelApp.capture_fd_output=False \
+	    $$notebook || exit 1; \
+	  $(NBCONVERT) --CoalesceStreamsPreprocessor.enabled=True $$notebook || exit 1; \
 	done
 	@$(BIN)/nbstripout --keep-output $(NOTEBOOKS)
 
