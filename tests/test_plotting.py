@@ -9,7 +9,6 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
-from brats_utils import plotting  # noqa: E402
 from brats_utils.labels import COLOURS, LABELS  # noqa: E402
 from brats_utils.plotting import (  # noqa: E402
     best_slice,
