@@ -193,3 +193,23 @@ def test_table_by_hand():
 def test_table_needs_sizes(tiny):
     with pytest.raises(ValueError, match="give input_shape"):
         model_table(tiny)
+
+
+def test_the_librarys_network_trains_with_our_loss_and_reloads(tmp_path):
+    sm3d = pytest.importorskip(
+        "segmentation_models_3D", reason="the optional library is not installed"
+    )
+    network = sm3d.Unet(
+        "resnet18", input_shape=(32, 32, 32, 3), classes=4, encoder_weights=None
+    )
+    network.compile("adam", dice_focal_loss, jit_compile=False)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 32, 32, 32, 3)).astype("float32")
+    y = rng.integers(0, 4, (1, 32, 32, 32, 1))
+    first, second = (float(network.train_on_batch(x, y)) for _ in range(2))
+    assert np.isfinite(first) and second != first
+    network.save(tmp_path / "library.keras")
+    again = keras.models.load_model(tmp_path / "library.keras", compile=False)
+    np.testing.assert_allclose(
+        again.predict_on_batch(x), network.predict_on_batch(x), atol=1e-5
+    )
