@@ -96,6 +96,15 @@ def test_later_notebooks_alone_say_what_is_missing(tmp_path, monkeypatch):
 
 
 @pytest.mark.notebooks
+def test_a_wrong_folder_is_an_error_and_never_replaced_by_phantoms(
+    tmp_path, monkeypatch
+):
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="no folder"):
+        execute(NOTEBOOKS[0], tmp_path, monkeypatch, RAW=str(tmp_path / "x"), **TINY)
+    assert not (tmp_path / "phantom").exists()
+
+
+@pytest.mark.notebooks
 def test_the_real_cases_from_scan_to_label_map(real_cases, tmp_path, monkeypatch):
     small = {"FILTERS": "4", "DEPTH": "4", "EPOCHS": "1"}
     small |= {"PATCH_SHAPE": "64,64,64"}
