@@ -7,13 +7,11 @@ says something of a recipe; it says nothing of a real patient.
 
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
 from scipy import ndimage
-from scipy.special import ndtri
 
 from brats_utils.cases import ALL_MODALITIES, Case, save_volume
 
@@ -24,31 +22,31 @@ SETS = {
 }
 MARKER = "PHANTOMS.txt"
 ODD_NAME, ODD_INDEX = "W39_1998.09.19_Segm", 2
-CENTRE_MM = (118.5, 128.5, 78.0)
+CENTRE_MM = np.array([118.5, 128.5, 78.0])
 
 # Per modality, in SDs of the brain: CSF and grey matter above white matter, vessels
 # and dura, the caps of the ventricles.
 TISSUES = {
-    "flair": (-2.0, 0.8, 0.0, 2.2),
+    "flair": (-2.0, 0.8, 0.0, 1.2),
     "t1": (-2.4, -0.8, 0.2, 0.0),
-    "t1ce": (-2.1, -0.3, 3.1, 0.0),
-    "t2": (3.5, 0.5, 0.0, 0.4),
+    "t1ce": (-2.1, -0.3, 2.7, 0.0),
+    "t2": (3.2, 0.6, 0.0, 0.2),
 }
 # Textures over 1.5, 3, 8 and 25 mm that the modalities share, over 3 and 25 mm (bias
-# field) of each one's own; noise; texture of tumour over 4 mm, shared (water) and own.
+# field) of each one's own; noise; and texture of tumour over 4 mm.
 TEXTURE_MM = (1.5, 3, 8, 25, 3, 25)
 TEXTURES = {
-    "flair": ((0.10, 0.42, 0.38, -0.36, 0.00, 0.30), 0.07, (0.80, 0.60)),
-    "t1": ((-0.10, 0.54, 0.43, 0.42, 0.00, 0.14), 0.05, (-0.25, 0.10)),
-    "t1ce": ((-0.10, 0.37, 0.07, 0.49, 0.51, 0.30), 0.07, (-0.35, 0.65)),
-    "t2": ((0.10, 0.54, 0.10, -0.08, 0.00, 0.00), 0.05, (0.75, 0.40)),
+    "flair": ((0.10, 0.38, 0.33, -0.36, 0.00, 0.30), 0.07, 0.80),
+    "t1": ((-0.10, 0.54, 0.43, 0.42, 0.00, 0.14), 0.05, 0.20),
+    "t1ce": ((-0.10, 0.37, 0.07, 0.49, 0.51, 0.30), 0.07, 0.50),
+    "t2": ((0.10, 0.48, 0.12, -0.06, 0.00, 0.05), 0.05, 0.70),
 }
 # Oedema, necrosis and enhancing tumour above normal brain: mean, SD over cases.
 CONTRASTS = {
-    "flair": ((2.0, 0.85), (2.25, 1.15), (2.2, 1.15)),
-    "t1": ((0.0, 0.45), (-0.45, 0.65), (-0.15, 0.65)),
-    "t1ce": ((-0.15, 0.45), (-0.5, 0.55), (2.3, 1.0)),
-    "t2": ((1.2, 0.75), (1.85, 0.95), (1.3, 0.85)),
+    "flair": ((2.1, 0.7), (2.6, 0.9), (2.5, 0.9)),
+    "t1": ((0.1, 0.3), (-0.5, 0.45), (-0.1, 0.45)),
+    "t1ce": ((-0.1, 0.3), (-0.6, 0.4), (2.1, 0.75)),
+    "t2": ((1.1, 0.45), (2.2, 0.6), (1.45, 0.6)),
 }
 # Raw mean of the brain (median, lowest, highest over cases), its SD / mean, hottest
 # voxel / 99.5th percentile.
@@ -110,7 +108,7 @@ def _ball(points, centre, half_axes, power=2.0):
 
 def _brain(rng, points, mm):
     """Return signed depth maps in mm: cerebrum, and cerebellum with brain stem."""
-    size = (rng.normal(1, 0.02) * rng.normal(1, 0.015, 3)).tolist()
+    size = rng.normal(1, 0.02) * rng.normal(1, 0.015, 3)
     points = [(p - c) / s + c for p, c, s in zip(points, CENTRE_MM, size, strict=True)]
     shape = np.broadcast_shapes(*(p.shape for p in points))
     bumps = 1.5 * _field(rng, shape, 14 / mm)
@@ -129,7 +127,7 @@ def _csf_distances(rng, points, mm, cerebrum, lower, depth):
     fissure = np.abs(x + 1.5 * fold) + 20 * np.maximum(-beyond, 0)
     tentorium = np.abs(cerebrum - lower)
     cortex = np.minimum.reduce([depth, sulcus, fissure, tentorium])
-    wide = rng.uniform(3.5, 7)
+    wide = rng.uniform(4, 8)
     across = np.abs(x) - (wide + 3 + 0.005 * y**2)
     up = (z - 12 + 0.01 * y**2) / 1.4
     body = np.sqrt(across**2 + up**2 + np.maximum(np.abs(y) - 32, 0) ** 2) - wide
@@ -137,38 +135,25 @@ def _csf_distances(rng, points, mm, cerebrum, lower, depth):
     return cortex, np.minimum(body, third) + 0.8 * fold, fold
 
 
-@dataclass
-class _Head:
-    """A head without tumour: its place in the volume, and coarse maps of it.
+def _anatomy(rng, shape):
+    """Draw a head without tumour.
 
-    `window` is the brain's box in the volume, `size` its voxels, `inside` its brain.
-    `maps` holds distances in mm (on a head of full size) and coordinates, on a grid of
-    half the box's resolution whose voxels measure `step` mm.
+    Returns
+    -------
+    window : tuple of 3 slices
+        The brain's box in the volume.
+    size : list of 3 int
+        Voxels of that box.
+    mm : (3,) array
+        Voxel size on a head of full size: 1 at the full shape, 10 at a tenth of it.
+    maps : dict of str to float32 array
+        Distances in mm and coordinates, on a grid of half the box's resolution.
     """
-
-    window: tuple
-    size: list
-    inside: np.ndarray
-    step: np.ndarray
-    maps: dict
-
-    def texture(self, rng, length_mm):
-        """Draw a coarse random field of mean 0 and SD 1."""
-        return _field(rng, self.maps["solid"].shape, length_mm / self.step)
-
-    def fine(self, coarse):
-        """Return the values of a coarse map at the brain's voxels, (N,)."""
-        return _stretch(coarse, self.size)[self.inside]
-
-
-def _draw_head(rng, shape):
-    """Draw a head without tumour in a volume of `shape`."""
     mm = np.array(FULL_SHAPE) / shape
     factor = 2 if min(shape) >= 64 else 1
     index = np.meshgrid(*(np.arange(0, n, factor) for n in shape), indexing="ij")
     grid = [(i * s).astype(np.float32) for i, s in zip(index, mm, strict=True)]
-    step = mm * factor
-    cerebrum, lower = _brain(rng, grid, step)
+    cerebrum, lower = _brain(rng, grid, mm * factor)
     solid = np.maximum(cerebrum, lower)
     box = ndimage.find_objects((solid > 0).astype(np.uint8))[0]
     size = [(b.stop - b.start - 1) * factor + 1 for b in box]
@@ -178,25 +163,15 @@ def _draw_head(rng, shape):
     )
     cerebrum, lower, solid, *grid = (v[box] for v in (cerebrum, lower, solid, *grid))
     edge = np.pad(solid > 0, 1)
-    edge = ndimage.distance_transform_edt(edge, sampling=step)
+    edge = ndimage.distance_transform_edt(edge, sampling=mm * factor)
     depth = edge[1:-1, 1:-1, 1:-1].astype(np.float32)
-    cortex, ventricle, fold = _csf_distances(rng, grid, step, cerebrum, lower, depth)
-    maps = {"solid": solid, "depth": depth, "cortex": cortex, "ventricle": ventricle}
-    maps |= {"fold": fold, "cerebrum": cerebrum, **dict(zip("xyz", grid, strict=True))}
-    return _Head(window, size, _stretch(solid, size) > 0, step, maps)
-
-
-def _tissues(rng, head):
-    """Return the shares of CSF, grey matter, vessels and caps in each brain voxel."""
-    depth, cortex, ventricle, fold = (
-        head.fine(head.maps[name]) for name in ("depth", "cortex", "ventricle", "fold")
+    cortex, ventricle, fold = _csf_distances(
+        rng, grid, mm * factor, cerebrum, lower, depth
     )
-    csf = _rise(1.0 - np.minimum(cortex, ventricle), 0.4)
-    grey = _rise(4.5 - cortex, 0.5) * (1 - csf)
-    other = head.fine(head.texture(rng, 6))
-    tubes = np.exp(-(fold**2 + other**2) / 0.05) * _rise(16 - depth, 2)
-    dura = _rise(2.0 - depth, 0.5) * np.maximum(other, 0)
-    return csf, grey, np.maximum(tubes, dura), np.exp(-np.abs(ventricle - 2) / 3)
+    maps = {"solid": solid, "depth": depth, "cortex": cortex, "ventricle": ventricle}
+    maps |= {"fold": fold, "cerebrum": cerebrum}
+    maps |= dict(zip("xyz", grid, strict=True))
+    return window, size, mm, maps
 
 
 def _top(values, n):
@@ -205,65 +180,45 @@ def _top(values, n):
     return np.partition(values, len(values) - n)[len(values) - n]
 
 
-def _even_draws(seed, kind, index):
-    """Return 20 standard normal draws, spread evenly over every eight cases."""
-    rng = np.random.default_rng([seed, kind, 1, index // 8])
-    eighths = rng.permuted(np.tile(np.arange(8), (20, 1)), axis=1)
-    draws = ndtri((eighths + rng.random((20, 8))) / 8)
-    return np.clip(draws[:, index % 8], -1.8, 1.8).tolist()
-
-
-def _volumes(draws, n_brain, enhances):
-    """Return how many voxels whole tumour, core and enhancing tumour shall have."""
-    whole = 88 * np.exp(0.57 * draws[0]) / 1471
-    core = (0.39 + 0.14 * draws[1]) * whole
-    enhancing = (0.46 + 0.13 * draws[2]) * core
+def _volumes(rng, n_brain, enhances):
+    """Draw how many voxels whole tumour, core and enhancing tumour shall have."""
+    whole = np.clip(rng.lognormal(np.log(88), 0.6), 25, 230) / 1471
+    core = np.clip(rng.normal(0.43, 0.14), 0.15, 0.75) * whole
+    enhancing = np.clip(rng.normal(0.45, 0.13), 0.2, 0.75) * core
+    sizes = np.array([whole, core, enhancing * enhances]) * n_brain
     # Small shapes: a voxel of each class at least.
-    n_core = max(2, round(core * n_brain))
-    n_enhancing = np.clip(round(enhancing * n_brain), 1, n_core - 1) if enhances else 0
-    return max(n_core + 1, round(whole * n_brain)), n_core, n_enhancing
+    n_core = max(2, round(sizes[1]))
+    n_enhancing = max(1, min(round(sizes[2]), n_core - 1)) if enhances else 0
+    return max(n_core + 1, round(sizes[0])), n_core, n_enhancing
 
 
-def _seat(rng, maps):
-    """Draw where a tumour sits: deep enough in the cerebrum, mostly to one side."""
-    x, y, z = (maps[axis] for axis in "xyz")
-    room = maps["cerebrum"] - 0.3 * np.maximum(20 - np.abs(x - CENTRE_MM[0]), 0)
-    room = room - 12 * (maps["ventricle"] < 6) - 12 * (z < 40) - 12 * (y > 182)
+def _tumour_maps(rng, maps, mm):
+    """Draw the coarse maps, in mm, whose highest parts are whole tumour and core."""
+    room = maps["cerebrum"] - 12 * (maps["ventricle"] < 6) - 12 * (maps["z"] < 40)
+    room = room - 12 * (maps["y"] > 174)
+    x = maps["x"] - CENTRE_MM[0]
+    room = room - 0.3 * np.maximum(20 - np.abs(x), 0)
     seats = np.flatnonzero(room >= min(rng.uniform(3, 16), room.max() * 0.9))
     seat = rng.choice(seats)
-    return [float(v.flat[seat]) for v in (x, y, z)]
-
-
-def _distance(rng, maps, centre):
-    """Return mm to `centre`, along three random axes of unlike lengths."""
-    axes = np.linalg.qr(rng.standard_normal((3, 3)))[0] * rng.uniform(0.8, 1.25, 3)
+    centre = [maps[axis].flat[seat] for axis in "xyz"]
+    turn = np.linalg.qr(rng.standard_normal((3, 3)))[0] * rng.uniform(0.8, 1.25, 3)
     offset = [maps[axis] - c for axis, c in zip("xyz", centre, strict=True)]
-    squares = (
-        sum(a * o for a, o in zip(v, offset, strict=True)) ** 2 for v in axes.T.tolist()
+    length = sum(
+        (sum(a * o for a, o in zip(row, offset, strict=True))) ** 2 for row in turn.T
     )
-    return np.sqrt(sum(squares)).astype(np.float32)
-
-
-def _tumour_maps(rng, head, raggedness):
-    """Draw the coarse maps, in mm, whose highest parts are whole tumour and core."""
-    maps, centre = head.maps, _seat(rng, head.maps)
-    height = -_distance(rng, maps, centre)
-    rough = 4.5 * head.texture(rng, 10) + 2.5 * head.texture(rng, 4)
-    x = maps["x"] - CENTRE_MM[0]
+    radius = -np.sqrt(length).astype(np.float32)
+    shape = x.shape
+    rough = 4.5 * _field(rng, shape, 10 / mm) + 2.5 * _field(rng, shape, 4 / mm)
     across = np.maximum(-np.sign(centre[0] - CENTRE_MM[0]) * x, 0)
-    falx = rng.choice([0.1, 3.0], p=[0.4, 0.6]) * np.minimum(across, 8)
-    # Oedema keeps out of ventricles and folds.
+    barrier = rng.choice([0.1, 3.0], p=[0.4, 0.6]) * np.minimum(across, 8)
     fluid = np.minimum(maps["ventricle"] - 1, maps["cortex"] * 0.7)
     spread = 2.0 * np.clip(fluid - 2.5, -5, 1)
-    whole = height
-    if rng.random() < 0.3:  # a second, smaller focus
-        whole = np.maximum(height, -_distance(rng, maps, _seat(rng, maps)) - 18)
-    whole = whole + raggedness * rough + spread - falx
-    core = height + 0.6 * rough + 3.0 * head.texture(rng, 12) - 0.5 * falx
+    whole = radius + rng.uniform(1.0, 1.9) * rough + spread - barrier
+    core = radius + 0.6 * rough + 3.0 * _field(rng, shape, 12 / mm) - 0.5 * barrier
     return whole, core
 
 
-def _tumour(rng, head, draws, enhances):
+def _tumour(rng, maps, mm, inside, size, enhances):
     """Draw the label of every brain voxel, and how far it lies within each class.
 
     Returns
@@ -273,39 +228,60 @@ def _tumour(rng, head, draws, enhances):
     parts : list of 3 (N,) float32 arrays
         Soft membership, 0 to 1: whole tumour, core, enhancing tumour.
     """
-    coarse = _tumour_maps(rng, head, 1.45 + 0.25 * draws[3])
-    whole, core = (head.fine(values) for values in coarse)
-    speckle = _grain(rng, head.size, 2)[head.inside]
-    n_whole, n_core, n_enhancing = _volumes(draws, len(whole), enhances)
-    whole += speckle
+    factor_mm = mm * (2 if max(size) > maps["solid"].shape[0] * 1.5 else 1)
+    whole, core = (
+        _stretch(m, size)[inside] for m in _tumour_maps(rng, maps, factor_mm)
+    )
+    speckle = _grain(rng, size, 2)[inside]
+    n_whole, n_core, n_enhancing = _volumes(rng, len(whole), enhances)
+    whole += 1.0 * speckle
     limit = _top(whole, n_whole)
     labels = np.where(whole >= limit, 2, 0).astype(np.uint8)
-    parts = [_rise(whole - limit, 0.8)]
+    parts = [_rise(whole - limit, 0.6)]
     core += 0.7 * speckle
     limit = _top(core[labels > 0], n_core)
     parts.append(_rise(core - limit, 0.5) * parts[0])
-    in_core = (labels > 0) & (core >= limit)
-    labels[in_core] = 1
-    if not n_enhancing:
-        return labels, [*parts, np.zeros_like(whole)]
-    # A rim of uneven width, with small dark foci.
-    rim = 3 * np.tanh((limit - core) / 4) - 4 * np.maximum(speckle - 2.2, 0)
-    rim += rng.uniform(0.5, 2) * head.fine(head.texture(rng, 3))
-    limit = _top(rim[in_core], n_enhancing)
-    labels[in_core & (rim >= limit)] = 4
-    return labels, [*parts, _rise(rim - limit, 0.3) * parts[1]]
+    tumour_core = (labels > 0) & (core >= limit)
+    labels[tumour_core] = 1
+    patch = _field(rng, size, 3 / mm)[inside]
+    ring = 3 * np.tanh((limit - core) / 4)
+    ring += rng.uniform(0.5, 2) * patch - 4 * np.maximum(speckle - 2.2, 0)
+    if n_enhancing:
+        limit = _top(ring[tumour_core], n_enhancing)
+        labels[tumour_core & (ring >= limit)] = 4
+        parts.append(_rise(ring - limit, 0.3) * parts[1])
+    else:
+        parts.append(np.zeros_like(whole))
+    return labels, parts
 
 
-def _contrasts(modality, draws):
-    """Return a case's three class contrasts, which rise and fall together by half."""
-    common, *own = draws
-    oedema, necrosis, enhancing = (
-        mean + spread * (0.85 * common + 0.53 * draw)
-        for (mean, spread), draw in zip(CONTRASTS[modality], own, strict=True)
-    )
+def _contrasts(rng, modality):
+    """Draw a case's three class contrasts, which rise and fall together by half."""
+    common = np.clip(rng.standard_normal(), -1.6, 1.6)
+    drawn = []
+    for mean, spread in CONTRASTS[modality]:
+        own = np.clip(rng.standard_normal(), -1.6, 1.6)
+        drawn.append(mean + spread * (0.75 * common + 0.66 * own))
+    oedema, necrosis, enhancing = drawn
     if modality == "t1ce":
-        enhancing = max(enhancing, necrosis + 1.6)
+        enhancing = max(enhancing, necrosis + 1.2)
     return oedema, necrosis, enhancing
+
+
+def _tissue_maps(rng, maps, size, mm, inside):
+    """Return the shares of CSF, grey matter, vessels and caps in each brain voxel."""
+    fine = {
+        k: _stretch(maps[k], size)[inside]
+        for k in ("depth", "cortex", "ventricle", "fold")
+    }
+    csf = _rise(1.0 - np.minimum(fine["cortex"], fine["ventricle"]), 0.4)
+    grey = _rise(4.5 - fine["cortex"], 0.5) * (1 - csf)
+    other = _field(rng, size, 6 / mm)[inside]
+    tubes = np.exp(-(fine["fold"] ** 2 + other**2) / 0.05)
+    tubes *= _rise(16 - fine["depth"], 2)
+    dura = _rise(2.0 - fine["depth"], 0.5) * np.maximum(other, 0)
+    caps = np.exp(-np.abs(fine["ventricle"] - 2) / 3)
+    return csf, grey, np.maximum(tubes, dura), caps
 
 
 def _acquire(rng, modality, image, hot, brightness):
@@ -320,65 +296,60 @@ def _acquire(rng, modality, image, hot, brightness):
     return np.clip(np.rint(raw * mean / raw.mean()), 1, 32767).astype(np.int16)
 
 
-def _hot_voxels(rng, head):
+def _hot_voxels(rng, maps, size, mm, inside):
     """Return where flow and skin at the brain's edge shine: 0 to 1, nearly all 0."""
-    hot = head.fine(head.texture(rng, 3) - 0.5 * head.maps["depth"])
+    step = mm * np.array(size) / maps["solid"].shape
+    hot = _field(rng, maps["solid"].shape, 3 / step) - 0.5 * maps["depth"]
+    hot = _stretch(hot, size)[inside]
     hot = np.maximum(hot - _top(hot, len(hot) // 4000 + 1), 0)
     return hot / max(hot.max(), 1e-6)
 
 
-def _images(rng, head, draws, parts, brightness):
-    """Yield each modality's name and raw values at the brain's voxels, (N,) int16."""
-    tissues, hot = _tissues(rng, head), _hot_voxels(rng, head)
-    whole, core, enhancing_part = parts
-    calm = 0.35 + _rise(8 - head.maps["cortex"], 2)  # lower in deep white matter
-    calm = [calm, calm, calm, 1, calm, 1]
-    shared = [head.texture(rng, length) for length in TEXTURE_MM[:4]]
-    water = head.texture(rng, 4)
-    for number, modality in enumerate(ALL_MODALITIES):
-        weights, noise, (wet, patchy) = TEXTURES[modality]
-        fields = shared + [head.texture(rng, length) for length in TEXTURE_MM[4:]]
-        weights = (weights * rng.lognormal(0, 0.3, 6)).tolist()
-        normal = head.fine(
-            sum(w * c * f for w, c, f in zip(weights, calm, fields, strict=True))
-        )
-        for weight, tissue in zip(TISSUES[modality], tissues, strict=True):
-            normal += weight * rng.lognormal(0, 0.25) * tissue
-        normal -= normal.mean()
-        own_draws = draws[4 + 4 * number : 8 + 4 * number]
-        oedema, necrosis, enhancing = _contrasts(modality, own_draws)
-        tumour = oedema + (necrosis - oedema) * core
-        tumour += (enhancing - necrosis) * enhancing_part
-        tumour += head.fine(wet * water + patchy * head.texture(rng, 4))
-        image = normal * (1 - 0.5 * whole) + tumour * whole
-        image += noise * rng.standard_normal(len(image), np.float32)
-        yield modality, _acquire(rng, modality, image, hot, brightness)
-
-
-def _draw_case(seed, kind, index, shape):
+def _draw_case(rng, shape, index):
     """Draw one patient: {modality: (X, Y, Z) int16} and (X, Y, Z) uint8 labels."""
-    rng = np.random.default_rng([seed, kind, 0, index])
-    draws = _even_draws(seed, kind, index)
-    head = _draw_head(rng, shape)
-    labels, parts = _tumour(rng, head, draws, not _is_low_grade(index))
+    window, size, mm, maps = _anatomy(rng, shape)
+    inside = _stretch(maps["solid"], size) > 0
+    head = _tissue_maps(rng, maps, size, mm, inside)
+    labels, parts = _tumour(rng, maps, mm, inside, size, not _is_low_grade(index))
+    hot = _hot_voxels(rng, maps, size, mm, inside)
+    grid = maps["solid"].shape
+    step = mm * np.array(size) / grid
+    shared = [_field(rng, grid, length / step) for length in TEXTURE_MM[:4]]
+    # Deep white matter is the calmer part.
+    calm = 0.35 + _rise(8 - maps["cortex"], 2)
+    shared[:3] = [calm * texture for texture in shared[:3]]
     # One case in eight comes from a scanner with values some thirty times higher.
     brightness = rng.lognormal(0, 0.35) * (25 if index % 8 == 3 else 1)
 
     def place(values):
         volume = np.zeros(shape, values.dtype, order="F")
-        volume[head.window][head.inside] = values
+        volume[window][inside] = values
         return volume
 
-    images = {
-        modality: place(values)
-        for modality, values in _images(rng, head, draws, parts, brightness)
-    }
+    images = {}
+    for modality in ALL_MODALITIES:
+        weights, noise, patchiness = TEXTURES[modality]
+        own = [_field(rng, grid, length / step) for length in TEXTURE_MM[4:]]
+        own[0] *= calm
+        texture = sum(w * f for w, f in zip(weights, shared + own, strict=True))
+        normal = _stretch(texture, size)[inside]
+        for weight, tissue in zip(TISSUES[modality], head, strict=True):
+            normal += weight * tissue
+        normal -= normal.mean()
+        patches = _stretch(_field(rng, grid, 4 / step), size)[inside]
+        oedema, necrosis, enhancing = _contrasts(rng, modality)
+        tumour = oedema + (necrosis - oedema) * parts[1] + patchiness * patches
+        tumour += (enhancing - necrosis) * parts[2]
+        image = normal * (1 - 0.5 * parts[0]) + tumour * parts[0]
+        image += noise * rng.standard_normal(len(image), np.float32)
+        images[modality] = place(_acquire(rng, modality, image, hot, brightness))
     return images, place(labels)
 
 
 def _write_case(root, kind, index, seed, shape, suffix):
     """Draw and write one patient; return its Case."""
-    images, segmentation = _draw_case(seed, int(kind == "Validation"), index, shape)
+    rng = np.random.default_rng([seed, kind == "Validation", index])
+    images, segmentation = _draw_case(rng, shape, index)
     affine = np.diag([-1.0, -1.0, 1.0, 1.0])
     affine[1, 3] = shape[1] - 1
     case_id = f"BraTS20_{kind}_{index + 1:03}"
@@ -417,10 +388,15 @@ def _is_low_grade(index):
 
 def _check_arguments(n_cases, without_segmentation, shape):
     """Raise if a caller asks for what cannot be drawn."""
-    if min(n_cases, without_segmentation) < 0 or n_cases + without_segmentation == 0:
+    for name, count in (
+        ("n_cases", n_cases),
+        ("without_segmentation", without_segmentation),
+    ):
+        if count < 0 or count != int(count):
+            raise ValueError(f"{name} counts patients: 0 or more, not {count!r}")
+    if n_cases + without_segmentation == 0:
         raise ValueError(
-            "n_cases and without_segmentation count patients, one or more in all, not "
-            f"{n_cases} and {without_segmentation}"
+            "n_cases and without_segmentation are both 0: nothing to write"
         )
     if len(shape) != 3 or min(shape) < 16:
         raise ValueError(f"shape is three sizes of 16 voxels or more, not {shape!r}")
@@ -428,14 +404,14 @@ def _check_arguments(n_cases, without_segmentation, shape):
 
 def _clear(root):
     """Remove an earlier call's patients, and refuse to touch any others."""
-    folders = [Path(root) / part.parts[0] for part in SETS.values()]
-    there = [folder for folder in folders if folder.exists()]
-    if there and not (Path(root) / MARKER).exists():
-        raise ValueError(
-            f"{there[0]} is there and was not written by write_phantom; pass another "
-            "root, so that no real scan is lost"
-        )
-    for folder in there:
+    for folder in (Path(root) / part.parts[0] for part in SETS.values()):
+        if not folder.exists():
+            continue
+        if not (Path(root) / MARKER).exists():
+            raise ValueError(
+                f"{folder} is there and was not written by write_phantom; pass another "
+                "root, so that no real scan is lost"
+            )
         shutil.rmtree(folder)
 
 
