@@ -153,8 +153,11 @@ def unet(
     if stem_stride == 2:
         x = UPSAMPLE[rank](filters, 2, strides=2, name="full_up")(x)
         x = layers.LeakyReLU(0.01, name="full_act")(x)
-        # The image itself is known at full resolution, and costs nothing.
+        # The image itself is known at full resolution; what it means in a voxel depends
+        # on what lies around, so the two meet in a layer before the head.
         x = layers.Concatenate(name="full_concat")([inputs, x])
+        x = CONV[rank](filters, 1, kernel_initializer="he_normal", name="full_conv")(x)
+        x = layers.LeakyReLU(0.01, name="full_act2")(x)
     return keras.Model(inputs, _head(x, n_classes), name=f"unet_{rank}d")
 
 

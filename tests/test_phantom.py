@@ -98,8 +98,8 @@ def test_a_second_call_replaces_phantoms_and_spares_other_scans(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"n_cases": -1}, "n_cases counts patients"),
-        ({"n_cases": 0}, "nothing to write"),
+        ({"n_cases": -1}, "count patients"),
+        ({"n_cases": 0}, "one or more in all, not 0 and 0"),
         ({"n_cases": 1, "shape": (24, 24)}, "three sizes of 16"),
         ({"n_cases": 1, "shape": (240, 240, 8)}, "three sizes of 16"),
     ],
