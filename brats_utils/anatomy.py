@@ -24,8 +24,8 @@ TISSUES = {
     "t2": (3.5, 0.5, 0.0, 0.4),
 }
 # Textures over 1.5, 3, 8 and 25 mm that the modalities share, over 3 and 25 mm (bias
-# field) of each one's own; noise; texture of tumour over 4 mm, shared (water) and own.
-TEXTURE_MM = (1.5, 3, 8, 25, 3, 25)
+# field) of each one's own; noise; tumour's texture over 2.5 mm, shared (water) and own.
+TEXTURE_MM, TUMOUR_TEXTURE_MM = (1.5, 3, 8, 25, 3, 25), 2.5
 TEXTURES = {
     "flair": ((0.10, 0.42, 0.38, -0.36, 0.00, 0.30), 0.07, (0.80, 0.60)),
     "t1": ((-0.10, 0.54, 0.43, 0.42, 0.00, 0.14), 0.05, (-0.25, 0.10)),
@@ -271,7 +271,7 @@ def _tumour(rng, head, draws, enhances):
         return labels, [*parts, np.zeros_like(whole)]
     # A rim of uneven width, with small dark foci.
     rim = 3 * np.tanh((limit - core) / 4) - 4 * np.maximum(speckle - 2.2, 0)
-    rim += rng.uniform(0.5, 2) * head.fine(head.texture(rng, 3))
+    rim += rng.uniform(0.3, 1.2) * head.fine(head.texture(rng, 3))
     limit = _top(rim[in_core], n_enhancing)
     labels[in_core & (rim >= limit)] = 4
     return labels, [*parts, _rise(rim - limit, 0.3) * parts[1]]
@@ -315,7 +315,7 @@ def _draw_images(rng, head, draws, parts, brightness):
     calm = 0.35 + _rise(8 - head.maps["cortex"], 2)  # lower in deep white matter
     calm = [calm, calm, calm, 1, calm, 1]
     shared = [head.texture(rng, length) for length in TEXTURE_MM[:4]]
-    water = head.texture(rng, 4)
+    water = head.texture(rng, TUMOUR_TEXTURE_MM)
     for number, modality in enumerate(ALL_MODALITIES):
         weights, noise, (wet, patchy) = TEXTURES[modality]
         fields = shared + [head.texture(rng, length) for length in TEXTURE_MM[4:]]
@@ -330,7 +330,7 @@ def _draw_images(rng, head, draws, parts, brightness):
         oedema, necrosis, enhancing = _contrasts(modality, own_draws)
         tumour = oedema + (necrosis - oedema) * core
         tumour += (enhancing - necrosis) * enhancing_part
-        tumour += head.fine(wet * water + patchy * head.texture(rng, 4))
+        tumour += head.fine(wet * water + patchy * head.texture(rng, TUMOUR_TEXTURE_MM))
         image = normal * (1 - 0.5 * whole) + tumour * whole
         image += noise * rng.standard_normal(len(image), np.float32)
         yield modality, _acquire(rng, modality, image, hot, brightness)

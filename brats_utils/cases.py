@@ -1,17 +1,21 @@
-"""Find, read and check BraTS cases, and write label maps back; all NIfTI is here."""
+"""Find, read and check BraTS cases, and write their label maps."""
 
-import gzip
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
-from brats_utils.files import atomic_write
 from brats_utils.labels import encode_labels
+from brats_utils.nifti import (
+    BratsDataError,
+    read_header,
+    read_volume,
+    save_volume,
+    spacing_mm,
+)
 
 MODALITIES = ("flair", "t1ce", "t2")
 ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
@@ -22,29 +26,6 @@ _PATTERNS = (
     (re.compile(r"(.+)_(flair|t1ce|t1|t2|seg)\.nii(\.gz)?", re.I), _NAMES_2020),
     (re.compile(r"(.+)-(t2f|t1n|t1c|t2w|seg)\.nii(\.gz)?", re.I), _NAMES_2023),
 )
-_LPS = nib.orientations.axcodes2ornt("LPS")
-
-
-class BratsDataError(ValueError):
-    """Something is wrong with the scans; the message says where and what to do.
-
-    Parameters
-    ----------
-    problem : str
-        What was found, and what was expected.
-    case : str, optional
-        Id of the case.
-    file : path, optional
-        The file.
-    advice : str, optional
-        What to do about it.
-    """
-
-    def __init__(self, problem, *, case=None, file=None, advice=None):
-        self.problem, self.case, self.file, self.advice = problem, case, file, advice
-        where = ", ".join(str(part) for part in (case, file) if part)
-        text = f"{where}: {problem}" if where else problem
-        super().__init__(f"{text}. {advice}." if advice else f"{text}.")
 
 
 @dataclass(frozen=True)
@@ -193,7 +174,7 @@ def _decide_labels(paths):
 
     def holds(path):
         try:
-            values = _read(path)[0]
+            values = read_volume(path)[0]
         except BratsDataError:
             return False, False  # found again, and reported, when the case is read
         return bool((values == 3).any()), bool((values == 4).any())
@@ -249,31 +230,6 @@ def rename_odd_segmentation(root):
     return renamed
 
 
-def _read(path):
-    """Return the voxels (X, Y, Z) as stored, the affine (4, 4) and the header."""
-    path = Path(path)
-    try:
-        # Read whole: only then is a gzip checksum, which lies at the end, looked at.
-        data = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            data = gzip.decompress(data)
-        image = nib.Nifti1Image.from_bytes(data)
-        volume = np.asanyarray(image.dataobj)
-    except FileNotFoundError:
-        raise BratsDataError("the file is not there", file=path) from None
-    except Exception as error:  # damaged bytes make nibabel raise many kinds
-        raise BratsDataError(
-            f"cannot be read as NIfTI: {error}",
-            file=path,
-            advice="The download is incomplete or damaged; download it again",
-        ) from None
-    if volume.ndim == 4 and volume.shape[3] == 1:
-        volume = volume[..., 0]
-    if volume.ndim != 3:
-        raise BratsDataError(f"expected a 3-D volume, got {volume.shape}", file=path)
-    return volume, image.affine, image.header
-
-
 def load_labels(path, labels="0124"):
     """Read one label map.
 
@@ -296,59 +252,106 @@ def load_labels(path, labels="0124"):
     BratsDataError
         If the file cannot be read, or holds another value.
     """
-    volume, affine, _ = _read(path)
+    volume, header, _ = read_volume(path)
+    return _check_labels(volume, path, labels), header.get_best_affine()
+
+
+def _check_labels(volume, path, labels):
+    """Return stored labels as 0, 1, 2, 4 in uint8; raise if there are others."""
     allowed = [int(value) for value in labels]
     if volume.dtype == np.uint8:
-        values = np.flatnonzero(np.bincount(volume.ravel(order="K"), minlength=256))
+        counts = np.bincount(volume.ravel(order="K"), minlength=256)
+        values = np.flatnonzero(counts)
+        counts = counts[values]
     else:
-        values = np.unique(volume)
-    strange = [value.item() for value in values if value not in allowed]
-    if strange:
+        values, counts = np.unique(volume, return_counts=True)
+    strange = ~np.isin(values, allowed)
+    if strange.any():
+        pairs = zip(values[strange].tolist(), counts[strange].tolist(), strict=True)
+        found = ", ".join(f"{value:g} in {n} voxels" for value, n in list(pairs)[:5])
         raise BratsDataError(
-            f"expected only the labels {allowed}, found {strange[:5]}",
+            f"expected only the labels {allowed}, found {found}",
             file=path,
             advice="Check that this is a BraTS segmentation of the same year",
         )
     segmentation = volume.astype(np.uint8)
     if labels == "0123":
         segmentation[segmentation == 3] = 4
-    return segmentation, affine
+    return segmentation
 
 
-def _read_image(path):
-    """Return one modality as float32 (X, Y, Z), checked voxel by voxel, and affine."""
-    volume, affine, _ = _read(path)
-    volume = volume.astype(np.float32)
-    bad = volume.size - np.count_nonzero(np.isfinite(volume))
+def _check_image(volume, path):
+    """Return one modality as float32; raise if it is blank, or holds NaN or Inf."""
+    image = volume.astype(np.float32)
     problem = None
-    if bad or not np.isfinite(affine).all():
-        problem = f"{bad} voxels are NaN or infinite" if bad else "NaN in its affine"
-    elif volume.min() == volume.max():
-        problem = f"a blank volume: every voxel is {volume.flat[0]:g}"
+    if image.min() == image.max():
+        problem = f"blank modality: every voxel is {image.flat[0]:g}"
+    elif volume.dtype.kind == "f" and not np.isfinite(image).all():
+        bad = np.argwhere(~np.isfinite(image))
+        problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
     if problem:
         advice = "Download it again, or leave this case out"
         raise BratsDataError(problem, file=path, advice=advice)
-    return volume, affine
+    return image
 
 
-def _read_of_case(case, path, grid=None):
-    """Return a volume of a case and its grid; raise if that is not the given one.
+def _paths(case, modalities):
+    """Return the files of a case: the modalities asked for, and its segmentation."""
+    paths = [case.images[modality] for modality in modalities]
+    return [*paths, case.segmentation] if case.segmentation else paths
 
-    A grid is (path of the first file, shape, affine).
+
+def _check_grid(header, path, first):
+    """Raise if a volume lies on another grid than the case's first (path, header)."""
+    shape, affine = header.get_data_shape(), header.get_best_affine()
+    other, problem = first[1], None
+    if shape != other.get_data_shape():
+        problem = f"shape {shape}, but {first[0].name} has {other.get_data_shape()}"
+    elif not np.allclose(affine, other.get_best_affine(), atol=1e-3):
+        problem = f"its grid (affine) differs from that of {first[0].name}"
+    if problem:
+        advice = "All volumes of a case must lie on one grid; register them first"
+        raise BratsDataError(problem, file=path, advice=advice)
+
+
+def read_case(case, modalities=MODALITIES):
+    """Read a case as `load_case` does, with the checksums of its files.
+
+    Parameters
+    ----------
+    case, modalities
+        As in `load_case`.
+
+    Returns
+    -------
+    image, segmentation, affine
+        As `load_case` gives them.
+    checksums : dict of str to str
+        File name to SHA-256 of the file.
+
+    Raises
+    ------
+    BratsDataError
+        As `load_case` does; the message names case and file.
     """
-    if path == case.segmentation:
-        volume, affine = load_labels(path, case.labels)
-    else:
-        volume, affine = _read_image(path)
-    grid = grid or (path, volume.shape, affine)
-    if volume.shape != grid[1]:
-        problem = f"shape {volume.shape}, but {grid[0].name} has {grid[1]}"
-    elif not np.allclose(affine, grid[2], atol=1e-3):
-        problem = f"its grid (affine) differs from that of {grid[0].name}"
-    else:
-        return volume, grid
-    advice = "All volumes of a case must lie on one grid; register them first"
-    raise BratsDataError(problem, case=case.id, file=path, advice=advice)
+    volumes, checksums, first = [], {}, None
+    try:
+        for path in _paths(case, modalities):
+            volume, header, checksums[path.name] = read_volume(path)
+            first = first or (path, header)
+            _check_grid(header, path, first)
+            if path == case.segmentation:
+                volumes.append(_check_labels(volume, path, case.labels))
+            else:
+                volumes.append(_check_image(volume, path))
+    except BratsDataError as error:
+        raise error.of(case.id) from None
+    header = first[1] if first else read_header(case.images["flair"])
+    segmentation = volumes.pop() if case.segmentation else None
+    image = np.empty((*header.get_data_shape(), len(volumes)), np.float32)
+    for channel, volume in enumerate(volumes):
+        image[..., channel] = volume  # (X, Y, Z, C)
+    return image, segmentation, header.get_best_affine(), checksums
 
 
 def load_case(case, modalities=MODALITIES):
@@ -376,27 +379,18 @@ def load_case(case, modalities=MODALITIES):
         If a file cannot be read, is blank, holds NaN or infinity or a wrong label, or
         if the files do not lie on one grid.
     """
-    paths = [case.images[modality] for modality in modalities]
-    paths += [case.segmentation] if case.segmentation else []
-    volumes, grid = [], None
-    for path in paths:
-        volume, grid = _read_of_case(case, path, grid)
-        volumes.append(volume)
-    shape, affine = grid[1:] if grid else read_grid(case)[:2]
-    segmentation = volumes.pop() if case.segmentation else None
-    image = np.empty((*shape, len(volumes)), np.float32)  # (X, Y, Z, C)
-    for channel, volume in enumerate(volumes):
-        image[..., channel] = volume
-    return image, segmentation, affine
+    return read_case(case, modalities)[:3]
 
 
-def check_cases(cases):
+def check_cases(cases, *, voxels=True):
     """Read every file of every case, and list all that is wrong; nothing is changed.
 
     Parameters
     ----------
     cases : list of Case
         From `find_cases`.
+    voxels : bool
+        False looks at names, headers and lengths alone, in milliseconds a case.
 
     Returns
     -------
@@ -407,10 +401,16 @@ def check_cases(cases):
 
     rows = []
     for case in cases:
-        grid = None
-        for path in filter(None, (*case.images.values(), case.segmentation)):
+        first = None
+        for path in _paths(case, ALL_MODALITIES):
             try:
-                grid = _read_of_case(case, path, grid)[1]
+                header = read_header(path)
+                first = first or (path, header)
+                if voxels and path == case.segmentation:
+                    load_labels(path, case.labels)
+                elif voxels:
+                    _check_image(read_volume(path)[0], path)
+                _check_grid(header, path, first)
             except BratsDataError as error:
                 rows.append((case.id, str(path), error.problem, error.advice or ""))
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
@@ -433,67 +433,9 @@ def read_grid(case):
     spacing_mm : tuple of 3 float
         Voxel size along X, Y and Z.
     """
-    image = nib.load(next(iter(case.images.values())))
-    spacing_mm = tuple(float(size) for size in nib.affines.voxel_sizes(image.affine))
-    return image.shape[:3], image.affine, spacing_mm
-
-
-def _turn(volume, start, end):
-    """Swap and flip axes from one orientation to another."""
-    turn = nib.orientations.ornt_transform(start, end)
-    return nib.orientations.apply_orientation(volume, turn)
-
-
-def to_lps(volume, affine):
-    """Turn a volume into LPS order: X to the left, Y to the back, Z to the head.
-
-    Parameters
-    ----------
-    volume : (X, Y, Z, ...) array
-        On the stored grid.
-    affine : (4, 4) array
-        Of that grid.
-
-    Returns
-    -------
-    volume : array
-        Axes swapped and flipped, no voxel changed; a view where possible.
-    """
-    return _turn(volume, nib.orientations.io_orientation(affine), _LPS)
-
-
-def from_lps(volume, affine):
-    """Turn a volume from LPS order to that of a stored grid: the inverse of `to_lps`.
-
-    Parameters
-    ----------
-    volume : (X, Y, Z, ...) array
-        In LPS order.
-    affine : (4, 4) array
-        Of the stored grid.
-
-    Returns
-    -------
-    volume : array
-        On the stored grid.
-    """
-    return _turn(volume, _LPS, nib.orientations.io_orientation(affine))
-
-
-def save_volume(volume, affine, path):
-    """Write a volume as NIfTI, atomically, in the array's own type.
-
-    Parameters
-    ----------
-    volume : (X, Y, Z) array
-        What to write.
-    affine : (4, 4) array
-        Voxel indices to millimetres, in nibabel's RAS+ world.
-    path : path
-        Ends in `.nii` or `.nii.gz`.
-    """
-    with atomic_write(path) as temporary:
-        nib.save(nib.Nifti1Image(volume, affine), temporary)
+    header = read_header(case.images["flair"])
+    affine = header.get_best_affine()
+    return header.get_data_shape(), affine, spacing_mm(affine)
 
 
 def save_segmentation(segmentation, case, path):
@@ -514,17 +456,11 @@ def save_segmentation(segmentation, case, path):
         If the shape is not the case's, or a value is no BraTS label.
     """
     segmentation = np.asarray(segmentation)
-    model = nib.load(case.images["flair"])
-    if segmentation.shape != model.shape[:3]:
+    header = read_header(case.images["flair"])
+    if segmentation.shape != header.get_data_shape():
         raise ValueError(
             f"{case.id}: the label map has shape {segmentation.shape}, "
-            f"its images {model.shape[:3]}"
+            f"its images {header.get_data_shape()}"
         )
     encode_labels(segmentation)  # raises on a value that is no label
-    header = model.header.copy()
-    header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
-    header["cal_max"] = header["cal_min"] = 0
-    image = nib.Nifti1Image(segmentation.astype(np.uint8), model.affine, header)
-    with atomic_write(path) as temporary:
-        nib.save(image, temporary)
+    save_volume(segmentation.astype(np.uint8), path, like=header)

@@ -24,7 +24,9 @@ def _parse(text, default):
         kind = type(default[0]) if default else str
         return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
     if default is None:
-        return text
+        parts = [part.strip() for part in text.split(",")]
+        numbers = len(parts) > 1 and all(part.isdigit() for part in parts)
+        return tuple(map(int, parts)) if numbers else text
     return type(default)(text)
 
 
@@ -37,7 +39,8 @@ def setting(name, default):
         Name of the constant, `"EPOCHS"` for the variable `BRATS_EPOCHS`.
     default : bool, int, float, str, Path, tuple or None
         Used where the variable is unset or empty; its type says how the text is read.
-        A tuple is written with commas (`128,128,128`); `none` gives None.
+        A tuple is written with commas (`128,128,128`); `none` gives None. Where the
+        default is None, whole numbers with commas give a tuple, all else is text.
 
     Returns
     -------

@@ -14,12 +14,11 @@ from tqdm import tqdm
 from brats_utils.cases import (
     ALL_MODALITIES,
     MODALITIES,
-    from_lps,
     load_case,
     save_segmentation,
-    to_lps,
 )
 from brats_utils.labels import ENCODED_REGIONS, decode_labels
+from brats_utils.nifti import from_lps, to_lps
 from brats_utils.prepare import brain_box, standardise
 
 # A U-Net of 6 grids, the deepest in use, halves its input 5 times.

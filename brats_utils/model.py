@@ -9,6 +9,7 @@ from keras import layers
 # Below are the only lines that know the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
+REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
 
 
@@ -151,13 +152,12 @@ def unet(
         name, width = f"decoder{stage}", filters * 2 ** (stage - 1)
         x = _conv_block(_up(x, skips.pop(), width, name), width, name, **block)
     if stem_stride == 2:
-        x = UPSAMPLE[rank](filters, 2, strides=2, name="full_up")(x)
-        x = layers.LeakyReLU(0.01, name="full_act")(x)
-        # The image itself is known at full resolution; what it means in a voxel depends
-        # on what lies around, so the two meet in a layer before the head.
+        # Every feature for its 8 voxels alike, and the image itself at full resolution:
+        # what its values mean in a voxel depends on the features there.
+        x = REPEAT[rank](2, name="full_up")(x)
         x = layers.Concatenate(name="full_concat")([inputs, x])
         x = CONV[rank](filters, 1, kernel_initializer="he_normal", name="full_conv")(x)
-        x = layers.LeakyReLU(0.01, name="full_act2")(x)
+        x = layers.LeakyReLU(0.01, name="full_act")(x)
     return keras.Model(inputs, _head(x, n_classes), name=f"unet_{rank}d")
 
 

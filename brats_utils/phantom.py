@@ -12,7 +12,8 @@ from joblib import Parallel, delayed
 from scipy.special import ndtri
 
 from brats_utils.anatomy import FULL_SHAPE, draw_patient
-from brats_utils.cases import ALL_MODALITIES, Case, save_volume
+from brats_utils.cases import ALL_MODALITIES, Case
+from brats_utils.nifti import save_volume
 
 SETS = {
     "Training": Path("BraTS2020_TrainingData", "MICCAI_BraTS2020_TrainingData"),
@@ -50,7 +51,7 @@ def _write_case(root, kind, index, seed, shape, suffix):
     )
     for key, volume in volumes:
         if kind == "Training" or key != "seg":
-            save_volume(volume, affine, paths[key])
+            save_volume(volume, paths[key], affine=affine)
     segmentation = paths.pop("seg")
     return Case(case_id, paths, segmentation if kind == "Training" else None)
 

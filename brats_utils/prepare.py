@@ -1,12 +1,14 @@
 """From scans to npy volumes: scale, stack, crop, keep or drop, save, split."""
 
 import contextlib
+import errno
 import importlib.metadata
 import io
+import json
 import os
+import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -19,177 +21,55 @@ from brats_utils import __version__
 from brats_utils.cases import (
     MODALITIES,
     BratsDataError,
+    check_cases,
     find_cases,
-    load_case,
-    read_grid,
-    to_lps,
+    read_case,
 )
-from brats_utils.files import write_json, write_npy
+from brats_utils.files import (
+    atomic_write,
+    free_gb,
+    read_json,
+    sha256,
+    write_json,
+    write_npy,
+)
 from brats_utils.labels import LABELS, encode_labels, region_volumes_ml
+from brats_utils.nifti import spacing_mm, to_lps
+from brats_utils.transforms import (
+    FIXED_WINDOW,
+    brain_box,
+    crop_box,
+    nonzero_statistics,
+    offset_and_divisor,
+    scale_volume,
+    standardise,
+)
 
-# The tutorial recipe's crop of a 240 x 240 x 155 scan, kept to compare with.
-FIXED_WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
+__all__ = [
+    "FIXED_WINDOW",
+    "brain_box",
+    "crop_box",
+    "estimate_disk_gb",
+    "prepare_case",
+    "prepare_dataset",
+    "scale_volume",
+    "split_dataset",
+    "standardise",
+    "verify_dataset",
+]
 # Voxels along X, Y and Z of the box round a large brain, to estimate disk space with.
 TYPICAL_BRAIN_BOX = (145, 180, 150)
-
-
-def _nonzero_statistics(volume):
-    """Return mean and SD of the non-zero voxels, in float64; (0, 1) if none."""
-    values = volume[volume != 0]
-    if not values.size:
-        return 0.0, 1.0
-    mean = values.mean(dtype=np.float64)
-    return float(mean), float(values.std(dtype=np.float64, mean=mean)) or 1.0
-
-
-def _offset_and_divisor(volume, method):
-    """Return the numbers of the affine step `(volume - offset) / divisor`."""
-    if method == "minmax":
-        low, high = float(volume.min()), float(volume.max())
-        if not high > low:
-            raise ValueError(f"a blank volume cannot be scaled: every voxel is {low:g}")
-        return low, high - low
-    if method == "zscore":
-        return _nonzero_statistics(volume)
-    raise ValueError(f"method is 'minmax' or 'zscore', not {method!r}")
-
-
-def scale_volume(volume, method="minmax"):
-    """Scale one modality of one scan, the whole volume by the same two numbers.
-
-    Parameters
-    ----------
-    volume : (X, Y, Z) array
-        Raw intensities; background 0.
-    method : {"minmax", "zscore"}
-        "minmax" maps the smallest voxel to 0 and the largest to 1, as scikit-learn's
-        `MinMaxScaler` does on the volume as one column. "zscore" gives the non-zero
-        voxels mean 0 and SD 1 and leaves the others 0.
-
-    Returns
-    -------
-    scaled : (X, Y, Z) float32 array
-
-    Raises
-    ------
-    ValueError
-        If the volume holds NaN or infinity, "minmax" meets a blank volume, or the
-        method is unknown.
-
-    Examples
-    --------
-    >>> scale_volume(np.array([[[0, 50, 100]]])).tolist()
-    [[[0.0, 0.5, 1.0]]]
-    """
-    volume = np.asarray(volume, np.float32)
-    if not np.isfinite(volume).all():
-        raise ValueError(
-            "the volume holds NaN or infinity; nothing is put in its place"
-        )
-    offset, divisor = _offset_and_divisor(volume, method)
-    scaled = (volume - np.float32(offset)) / np.float32(divisor)
-    if method == "zscore":
-        scaled[volume == 0] = 0
-    return scaled
-
-
-def standardise(image):
-    """Give each channel mean 0 and SD 1 over its non-zero voxels; zeros stay zero.
-
-    This is what a network sees, of a scan to be predicted as of the stored volumes.
-
-    Parameters
-    ----------
-    image : (X, Y, Z, C) array
-        A whole scan, raw intensities; a crop would have other means.
-
-    Returns
-    -------
-    standardised : (X, Y, Z, C) float32 array
-    """
-    channels = [
-        scale_volume(channel, "zscore") for channel in np.moveaxis(image, -1, 0)
-    ]
-    return np.stack(channels, axis=-1)
-
-
-def brain_box(image):
-    """Return the smallest box that holds all non-zero voxels.
-
-    Parameters
-    ----------
-    image : (X, Y, Z) or (X, Y, Z, C) array
-        Non-zero in any channel counts as brain.
-
-    Returns
-    -------
-    box : tuple of 3 slices
-
-    Raises
-    ------
-    ValueError
-        If every voxel is zero.
-    """
-    brain = image.any(axis=-1) if image.ndim == 4 else image != 0
-    box = []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        filled = np.flatnonzero(brain.any(axis=others))
-        if not filled.size:
-            raise ValueError("every voxel is zero: there is no brain to crop to")
-        box.append(slice(int(filled[0]), int(filled[-1]) + 1))
-    return tuple(box)
-
-
-def _window_start(tumour, brain, size):
-    """Return where a window of `size` holds most tumour, and then most brain.
-
-    `tumour` and `brain` count the voxels of each plane along one axis.
-    """
-    starts = np.arange(max(1, len(brain) - size + 1))
-    for counts in (tumour, brain):
-        total = np.concatenate([[0], np.cumsum(counts)])
-        held = total[np.minimum(starts + size, len(counts))] - total[starts]
-        starts = starts[held == held.max()]
-    return int(starts[len(starts) // 2])
-
-
-def crop_box(image, segmentation=None, shape=(128, 128, 128)):
-    """Choose the crop: all of the tumour if it fits, then as much brain as possible.
-
-    Parameters
-    ----------
-    image : (X, Y, Z) or (X, Y, Z, C) array
-        Background is 0.
-    segmentation : (X, Y, Z) integer array, optional
-        Non-zero is tumour. Without it only the brain counts.
-    shape : tuple of 3 int or None
-        Voxels along X, Y and Z. An axis shorter than that is taken whole. None gives
-        the brain's whole box.
-
-    Returns
-    -------
-    box : tuple of 3 slices
-
-    Raises
-    ------
-    ValueError
-        If every voxel of the image is zero, or `shape` is not three positive numbers.
-    """
-    if shape is None:
-        return brain_box(image)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"shape is three positive numbers or None, not {shape}")
-    brain = image.any(axis=-1) if image.ndim == 4 else image != 0
-    if not brain.any():
-        raise ValueError("every voxel is zero: there is no brain to crop to")
-    tumour = np.zeros_like(brain) if segmentation is None else segmentation != 0
-    box = []
-    for axis, size in enumerate(shape):
-        others = tuple(a for a in range(3) if a != axis)
-        start = _window_start(tumour.sum(axis=others), brain.sum(axis=others), size)
-        box.append(slice(start, min(start + size, brain.shape[axis])))
-    return tuple(box)
+KINDS, REPORT, SETTINGS, MARKERS = (
+    ("images", "masks"),
+    "cases.csv",
+    "settings.json",
+    "finished",
+)
+PREPARE_AGAIN = "Run prepare_dataset (notebook 01) again"
+# More of the tumour than this outside our own crop is worth a warning.
+LOSS_TO_WARN_OF = 0.05
+# A patient's id, before the number of the visit: BraTS 2017-2019, and since 2023.
+_VISITS = re.compile(r"(BraTS1[789]_.+_\d+)_\d+|(BraTS-\w+-\d+)-\d+", re.I)
 
 
 def _pad_to(volume, shape, value):
@@ -204,8 +84,8 @@ def _pad_to(volume, shape, value):
 
 def _store_channel(volume, box, crop_shape, scaling):
     """Return one modality's crop as float16, with its statistics in stored units."""
-    offset, divisor = _offset_and_divisor(volume, scaling)
-    mean, sd = _nonzero_statistics(volume)
+    offset, divisor = offset_and_divisor(volume, scaling)
+    mean, sd = nonzero_statistics(volume)
     # Where the smallest voxel is 0, as in all skull-stripped sets, this is 0.
     zero = 0.0 if scaling == "zscore" else (0 - offset) / divisor
     crop = (volume[box] - np.float32(offset)) / np.float32(divisor)
@@ -217,14 +97,36 @@ def _store_channel(volume, box, crop_shape, scaling):
 
 def _losses(segmentation, box):
     """Return how much tumour the crop and the tutorial recipe's window leave out."""
-    tumour = np.count_nonzero(segmentation)
-    lost = tumour - np.count_nonzero(segmentation[box])
-    window_lost = tumour - np.count_nonzero(segmentation[FIXED_WINDOW])
+    tumour, held, in_window = (
+        int(np.count_nonzero(part))
+        for part in (segmentation, segmentation[box], segmentation[FIXED_WINDOW])
+    )
     return {
-        "lost_voxels": lost,
-        "lost_share": lost / max(1, tumour),
-        "window_lost_share": window_lost / max(1, tumour),
+        "lost_voxels": tumour - held,
+        "lost_share": (tumour - held) / max(1, tumour),
+        "window_lost_share": (tumour - in_window) / max(1, tumour),
     }
+
+
+def _made_of(case, options):
+    """Return what a prepared case depends on: settings, version, its files' state."""
+    paths = [*(case.images[m] for m in options["modalities"]), case.segmentation]
+    stats = {path.name: path.stat() for path in paths}
+    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    made_of = {**options, "labels": case.labels, "version": __version__, "files": files}
+    return json.loads(json.dumps(made_of))
+
+
+def _read_marker(path):
+    """Return what the marker of a finished case says, or None if it is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return read_json(path)
+
+
+def _all_there(out, sizes):
+    """Return whether files of these sizes, {relative path: bytes}, lie in a folder."""
+    paths = {out / name: size for name, size in sizes.items()}
+    return all(p.is_file() and p.stat().st_size == n for p, n in paths.items())
 
 
 def prepare_case(
@@ -238,13 +140,16 @@ def prepare_case(
 ):
     """Scale, stack, crop and save one case, unless too little of it is labelled.
 
+    A case that was finished before is left as it is, unless its files, the settings or
+    this package have changed since.
+
     Parameters
     ----------
     case : Case
         With a segmentation.
     out : path
         Gets `images/<case>.npy`, float16 (X, Y, Z, C), and `masks/<case>.npy`, uint8
-        (X, Y, Z) with labels 0 to 3; in LPS order.
+        (X, Y, Z) with labels 0 to 3, in LPS order; last `finished/<case>.json`.
     crop_shape, min_labelled, modalities, scaling
         As in `prepare_dataset`.
 
@@ -253,8 +158,9 @@ def prepare_case(
     row : dict
         What `cases.csv` says of the case: kept or not and why, the labelled share of
         the crop, tumour voxels that the crop and the tutorial recipe's fixed window
-        lose, the regions' volumes, and for each channel the mean and SD of the whole
-        scan's non-zero voxels and the value of background, in stored units.
+        lose, the regions' volumes, for each channel the mean and SD of the whole
+        scan's non-zero voxels and the value of background, in stored units, and the
+        SHA-256 of image and mask.
 
     Raises
     ------
@@ -263,30 +169,66 @@ def prepare_case(
     """
     if case.segmentation is None:
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
-    image, segmentation, affine = load_case(case, modalities)
+    out = Path(out)
+    options = {
+        "crop_shape": crop_shape,
+        "min_labelled": min_labelled,
+        "modalities": modalities,
+        "scaling": scaling,
+    }
+    marker, made_of = out / MARKERS / f"{case.id}.json", _made_of(case, options)
+    before = _read_marker(marker) or {}
+    if before.get("made_of") == made_of and _all_there(out, before["sizes"]):
+        return before["row"]
+    marker.unlink(missing_ok=True)
+    image, mask, row, checksums = _crop_and_measure(case, options)
+    if before and before["checksums"] != checksums:
+        print(f"{case.id}: its files have changed since it was prepared; prepared anew")
+    sizes = {}
+    for kind, volume in zip(KINDS, (image, mask), strict=True):
+        path = out / kind / f"{case.id}.npy"
+        if row["kept"]:
+            write_npy(path, volume)
+            sizes[f"{kind}/{path.name}"] = path.stat().st_size
+            row[f"{kind}_sha256"] = sha256(path)
+        else:
+            path.unlink(missing_ok=True)
+    done = {"made_of": made_of, "checksums": checksums, "sizes": sizes, "row": row}
+    write_json(marker, done)
+    return row
+
+
+def _crop_and_measure(case, options):
+    """Return a case's image and mask as stored, its report row, its files' SHA-256."""
+    crop_shape, min_labelled = options["crop_shape"], options["min_labelled"]
+    image, segmentation, affine, checksums = read_case(case, options["modalities"])
     image, segmentation = to_lps(image, affine), to_lps(segmentation, affine)
     box = crop_box(image, segmentation, crop_shape)
     mask = _pad_to(encode_labels(segmentation[box]), crop_shape, 0)
-    share = np.count_nonzero(mask) / mask.size
+    share = int(np.count_nonzero(mask)) / mask.size
+    losses = _losses(segmentation, box)
+    note = "" if segmentation.any() else "no voxel is labelled"
+    if losses["lost_share"] > LOSS_TO_WARN_OF:
+        note = f"the crop leaves out {losses['lost_share']:.0%} of the tumour"
     row = {
         "case": case.id,
         "kept": share >= min_labelled,
         "reason": "" if share >= min_labelled else f"labelled below {min_labelled:g}",
+        "note": note,
         "labelled_share": share,
-        **_losses(segmentation, box),
+        **losses,
         "shape": "x".join(map(str, mask.shape)),
     }
-    volumes = region_volumes_ml(segmentation, read_grid(case)[2])
+    volumes = region_volumes_ml(segmentation, spacing_mm(affine))
     row |= {f"{region}_ml": ml for region, ml in volumes.items()}
     channels = []
-    for index, modality in enumerate(modalities):
-        crop, statistics = _store_channel(image[..., index], box, crop_shape, scaling)
+    for index, modality in enumerate(options["modalities"]):
+        crop, statistics = _store_channel(
+            image[..., index], box, crop_shape, options["scaling"]
+        )
         channels.append(crop)
         row |= {f"{modality}_{name}": value for name, value in statistics.items()}
-    if row["kept"]:
-        write_npy(Path(out) / "images" / f"{case.id}.npy", np.stack(channels, axis=-1))
-        write_npy(Path(out) / "masks" / f"{case.id}.npy", mask)
-    return row
+    return np.stack(channels, axis=-1), mask, row, checksums
 
 
 def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITIES):
@@ -323,23 +265,61 @@ def _attempt(case, out, options):
 
 
 def _prepare_all(cases, out, options, jobs):
-    """Prepare cases in threads; return their rows, or raise one error for all."""
+    """Prepare cases in threads; return a row or an error for each."""
     work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
         delayed(_attempt)(case, out, options) for case in cases
     )
     # To stdout, as text: a widget's last state is lost when a notebook is saved.
     bar = {"total": len(cases), "desc": "preparing", "unit": "case"}
-    rows = list(tqdm(work, file=sys.stdout, **bar))
-    errors = [str(row) for row in rows if isinstance(row, BratsDataError)]
-    if errors:
-        raise BratsDataError(f"{len(errors)} cases are not sound: " + " ".join(errors))
-    return rows
+    try:
+        return list(tqdm(work, file=sys.stdout, **bar))
+    except KeyboardInterrupt:
+        n_done = len(list((out / MARKERS).glob("*.json")))
+        print(f"{n_done} of {len(cases)} cases are done; run again to go on")
+        raise
+
+
+def _check_space(cases, out, options):
+    """Raise unless the disk has room for the cases that are not finished yet."""
+    n_new = sum(not (out / MARKERS / f"{case.id}.json").exists() for case in cases)
+    shape, modalities = options["crop_shape"], options["modalities"]
+    needed = estimate_disk_gb(n_new, crop_shape=shape, modalities=modalities)
+    if needed > free_gb(out):
+        raise OSError(
+            errno.ENOSPC,
+            f"{n_new} cases need some {needed:.1f} GB, and {free_gb(out):.1f} GB are "
+            "free; nothing was written. Make room, or choose another folder",
+            str(out),
+        )
+
+
+def _patients(cases, raw):
+    """Return {case id: patient}: by name_mapping.csv, by a visit's number, or the id.
+
+    A patient scanned twice must not be learnt from and tested on.
+    """
+    patients = {}
+    for case in cases:
+        visit = _VISITS.fullmatch(case.id)
+        patients[case.id] = (visit[1] or visit[2]) if visit else case.id
+    for path in sorted(Path(raw).rglob("name_mapping*.csv")):
+        for row in pd.read_csv(path, dtype=str).to_dict("records"):
+            name = row.get("TCGA_TCIA_subject_ID")
+            same = [value for value in row.values() if value in patients]
+            patients |= {case_id: name for case_id in same if isinstance(name, str)}
+    return patients
+
+
+def _remove_others(out, kept):
+    """Remove volumes and markers of cases that a former call left."""
+    for kind in KINDS:
+        for path in (out / kind).iterdir():
+            if path.stem not in kept:
+                path.unlink()
 
 
 def _settings(raw, cases, options):
     """Return what `settings.json` holds: of what and how the volumes were made."""
-    if isinstance(raw, list):
-        raw = os.path.commonpath([case.images["flair"] for case in raw])
     packages = {name: importlib.metadata.version(name) for name in ("numpy", "nibabel")}
     return {
         "raw": str(Path(raw).resolve()),
@@ -359,15 +339,21 @@ def prepare_dataset(
     modalities=MODALITIES,
     scaling="minmax",
     jobs=None,
+    skip_bad=False,
 ):
-    """Prepare all cases of a folder; what an earlier call left in `out` is replaced.
+    """Prepare all cases of a folder; a call that was stopped goes on where it was.
+
+    Names, headers and lengths of all files are checked before anything is written.
+    Cases finished by a former call stay, unless their files, the settings or this
+    package have changed; `cases.csv` and `settings.json` are there only once all cases
+    are done alike.
 
     Parameters
     ----------
     raw : path or list of Case
         The downloaded set, or the cases that `find_cases` found in it.
     out : path
-        Gets `images/`, `masks/`, `cases.csv` and `settings.json`.
+        Gets `images/`, `masks/`, `finished/`, `cases.csv` and `settings.json`.
     crop_shape : tuple of 3 int or None
         Voxels to keep, see `crop_box`; None keeps the brain's whole box.
     min_labelled : float
@@ -379,6 +365,8 @@ def prepare_dataset(
     jobs : int, optional
         Cases prepared at once, in threads; as many as there are cores by default. A
         surrounding `joblib.parallel_config` decides where they run.
+    skip_bad : bool
+        Leave unsound cases out, with the reason in the report, instead of raising.
 
     Returns
     -------
@@ -389,46 +377,117 @@ def prepare_dataset(
     ------
     BratsDataError
         If no case has a segmentation, or files are not sound: one error lists them all.
+    OSError
+        If the disk has no room for the result.
     """
     cases = raw if isinstance(raw, list) else find_cases(raw)
+    if isinstance(raw, list):
+        raw = os.path.commonpath([case.images["flair"] for case in raw])
     labelled = [case for case in cases if case.segmentation]
     if not labelled:
         raise BratsDataError(f"none of {len(cases)} cases has a segmentation to learn")
     out = Path(out)
-    for name in ("images", "masks"):
-        shutil.rmtree(out / name, ignore_errors=True)
-        (out / name).mkdir(parents=True)
     options = {
         "crop_shape": crop_shape,
         "min_labelled": min_labelled,
         "modalities": tuple(modalities),
         "scaling": scaling,
     }
-    rows = _prepare_all(labelled, out, options, jobs)
-    unlabelled = [case.id for case in cases if not case.segmentation]
-    rows += [
-        {"case": i, "kept": False, "reason": "no segmentation"} for i in unlabelled
-    ]
+    bad = _bad_headers(labelled)
+    if bad and not skip_bad:
+        _refuse(bad)
+    sound = [case for case in labelled if case.id not in bad]
+    _check_space(sound, out, options)
+    for name in (REPORT, SETTINGS):  # nobody shall use what is only half done
+        (out / name).unlink(missing_ok=True)
+    for kind in KINDS:
+        (out / kind).mkdir(parents=True, exist_ok=True)
+    rows = _prepare_all(sound, out, options, jobs)
+    bad |= {e.case: str(e) for e in rows if isinstance(e, BratsDataError)}
+    if bad and not skip_bad:
+        _refuse(bad)
+    rows = [row for row in rows if isinstance(row, dict)]
+    _remove_others(out, {row["case"] for row in rows if row["kept"]})
+    reasons = {case.id: "no segmentation" for case in cases if not case.segmentation}
+    reasons |= {case_id: f"not sound: {text}" for case_id, text in bad.items()}
+    rows += [{"case": i, "kept": False, "reason": why} for i, why in reasons.items()]
     report = pd.DataFrame(rows).sort_values("case", ignore_index=True)
-    report.to_csv(out / "cases.csv", index=False)
-    write_json(out / "settings.json", _settings(raw, cases, options))
+    report.insert(1, "patient", report["case"].map(_patients(cases, raw)))
+    with atomic_write(out / REPORT) as temporary:
+        report.to_csv(temporary, index=False)
+    write_json(out / SETTINGS, _settings(raw, labelled, options))
     return report
 
 
-def _choose_sides(case_ids, ratio, seed, workspace):
-    """Return {"train": ids, "val": ids} as splitfolders chooses them."""
+def _bad_headers(cases):
+    """Return {case id: all that names, headers and lengths show to be wrong}."""
+    problems = check_cases(cases, voxels=False)
+    lines = (
+        problems["file"] + ": " + problems["problem"] + ". " + problems["what to do"]
+    )
+    return lines.groupby(problems["case"]).agg("; ".join).to_dict()
+
+
+def _refuse(bad):
+    """Raise one error for all unsound cases, {id: what is wrong}."""
+    raise BratsDataError(
+        f"{len(bad)} cases are not sound: " + " | ".join(bad.values()),
+        advice="Mend them, or leave them out with skip_bad=True",
+    )
+
+
+def verify_dataset(prepared):
+    """Compare each prepared volume, and each scan it was made of, with its checksum.
+
+    Parameters
+    ----------
+    prepared : path
+        What `prepare_dataset` wrote.
+
+    Returns
+    -------
+    problems : pandas.DataFrame
+        A row for each file that is missing or has changed: "case", "file", "problem".
+        Scans that are no longer where they were are passed over.
+    """
+    prepared, rows = Path(prepared), []
+    raw = Path(read_json(prepared / SETTINGS)["raw"])
+    scans = {path.name: path for path in raw.rglob("*.nii*")}
+    for marker in sorted((prepared / MARKERS).glob("*.json")):
+        done = read_json(marker)
+        noted = {scans[n]: v for n, v in done["checksums"].items() if n in scans}
+        for name in done["sizes"]:
+            noted[prepared / name] = done["row"][f"{name.split('/')[0]}_sha256"]
+        for path, checksum in noted.items():
+            if not path.is_file():
+                rows.append((marker.stem, str(path), "is missing"))
+            elif sha256(path) != checksum:
+                rows.append((marker.stem, str(path), "changed since it was prepared"))
+    return pd.DataFrame(rows, columns=["case", "file", "problem"])
+
+
+def _sides(report, ratio, seed, workspace):
+    """Return {"train": ids, "val": ids} as splitfolders chooses among patients."""
+    # Two cases with the same voxels are one patient, whatever their names.
+    first = report.groupby("images_sha256")["patient"].transform("first")
+    same = dict(zip(report["patient"], first, strict=True))
+    groups = report["case"].groupby(report["patient"].map(same), sort=False).agg(list)
     # It copies files, so it is given empty ones: it decides, and no data moves.
-    for kind in ("images", "masks"):
+    for kind in KINDS:
         (workspace / "staging" / kind).mkdir(parents=True)
-        for case_id in case_ids:
-            (workspace / "staging" / kind / f"{case_id}.npy").touch()
+        for number in range(len(groups)):
+            (workspace / "staging" / kind / f"{number:06}.npy").touch()
     chosen = workspace / "chosen"
     with contextlib.redirect_stderr(io.StringIO()):  # its bar counts copied files
         splitfolders.ratio(
             workspace / "staging", chosen, seed=seed, ratio=ratio, group="sibling"
         )
     return {
-        side: sorted(path.stem for path in (chosen / side / "masks").glob("*.npy"))
+        side: sorted(
+            case_id
+            for path in (chosen / side / "masks").glob("*.npy")
+            for case_id in groups.iloc[int(path.stem)]
+        )
         for side in ("train", "val")
     }
 
@@ -447,6 +506,26 @@ def _link_side(prepared, case_ids, folder, final):
     report = pd.read_csv(prepared / "cases.csv", dtype={"case": str})
     report[report["case"].isin(case_ids)].to_csv(folder / "cases.csv", index=False)
     shutil.copyfile(prepared / "settings.json", folder / "settings.json")
+
+
+def _kept(prepared):
+    """Return the report's rows of the cases that are there, pairs and all."""
+    if not ((prepared / REPORT).is_file() and (prepared / SETTINGS).is_file()):
+        raise BratsDataError(
+            "no finished preparation here", file=prepared, advice=PREPARE_AGAIN
+        )
+    report = pd.read_csv(prepared / REPORT, dtype={"case": str, "patient": str})
+    report = report[report["kept"]]
+    for kind in KINDS:
+        odd = {p.stem for p in (prepared / kind).glob("*.npy")} ^ set(report["case"])
+        if odd:
+            raise BratsDataError(
+                f"{kind} and {REPORT} disagree, so image without mask or a stray file: "
+                f"{sorted(odd)[:5]}",
+                file=prepared,
+                advice=PREPARE_AGAIN,
+            )
+    return report
 
 
 def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
@@ -476,24 +555,17 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
         If an image lacks its mask or the reverse, or a side would be empty.
     """
     prepared, out = Path(prepared), Path(out)
-    images, masks = (
-        {p.stem for p in (prepared / kind).glob("*.npy")}
-        for kind in ("images", "masks")
-    )
-    if images ^ masks:
-        raise BratsDataError(
-            f"image without mask, or mask without image: {sorted(images ^ masks)[:5]}",
-            file=prepared,
-            advice="Run prepare_dataset again",
-        )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".split-", dir=out.parent) as workspace:
-        workspace = Path(workspace)
-        enough = len(images) > 1
-        ids = _choose_sides(sorted(images), ratio, seed, workspace) if enough else {}
+    report = _kept(prepared)
+    workspace = out.parent / f".{out.name}-new"
+    shutil.rmtree(workspace, ignore_errors=True)  # of a call that was killed
+    workspace.mkdir(parents=True)
+    try:
+        enough = report["patient"].nunique() > 1
+        ids = _sides(report, ratio, seed, workspace) if enough else {}
         if not (ids.get("train") and ids.get("val")):
             raise BratsDataError(
-                f"{len(images)} kept cases cannot be split {ratio}: a side stays empty",
+                f"{len(report)} kept cases of {report['patient'].nunique()} patients "
+                f"cannot be split {ratio}: a side stays empty",
                 file=prepared,
                 advice="Give more cases, or lower min_labelled",
             )
@@ -502,4 +574,6 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
         if out.exists():
             out.rename(workspace / "old")
         (workspace / "new").rename(out)
+    finally:
+        shutil.rmtree(workspace)
     return ids

@@ -6,8 +6,9 @@ import pytest
 from scipy.ndimage import gaussian_filter
 
 from brats_utils import evaluation
-from brats_utils.cases import Case, find_cases, load_labels, save_volume
+from brats_utils.cases import Case, find_cases, load_labels
 from brats_utils.evaluation import MISSED_REGION_MM, hd95, score_case, score_cases
+from brats_utils.nifti import save_volume
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 
@@ -20,7 +21,7 @@ def blob(seed, shape=(30, 26, 22)):
 
 def write_case(folder, case_id, segmentation, labels="0124"):
     path = folder / f"{case_id}_seg.nii.gz"
-    save_volume(np.asarray(segmentation, np.uint8), AFFINE, path)
+    save_volume(np.asarray(segmentation, np.uint8), path, affine=AFFINE)
     return Case(case_id, {}, path, labels)
 
 
@@ -98,8 +99,8 @@ def test_score_cases_reads_files_of_both_conventions(tmp_path):
         write_case(tmp_path, "a", np.minimum(truth, 3), labels="0123"),
     ]
     predictions = tmp_path / "predictions"
-    save_volume(truth, AFFINE, predictions / "a.nii.gz")
-    save_volume(np.roll(truth, 1, axis=2), AFFINE, predictions / "b.nii")
+    save_volume(truth, predictions / "a.nii.gz", affine=AFFINE)
+    save_volume(np.roll(truth, 1, axis=2), predictions / "b.nii", affine=AFFINE)
     scores = score_cases(predictions, cases)
     assert scores.columns[0] == "case" and list(scores["case"]) == ["b", "a"]
     assert list(scores["dice_ET"]) == [0, 1]
@@ -110,12 +111,12 @@ def test_score_cases_names_what_is_missing(tmp_path):
     truth = np.zeros((6, 6, 6), np.uint8)
     cases = [write_case(tmp_path, name, truth) for name in ("here", "gone", "lost")]
     predictions = tmp_path / "predictions"
-    save_volume(truth, AFFINE, predictions / "here.nii.gz")
+    save_volume(truth, predictions / "here.nii.gz", affine=AFFINE)
     with pytest.raises(ValueError, match="2 of 3 cases: gone, lost"):
         score_cases(predictions, cases)
     with pytest.raises(ValueError, match="no segmentation.*blind"):
         score_cases(predictions, [Case("blind", {}, None)])
-    save_volume(truth, np.eye(4), predictions / "here.nii.gz")
+    save_volume(truth, predictions / "here.nii.gz", affine=np.eye(4))
     with pytest.raises(ValueError, match="grid of case here"):
         score_cases(predictions, cases[:1])
 
@@ -126,7 +127,9 @@ def test_score_cases_on_real_scans(tmp_path):
         pytest.skip("BRATS_REAL_CASES is unset")
     case = find_cases(Path(root), labels="0124")[0]
     truth, affine = load_labels(case.segmentation)
-    save_volume(np.roll(truth, 2, axis=0), affine, tmp_path / f"{case.id}.nii.gz")
+    save_volume(
+        np.roll(truth, 2, axis=0), tmp_path / f"{case.id}.nii.gz", affine=affine
+    )
     scores = score_cases(tmp_path, [case])
     # Surfaces of a map moved by 2 mm are nowhere further apart than that.
     assert 1 <= scores["hd95_WT"][0] <= 2

@@ -27,6 +27,8 @@ from brats_utils.files import (
         ("flair,t1", ("flair",), ("flair", "t1")),
         ("/data/x", Path("y"), Path("/data/x")),
         ("text", None, "text"),
+        ("64, 64,32", None, (64, 64, 32)),
+        ("/data/a, b", None, "/data/a, b"),
         ("", 3, 3),
     ],
 )

@@ -8,7 +8,7 @@ from conftest import AFFINE, SHAPE, toy_volumes, write_case
 from keras import layers
 
 from brats_utils import inference
-from brats_utils.cases import find_cases, load_case, load_labels, to_lps
+from brats_utils.cases import find_cases, load_case, load_labels
 from brats_utils.inference import (
     decode_probabilities,
     load_model,
@@ -17,6 +17,7 @@ from brats_utils.inference import (
     predict_probabilities,
 )
 from brats_utils.model import unet
+from brats_utils.nifti import to_lps
 
 
 def pointwise_model(kernel, bias, *, size=None, activation="softmax"):
