@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 TRUE = ("1", "true", "yes", "on")
@@ -104,20 +103,24 @@ def atomic_write(path):
     Yields
     ------
     temporary : Path
+
+    Raises
+    ------
+    OSError
+        If the disk refuses, a full one say; the message names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    suffix = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
-    handle, name = tempfile.mkstemp(suffix, ".writing-", path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # Always the same name: what a killed process left is overwritten by the next.
+    temporary = path.with_name(f".writing-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner reads; give the usual mode back.
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except OSError as error:
+        problem = f"cannot write {path}: {error} ({free_gb(path):.2f} GB are free)"
+        raise OSError(error.errno, problem) from error
     finally:
         temporary.unlink(missing_ok=True)
 

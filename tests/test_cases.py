@@ -35,7 +35,7 @@ def test_finds_cases_at_any_depth_sorted_by_id(toy_set):
     assert {case.labels for case in cases} == {"0124"}
 
 
-def test_strays_are_passed_over(toy_set):
+def test_A24_strays_are_passed_over(toy_set):
     folder = next(toy_set.rglob("BraTS20_Training_001"))
     for name in ("._x_flair.nii", ".DS_Store", "survival_info.csv", "atlas.nii.gz"):
         (folder / name).write_bytes(b"stray")
@@ -44,7 +44,7 @@ def test_strays_are_passed_over(toy_set):
     assert len(find_cases(toy_set)) == 5
 
 
-def test_the_order_does_not_depend_on_the_system(toy_set, monkeypatch):
+def test_D05_the_order_does_not_depend_on_the_system(toy_set, monkeypatch):
     ids = [case.id for case in find_cases(toy_set)]
     walk = os.walk
 
@@ -70,7 +70,7 @@ def test_reads_the_raw_values_in_the_order_asked_for(toy_set):
     assert read_grid(case)[2] == (1.0, 1.0, 1.0)
 
 
-def test_nii_and_nii_gz_may_be_mixed(toy_set):
+def test_A03_nii_and_nii_gz_may_be_mixed(toy_set):
     case = find_cases(toy_set)[0]
     expected = load_case(case)[0]
     for path in list(case.images.values())[:2]:
@@ -81,7 +81,7 @@ def test_nii_and_nii_gz_may_be_mixed(toy_set):
     np.testing.assert_array_equal(load_case(case)[0], expected)
 
 
-def test_the_odd_segmentation_is_taken_and_renamed_when_asked(tmp_path, capsys):
+def test_A02_the_odd_segmentation_is_taken_and_renamed_when_asked(tmp_path, capsys):
     odd = "W39_1998.09.19_Segm.nii"
     folder = write_case(tmp_path, "BraTS20_Training_355", seg_name=odd)
     (case,) = find_cases(tmp_path)
@@ -94,7 +94,7 @@ def test_the_odd_segmentation_is_taken_and_renamed_when_asked(tmp_path, capsys):
     assert case.segmentation == new
 
 
-def test_two_odd_segmentations_are_an_error(tmp_path):
+def test_A02_two_odd_segmentations_are_an_error(tmp_path):
     folder = write_case(tmp_path, "BraTS20_Training_355", seg_name="a_Segm.nii")
     shutil.copy(folder / "a_Segm.nii", folder / "b_seg_old.nii")
     for call in (find_cases, rename_odd_segmentation):
@@ -102,7 +102,7 @@ def test_two_odd_segmentations_are_an_error(tmp_path):
             call(tmp_path)
 
 
-def test_all_missing_modalities_and_doubles_are_listed_at_once(toy_set):
+def test_A01_A22_all_missing_modalities_and_doubles_are_listed_at_once(toy_set):
     next(toy_set.rglob("*002_t1ce.nii")).unlink()
     next(toy_set.rglob("*003_t2.nii")).unlink()
     folder = next(toy_set.rglob("BraTS20_Training_004"))
@@ -113,7 +113,7 @@ def test_all_missing_modalities_and_doubles_are_listed_at_once(toy_set):
         assert part in str(error.value)
 
 
-def test_a_wrong_folder_says_what_it_holds(tmp_path):
+def test_A25_a_wrong_folder_says_what_it_holds(tmp_path):
     with pytest.raises(BratsDataError, match="there is no folder"):
         find_cases(tmp_path / "nowhere")
     (tmp_path / "notes.txt").touch()
@@ -121,7 +121,7 @@ def test_a_wrong_folder_says_what_it_holds(tmp_path):
         find_cases(tmp_path)
 
 
-def test_brats_2023_names_and_labels(tmp_path, capsys):
+def test_B02_brats_2023_names_and_labels(tmp_path, capsys):
     folder = write_case(tmp_path, "BraTS-GLI-00000-000", suffix=".nii.gz")
     names = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
     for old, new in names.items():
@@ -178,7 +178,7 @@ def test_a_damaged_or_cut_gz_is_refused(tmp_path):
             load_case(case)
 
 
-def test_wrong_labels_are_refused_whatever_their_type(tmp_path):
+def test_B01_B03_wrong_labels_are_refused_whatever_their_type(tmp_path):
     path = tmp_path / "x.nii.gz"
     for values in ([0, 1, 5], [0.0, 0.999, 2.0]):
         nib.save(nib.Nifti1Image(np.array([[values]], np.float32), np.eye(4)), path)

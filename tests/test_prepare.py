@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +15,7 @@ from brats_utils.prepare import (
     prepare_dataset,
     split_dataset,
     standardise,
+    verify_dataset,
 )
 
 
@@ -142,3 +147,142 @@ def test_a_split_needs_two_cases_and_whole_pairs(toy_set, tmp_path):
     out, _ = prepared_toys(toy_set, tmp_path, min_labelled=0.9)
     with pytest.raises(BratsDataError, match="0 kept cases of 0 patients"):
         split_dataset(out, tmp_path / "split")
+
+
+def test_C01_killed_at_any_file_operation_it_ends_in_the_same_bytes(tmp_path):
+    for number in range(1, 4):
+        write_case(tmp_path / "raw", f"BraTS20_Training_{number:03}", seed=number)
+    script = Path(__file__).with_name("kill_points.py")
+    command = [sys.executable, script, tmp_path / "raw", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50  # file operations, each of them a point to die at
+
+
+def test_C01_finished_cases_are_not_read_again(toy_set, tmp_path, monkeypatch):
+    out, first = prepared_toys(toy_set, tmp_path)
+    monkeypatch.setattr("brats_utils.prepare.read_case", None)
+    _, second = prepared_toys(toy_set, tmp_path)
+    pd.testing.assert_frame_equal(first, second)
+    next((out / "masks").iterdir()).write_bytes(b"cut")
+    with pytest.raises(TypeError):  # now one must be read
+        prepared_toys(toy_set, tmp_path)
+
+
+def test_C02_too_little_room_is_said_before_anything_is_written(
+    toy_set, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("brats_utils.prepare.free_gb", lambda _: 1e-6)
+    with pytest.raises(OSError, match="4 cases need some 0.0 GB"):
+        prepared_toys(toy_set, tmp_path)
+    assert not (tmp_path / "prepared").exists()
+
+
+def test_C02_a_full_disk_costs_no_finished_case(toy_set, tmp_path, monkeypatch):
+    save, calls = np.save, []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return save(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "save", full)
+        with pytest.raises(OSError, match=r"masks/BraTS20_Training_002.npy.* GB are"):
+            prepared_toys(toy_set, tmp_path, jobs=1)
+    out = tmp_path / "prepared"
+    assert not list(out.rglob(".writing*")) and not (out / "cases.csv").exists()
+    assert [p.stem[-3:] for p in (out / "finished").iterdir()] == ["001"]
+    assert prepared_toys(toy_set, tmp_path)[1]["kept"].sum() == 4
+
+
+def test_C06_other_settings_are_never_mixed(toy_set, tmp_path):
+    prepared_toys(toy_set, tmp_path, scaling="zscore")
+    out, report = prepared_toys(toy_set, tmp_path, crop_shape=(16, 8, 8))
+    shapes = {np.load(path).shape for path in (out / "masks").iterdir()}
+    assert shapes == {(16, 8, 8)} and set(report["shape"].dropna()) == {"16x8x8"}
+
+
+def test_A08_a_changed_scan_is_noticed_and_prepared_anew(toy_set, tmp_path, capsys):
+    out, before = prepared_toys(toy_set, tmp_path)
+    path = next(toy_set.rglob("*Training_001_flair.nii"))
+    data = bytearray(path.read_bytes())
+    data[-5000] ^= 64
+    path.write_bytes(data)
+    problems = verify_dataset(out)
+    assert problems["file"].tolist() == [str(path)]
+    assert problems["problem"].tolist() == ["changed since it was prepared"]
+    after = prepared_toys(toy_set, tmp_path)[1]
+    assert "001: its files have changed since" in capsys.readouterr().out
+    changed = before["images_sha256"] != after["images_sha256"]
+    assert after["case"][changed & after["kept"]].tolist() == ["BraTS20_Training_001"]
+    assert verify_dataset(out).empty
+
+
+def test_C08_a_flipped_bit_in_a_volume_is_found(toy_set, tmp_path):
+    out, _ = prepared_toys(toy_set, tmp_path)
+    rng = np.random.default_rng(8)
+    paths = sorted(out.rglob("*.npy"))
+    for _ in range(200):
+        path = paths[rng.integers(len(paths))]
+        data = path.read_bytes()
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        assert verify_dataset(out)["file"].tolist() == [str(path)]
+        path.write_bytes(data)
+
+
+def test_bad_cases_are_left_out_when_told_to(toy_set, tmp_path):
+    next(toy_set.rglob("*002_flair.nii")).write_bytes(b"<html>")
+    wrong = toy_volumes()[1]
+    wrong[0, 0, 0] = 7
+    write_case(toy_set, "BraTS20_Training_007", segmentation=wrong)
+    with pytest.raises(BratsDataError, match="1 cases are not sound.*002_flair"):
+        prepared_toys(toy_set, tmp_path)
+    _, report = prepared_toys(toy_set, tmp_path, skip_bad=True)
+    reasons = report.set_index("case")["reason"]
+    assert "not sound" in reasons["BraTS20_Training_002"]
+    assert "found 7 in 1 voxels" in reasons["BraTS20_Training_007"]
+    assert report["kept"].sum() == 3
+
+
+def test_D02_two_scans_of_one_patient_stay_on_one_side(tmp_path):
+    raw = tmp_path / "raw"
+    for number in range(8):  # two visits a patient, as BraTS 2018 names them
+        name = f"Brats18_TCIA01_{number // 2}_{number % 2}"
+        write_case(raw, name, seed=number)
+    for number in range(8, 12):  # and as name_mapping.csv does
+        write_case(raw, f"BraTS20_Training_{number:03}", seed=number)
+    write_case(raw, "copy", seed=11)  # the same voxels under another name
+    lines = ["Grade,TCGA_TCIA_subject_ID,BraTS_2020_subject_ID"]
+    lines += [f"HGG,TCGA-{n // 2},BraTS20_Training_{n:03}" for n in range(8, 12)]
+    (raw / "name_mapping.csv").write_text("\n".join(lines))
+    out, _ = prepared_toys(raw, tmp_path)
+    patients = [f"Brats18_TCIA01_{n}" for n in range(4)]
+    pairs = [(f"{p}_0", f"{p}_1") for p in patients]
+    pairs += [
+        (f"BraTS20_Training_{n:03}", f"BraTS20_Training_{n + 1:03}") for n in (8, 10)
+    ]
+    pairs += [("copy", "BraTS20_Training_011")]
+    for seed in range(100):
+        ids = split_dataset(out, tmp_path / "split", ratio=(0.6, 0.4), seed=seed)
+        assert len(ids["train"]) + len(ids["val"]) == 13
+        for one, other in pairs:
+            assert (one in ids["val"]) == (other in ids["val"])
+
+
+def test_B06_a_crop_that_loses_tumour_is_noted(toy_set, tmp_path):
+    _, report = prepared_toys(toy_set, tmp_path, crop_shape=(4, 16, 8))
+    assert report["note"][0] == "the crop leaves out 50% of the tumour"
+
+
+def test_B04_a_case_without_a_label_is_kept_or_dropped_aloud(tmp_path):
+    empty = np.zeros_like(toy_volumes()[1])
+    write_case(tmp_path / "raw", "BraTS20_Training_001", segmentation=empty)
+    _, report = prepared_toys(tmp_path / "raw", tmp_path)
+    assert report["note"].tolist() == ["no voxel is labelled"]
+    assert report["reason"].tolist() == ["labelled below 0.01"]
+    _, report = prepared_toys(tmp_path / "raw", tmp_path, min_labelled=0)
+    assert report["kept"].tolist() == [True]
