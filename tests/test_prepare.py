@@ -208,7 +208,7 @@ def test_A08_a_changed_scan_is_noticed_and_prepared_anew(toy_set, tmp_path, caps
     out, before = prepared_toys(toy_set, tmp_path)
     path = next(toy_set.rglob("*Training_001_flair.nii"))
     data = bytearray(path.read_bytes())
-    data[-5000] ^= 64
+    data[352 + 2 * (12 + 24 * (12 + 24 * 7))] ^= 64  # within the tumour
     path.write_bytes(data)
     problems = verify_dataset(out)
     assert problems["file"].tolist() == [str(path)]
