@@ -56,7 +56,8 @@ def _parse_header(start, path):
         raise BratsDataError(problem, file=path, advice=AGAIN)
 
     try:
-        header = nib.Nifti1Header.from_fileobj(io.BytesIO(start))
+        # Extensions (four zeros say: none) hold notes of other programs, no geometry.
+        header = nib.Nifti1Header.from_fileobj(io.BytesIO(start[:348] + bytes(4)))
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         affine, offset = header.get_best_affine(), float(header["vox_offset"])
         header.get_slope_inter()

@@ -233,3 +233,15 @@ def test_A16_an_affine_that_is_no_grid(tmp_path):
         nib.save(image, path)
         with pytest.raises(BratsDataError, match="x.nii"):
             read_volume(path)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+def test_reads_a_file_with_header_extensions(tmp_path, name):
+    # Segmentation tools leave notes between the header and the voxels.
+    voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    image = nib.Nifti1Image(voxels, np.eye(4))
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"x" * 2000))
+    nib.save(image, tmp_path / name)
+    volume, header, _ = read_volume(tmp_path / name)
+    assert header["vox_offset"] > 2000
+    np.testing.assert_array_equal(volume, voxels)
