@@ -1,19 +1,14 @@
-"""From scans to npy volumes: scale, stack, crop, keep or drop, save, split."""
+"""From scans to npy volumes: scale, stack, crop, keep or drop, save."""
 
-import contextlib
 import errno
 import importlib.metadata
-import io
 import json
 import os
-import re
-import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import splitfolders
 from joblib import Parallel, delayed
 from tqdm import tqdm
 
@@ -25,10 +20,20 @@ from brats_utils.cases import (
     find_cases,
     read_case,
 )
+from brats_utils.dataset import (
+    KINDS,
+    MARKERS,
+    REPORT,
+    SETTINGS,
+    all_there,
+    find_patients,
+    read_marker,
+    split_dataset,
+    verify_dataset,
+)
 from brats_utils.files import (
     atomic_write,
     free_gb,
-    read_json,
     sha256,
     write_json,
     write_npy,
@@ -39,10 +44,10 @@ from brats_utils.transforms import (
     FIXED_WINDOW,
     brain_box,
     crop_box,
-    nonzero_statistics,
-    offset_and_divisor,
+    pad_to,
     scale_volume,
     standardise,
+    store_channel,
 )
 
 __all__ = [
@@ -59,40 +64,8 @@ __all__ = [
 ]
 # Voxels along X, Y and Z of the box round a large brain, to estimate disk space with.
 TYPICAL_BRAIN_BOX = (145, 180, 150)
-KINDS, REPORT, SETTINGS, MARKERS = (
-    ("images", "masks"),
-    "cases.csv",
-    "settings.json",
-    "finished",
-)
-PREPARE_AGAIN = "Run prepare_dataset (notebook 01) again"
 # More of the tumour than this outside our own crop is worth a warning.
 LOSS_TO_WARN_OF = 0.05
-# A patient's id, before the number of the visit: BraTS 2017-2019, and since 2023.
-_VISITS = re.compile(r"(BraTS1[789]_.+_\d+)_\d+|(BraTS-\w+-\d+)-\d+", re.I)
-
-
-def _pad_to(volume, shape, value):
-    """Pad the spatial axes at their ends up to `shape`, where they are shorter."""
-    if shape is None:
-        return volume
-    widths = [
-        (0, max(0, n - have)) for n, have in zip(shape, volume.shape, strict=False)
-    ]
-    return np.pad(volume, widths, constant_values=value)
-
-
-def _store_channel(volume, box, crop_shape, scaling):
-    """Return one modality's crop as float16, with its statistics in stored units."""
-    offset, divisor = offset_and_divisor(volume, scaling)
-    mean, sd = nonzero_statistics(volume)
-    # Where the smallest voxel is 0, as in all skull-stripped sets, this is 0.
-    zero = 0.0 if scaling == "zscore" else (0 - offset) / divisor
-    crop = (volume[box] - np.float32(offset)) / np.float32(divisor)
-    if scaling == "zscore":
-        crop[volume[box] == 0] = 0
-    crop = _pad_to(crop, crop_shape, zero).astype(np.float16)
-    return crop, {"mean": (mean - offset) / divisor, "sd": sd / divisor, "zero": zero}
 
 
 def _losses(segmentation, box):
@@ -115,18 +88,6 @@ def _made_of(case, options):
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     made_of = {**options, "labels": case.labels, "version": __version__, "files": files}
     return json.loads(json.dumps(made_of))
-
-
-def _read_marker(path):
-    """Return what the marker of a finished case says, or None if it is none."""
-    with contextlib.suppress(OSError, ValueError):
-        return read_json(path)
-
-
-def _all_there(out, sizes):
-    """Return whether files of these sizes, {relative path: bytes}, lie in a folder."""
-    paths = {out / name: size for name, size in sizes.items()}
-    return all(p.is_file() and p.stat().st_size == n for p, n in paths.items())
 
 
 def prepare_case(
@@ -177,8 +138,8 @@ def prepare_case(
         "scaling": scaling,
     }
     marker, made_of = out / MARKERS / f"{case.id}.json", _made_of(case, options)
-    before = _read_marker(marker) or {}
-    if before.get("made_of") == made_of and _all_there(out, before["sizes"]):
+    before = read_marker(marker) or {}
+    if before.get("made_of") == made_of and all_there(out, before["sizes"]):
         return before["row"]
     marker.unlink(missing_ok=True)
     image, mask, row, checksums = _crop_and_measure(case, options)
@@ -204,7 +165,7 @@ def _crop_and_measure(case, options):
     image, segmentation, affine, checksums = read_case(case, options["modalities"])
     image, segmentation = to_lps(image, affine), to_lps(segmentation, affine)
     box = crop_box(image, segmentation, crop_shape)
-    mask = _pad_to(encode_labels(segmentation[box]), crop_shape, 0)
+    mask = pad_to(encode_labels(segmentation[box]), crop_shape, 0)
     share = int(np.count_nonzero(mask)) / mask.size
     losses = _losses(segmentation, box)
     note = "" if segmentation.any() else "no voxel is labelled"
@@ -223,7 +184,7 @@ def _crop_and_measure(case, options):
     row |= {f"{region}_ml": ml for region, ml in volumes.items()}
     channels = []
     for index, modality in enumerate(options["modalities"]):
-        crop, statistics = _store_channel(
+        crop, statistics = store_channel(
             image[..., index], box, crop_shape, options["scaling"]
         )
         channels.append(crop)
@@ -293,23 +254,6 @@ def _check_space(cases, out, options):
         )
 
 
-def _patients(cases, raw):
-    """Return {case id: patient}: by name_mapping.csv, by a visit's number, or the id.
-
-    A patient scanned twice must not be learnt from and tested on.
-    """
-    patients = {}
-    for case in cases:
-        visit = _VISITS.fullmatch(case.id)
-        patients[case.id] = (visit[1] or visit[2]) if visit else case.id
-    for path in sorted(Path(raw).rglob("name_mapping*.csv")):
-        for row in pd.read_csv(path, dtype=str).to_dict("records"):
-            name = row.get("TCGA_TCIA_subject_ID")
-            same = [value for value in row.values() if value in patients]
-            patients |= {case_id: name for case_id in same if isinstance(name, str)}
-    return patients
-
-
 def _remove_others(out, kept):
     """Remove volumes and markers of cases that a former call left."""
     for kind in KINDS:
@@ -328,6 +272,17 @@ def _settings(raw, cases, options):
         "label_map": {str(value): i for i, value in enumerate(LABELS)},
         "versions": {"brats_utils": __version__, **packages},
     }
+
+
+def _find(raw):
+    """Return the folder, its cases, and those of them that have a segmentation."""
+    cases = raw if isinstance(raw, list) else find_cases(raw)
+    if isinstance(raw, list):
+        raw = os.path.commonpath([case.images["flair"] for case in raw])
+    labelled = [case for case in cases if case.segmentation]
+    if not labelled:
+        raise BratsDataError(f"none of {len(cases)} cases has a segmentation to learn")
+    return raw, cases, labelled
 
 
 def prepare_dataset(
@@ -380,12 +335,7 @@ def prepare_dataset(
     OSError
         If the disk has no room for the result.
     """
-    cases = raw if isinstance(raw, list) else find_cases(raw)
-    if isinstance(raw, list):
-        raw = os.path.commonpath([case.images["flair"] for case in raw])
-    labelled = [case for case in cases if case.segmentation]
-    if not labelled:
-        raise BratsDataError(f"none of {len(cases)} cases has a segmentation to learn")
+    raw, cases, labelled = _find(raw)
     out = Path(out)
     options = {
         "crop_shape": crop_shape,
@@ -408,15 +358,20 @@ def prepare_dataset(
         _refuse(bad)
     rows = [row for row in rows if isinstance(row, dict)]
     _remove_others(out, {row["case"] for row in rows if row["kept"]})
-    reasons = {case.id: "no segmentation" for case in cases if not case.segmentation}
-    reasons |= {case_id: f"not sound: {text}" for case_id, text in bad.items()}
-    rows += [{"case": i, "kept": False, "reason": why} for i, why in reasons.items()]
-    report = pd.DataFrame(rows).sort_values("case", ignore_index=True)
-    report.insert(1, "patient", report["case"].map(_patients(cases, raw)))
+    report = _report(rows, cases, bad)
+    report.insert(1, "patient", report["case"].map(find_patients(cases, raw)))
     with atomic_write(out / REPORT) as temporary:
         report.to_csv(temporary, index=False)
     write_json(out / SETTINGS, _settings(raw, labelled, options))
     return report
+
+
+def _report(rows, cases, bad):
+    """Return the rows of prepared cases and those of the others, by id."""
+    reasons = {case.id: "no segmentation" for case in cases if not case.segmentation}
+    reasons |= {case_id: f"not sound: {text}" for case_id, text in bad.items()}
+    rows += [{"case": i, "kept": False, "reason": why} for i, why in reasons.items()]
+    return pd.DataFrame(rows).sort_values("case", ignore_index=True)
 
 
 def _bad_headers(cases):
@@ -434,146 +389,3 @@ def _refuse(bad):
         f"{len(bad)} cases are not sound: " + " | ".join(bad.values()),
         advice="Mend them, or leave them out with skip_bad=True",
     )
-
-
-def verify_dataset(prepared):
-    """Compare each prepared volume, and each scan it was made of, with its checksum.
-
-    Parameters
-    ----------
-    prepared : path
-        What `prepare_dataset` wrote.
-
-    Returns
-    -------
-    problems : pandas.DataFrame
-        A row for each file that is missing or has changed: "case", "file", "problem".
-        Scans that are no longer where they were are passed over.
-    """
-    prepared, rows = Path(prepared), []
-    raw = Path(read_json(prepared / SETTINGS)["raw"])
-    scans = {path.name: path for path in raw.rglob("*.nii*")}
-    for marker in sorted((prepared / MARKERS).glob("*.json")):
-        done = read_json(marker)
-        noted = {scans[n]: v for n, v in done["checksums"].items() if n in scans}
-        for name in done["sizes"]:
-            noted[prepared / name] = done["row"][f"{name.split('/')[0]}_sha256"]
-        for path, checksum in noted.items():
-            if not path.is_file():
-                rows.append((marker.stem, str(path), "is missing"))
-            elif sha256(path) != checksum:
-                rows.append((marker.stem, str(path), "changed since it was prepared"))
-    return pd.DataFrame(rows, columns=["case", "file", "problem"])
-
-
-def _sides(report, ratio, seed, workspace):
-    """Return {"train": ids, "val": ids} as splitfolders chooses among patients."""
-    # Two cases with the same voxels are one patient, whatever their names.
-    first = report.groupby("images_sha256")["patient"].transform("first")
-    same = dict(zip(report["patient"], first, strict=True))
-    groups = report["case"].groupby(report["patient"].map(same), sort=False).agg(list)
-    # It copies files, so it is given empty ones: it decides, and no data moves.
-    for kind in KINDS:
-        (workspace / "staging" / kind).mkdir(parents=True)
-        for number in range(len(groups)):
-            (workspace / "staging" / kind / f"{number:06}.npy").touch()
-    chosen = workspace / "chosen"
-    with contextlib.redirect_stderr(io.StringIO()):  # its bar counts copied files
-        splitfolders.ratio(
-            workspace / "staging", chosen, seed=seed, ratio=ratio, group="sibling"
-        )
-    return {
-        side: sorted(
-            case_id
-            for path in (chosen / side / "masks").glob("*.npy")
-            for case_id in groups.iloc[int(path.stem)]
-        )
-        for side in ("train", "val")
-    }
-
-
-def _link_side(prepared, case_ids, folder, final):
-    """Fill one side of a split, built in `folder` and meant to lie in `final`."""
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-        for case_id in case_ids:
-            source = prepared.resolve() / kind / f"{case_id}.npy"
-            link = folder / kind / source.name
-            try:
-                link.symlink_to(os.path.relpath(source, final.resolve() / kind))
-            except OSError:  # Windows without the right to link, some network drives
-                shutil.copyfile(source, link)
-    report = pd.read_csv(prepared / "cases.csv", dtype={"case": str})
-    report[report["case"].isin(case_ids)].to_csv(folder / "cases.csv", index=False)
-    shutil.copyfile(prepared / "settings.json", folder / "settings.json")
-
-
-def _kept(prepared):
-    """Return the report's rows of the cases that are there, pairs and all."""
-    if not ((prepared / REPORT).is_file() and (prepared / SETTINGS).is_file()):
-        raise BratsDataError(
-            "no finished preparation here", file=prepared, advice=PREPARE_AGAIN
-        )
-    report = pd.read_csv(prepared / REPORT, dtype={"case": str, "patient": str})
-    report = report[report["kept"]]
-    for kind in KINDS:
-        odd = {p.stem for p in (prepared / kind).glob("*.npy")} ^ set(report["case"])
-        if odd:
-            raise BratsDataError(
-                f"{kind} and {REPORT} disagree, so image without mask or a stray file: "
-                f"{sorted(odd)[:5]}",
-                file=prepared,
-                advice=PREPARE_AGAIN,
-            )
-    return report
-
-
-def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
-    """Split prepared cases into train and val with splitfolders, image and mask as one.
-
-    Parameters
-    ----------
-    prepared : path
-        What `prepare_dataset` wrote.
-    out : path
-        Gets `train/` and `val/`, each with `images/`, `masks/` (links, or copies where
-        the system cannot link) and its rows of `cases.csv` and `settings.json`. A
-        former split there is replaced whole, never added to.
-    ratio : tuple of 2 float
-        Shares of train and val; they sum to 1.
-    seed : int
-        Same seed and cases, same split.
-
-    Returns
-    -------
-    ids : dict
-        {"train": case ids, "val": case ids}, sorted.
-
-    Raises
-    ------
-    BratsDataError
-        If an image lacks its mask or the reverse, or a side would be empty.
-    """
-    prepared, out = Path(prepared), Path(out)
-    report = _kept(prepared)
-    workspace = out.parent / f".{out.name}-new"
-    shutil.rmtree(workspace, ignore_errors=True)  # of a call that was killed
-    workspace.mkdir(parents=True)
-    try:
-        enough = report["patient"].nunique() > 1
-        ids = _sides(report, ratio, seed, workspace) if enough else {}
-        if not (ids.get("train") and ids.get("val")):
-            raise BratsDataError(
-                f"{len(report)} kept cases of {report['patient'].nunique()} patients "
-                f"cannot be split {ratio}: a side stays empty",
-                file=prepared,
-                advice="Give more cases, or lower min_labelled",
-            )
-        for side, case_ids in ids.items():
-            _link_side(prepared, case_ids, workspace / "new" / side, out / side)
-        if out.exists():
-            out.rename(workspace / "old")
-        (workspace / "new").rename(out)
-    finally:
-        shutil.rmtree(workspace)
-    return ids

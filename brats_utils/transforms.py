@@ -189,3 +189,56 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
         start = _window_start(tumour.sum(axis=others), brain.sum(axis=others), size)
         box.append(slice(start, min(start + size, brain.shape[axis])))
     return tuple(box)
+
+
+def pad_to(volume, shape, value):
+    """Pad a volume at its ends, where it is shorter than a shape.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z) array
+        What to pad.
+    shape : tuple of 3 int or None
+        None changes nothing.
+    value : float
+        What is added.
+
+    Returns
+    -------
+    padded : (X, Y, Z) array
+    """
+    sizes = zip(shape or volume.shape, volume.shape, strict=True)
+    widths = [(0, max(0, wanted - have)) for wanted, have in sizes]
+    return np.pad(volume, widths, constant_values=value)
+
+
+def store_channel(volume, box, shape, method):
+    """Scale a volume, and crop it as it is stored.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z) array
+        One modality of a whole scan, raw intensities.
+    box : tuple of 3 slices
+        What to keep, from `crop_box`.
+    shape : tuple of 3 int or None
+        What a shorter crop is padded to.
+    method : {"minmax", "zscore"}
+        See `scale_volume`.
+
+    Returns
+    -------
+    crop : (X, Y, Z) float16 array
+    statistics : dict
+        "mean" and "sd" of the whole scan's non-zero voxels and "zero", the value of
+        background, in stored units.
+    """
+    offset, divisor = offset_and_divisor(volume, method)
+    mean, sd = nonzero_statistics(volume)
+    # Where the smallest voxel is 0, as in all skull-stripped sets, this is 0.
+    zero = 0.0 if method == "zscore" else (0 - offset) / divisor
+    crop = (volume[box] - np.float32(offset)) / np.float32(divisor)
+    if method == "zscore":
+        crop[volume[box] == 0] = 0
+    crop = pad_to(crop, shape, zero).astype(np.float16)
+    return crop, {"mean": (mean - offset) / divisor, "sd": sd / divisor, "zero": zero}

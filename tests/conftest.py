@@ -7,6 +7,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brats_utils.prepare import prepare_dataset
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -64,3 +66,9 @@ def real_cases():
     if not folder:
         pytest.skip("BRATS_REAL_CASES is not set: no real scans here")
     return Path(folder)
+
+
+def prepared_toys(toy_set, tmp_path, **options):
+    options = {"crop_shape": (16, 16, 8), **options}
+    out = tmp_path / "prepared"
+    return out, prepare_dataset(toy_set, out, **options)

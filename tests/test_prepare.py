@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import toy_volumes, write_case
+from conftest import prepared_toys, toy_volumes, write_case
 
 from brats_utils.cases import BratsDataError, find_cases
 from brats_utils.files import read_json
@@ -13,16 +13,9 @@ from brats_utils.prepare import (
     brain_box,
     prepare_case,
     prepare_dataset,
-    split_dataset,
     standardise,
     verify_dataset,
 )
-
-
-def prepared_toys(toy_set, tmp_path, **options):
-    options = {"crop_shape": (16, 16, 8), **options}
-    out = tmp_path / "prepared"
-    return out, prepare_dataset(toy_set, out, **options)
 
 
 def test_a_prepared_case_by_its_numbers(toy_set, tmp_path):
@@ -101,54 +94,6 @@ def test_nothing_to_learn_from_is_an_error(tmp_path):
         prepare_dataset(tmp_path / "raw", tmp_path / "out")
 
 
-def test_the_split_parts_cases_and_keeps_pairs(toy_set, tmp_path):
-    out, _ = prepared_toys(toy_set, tmp_path)
-    ids = split_dataset(out, tmp_path / "split", seed=1)
-    assert len(ids["train"]) == 3 and len(ids["val"]) == 1
-    assert not set(ids["train"]) & set(ids["val"])
-    for side, expected in ids.items():
-        folder = tmp_path / "split" / side
-        for kind in ("images", "masks"):
-            files = sorted((folder / kind).iterdir())
-            assert [path.stem for path in files] == expected
-            assert np.load(files[0]).shape[:3] == (16, 16, 8)
-        assert pd.read_csv(folder / "cases.csv")["case"].tolist() == expected
-        assert read_json(folder / "settings.json")["scaling"] == "minmax"
-
-
-def test_a_new_split_replaces_the_old_one_whole(toy_set, tmp_path):
-    out, _ = prepared_toys(toy_set, tmp_path)
-    for seed in range(20):
-        split_dataset(out, tmp_path / "split", seed=seed)
-        sides = [
-            {p.stem for p in (tmp_path / "split" / side / "masks").iterdir()}
-            for side in ("train", "val")
-        ]
-        assert len(sides[0] | sides[1]) == 4 and not sides[0] & sides[1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["prepared", "raw", "split"]
-
-
-def test_a_split_without_links_copies(toy_set, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError
-
-    out, _ = prepared_toys(toy_set, tmp_path)
-    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
-    ids = split_dataset(out, tmp_path / "split")
-    path = tmp_path / "split" / "val" / "images" / f"{ids['val'][0]}.npy"
-    assert not path.is_symlink() and np.load(path).shape == (16, 16, 8, 3)
-
-
-def test_a_split_needs_two_cases_and_whole_pairs(toy_set, tmp_path):
-    out, _ = prepared_toys(toy_set, tmp_path)
-    next((out / "masks").iterdir()).unlink()
-    with pytest.raises(BratsDataError, match="image without mask"):
-        split_dataset(out, tmp_path / "split")
-    out, _ = prepared_toys(toy_set, tmp_path, min_labelled=0.9)
-    with pytest.raises(BratsDataError, match="0 kept cases of 0 patients"):
-        split_dataset(out, tmp_path / "split")
-
-
 def test_C01_killed_at_any_file_operation_it_ends_in_the_same_bytes(tmp_path):
     for number in range(1, 4):
         write_case(tmp_path / "raw", f"BraTS20_Training_{number:03}", seed=number)
@@ -220,20 +165,6 @@ def test_A08_a_changed_scan_is_noticed_and_prepared_anew(toy_set, tmp_path, caps
     assert verify_dataset(out).empty
 
 
-def test_C08_a_flipped_bit_in_a_volume_is_found(toy_set, tmp_path):
-    out, _ = prepared_toys(toy_set, tmp_path)
-    rng = np.random.default_rng(8)
-    paths = sorted(out.rglob("*.npy"))
-    for _ in range(200):
-        path = paths[rng.integers(len(paths))]
-        data = path.read_bytes()
-        damaged = bytearray(data)
-        damaged[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        path.write_bytes(damaged)
-        assert verify_dataset(out)["file"].tolist() == [str(path)]
-        path.write_bytes(data)
-
-
 def test_bad_cases_are_left_out_when_told_to(toy_set, tmp_path):
     next(toy_set.rglob("*002_flair.nii")).write_bytes(b"<html>")
     wrong = toy_volumes()[1]
@@ -246,31 +177,6 @@ def test_bad_cases_are_left_out_when_told_to(toy_set, tmp_path):
     assert "not sound" in reasons["BraTS20_Training_002"]
     assert "found 7 in 1 voxels" in reasons["BraTS20_Training_007"]
     assert report["kept"].sum() == 3
-
-
-def test_D02_two_scans_of_one_patient_stay_on_one_side(tmp_path):
-    raw = tmp_path / "raw"
-    for number in range(8):  # two visits a patient, as BraTS 2018 names them
-        name = f"Brats18_TCIA01_{number // 2}_{number % 2}"
-        write_case(raw, name, seed=number)
-    for number in range(8, 12):  # and as name_mapping.csv does
-        write_case(raw, f"BraTS20_Training_{number:03}", seed=number)
-    write_case(raw, "copy", seed=11)  # the same voxels under another name
-    lines = ["Grade,TCGA_TCIA_subject_ID,BraTS_2020_subject_ID"]
-    lines += [f"HGG,TCGA-{n // 2},BraTS20_Training_{n:03}" for n in range(8, 12)]
-    (raw / "name_mapping.csv").write_text("\n".join(lines))
-    out, _ = prepared_toys(raw, tmp_path)
-    patients = [f"Brats18_TCIA01_{n}" for n in range(4)]
-    pairs = [(f"{p}_0", f"{p}_1") for p in patients]
-    pairs += [
-        (f"BraTS20_Training_{n:03}", f"BraTS20_Training_{n + 1:03}") for n in (8, 10)
-    ]
-    pairs += [("copy", "BraTS20_Training_011")]
-    for seed in range(100):
-        ids = split_dataset(out, tmp_path / "split", ratio=(0.6, 0.4), seed=seed)
-        assert len(ids["train"]) + len(ids["val"]) == 13
-        for one, other in pairs:
-            assert (one in ids["val"]) == (other in ids["val"])
 
 
 def test_B06_a_crop_that_loses_tumour_is_noted(toy_set, tmp_path):
