@@ -87,7 +87,7 @@ def project_root(start=None):
 
 
 @contextlib.contextmanager
-def atomic_write(path):
+def atomic_write(path, former=None):
     """Give a temporary path to write to, and put it in the place of `path` when done.
 
     A reader sees the old file or the whole new one, never a half: the temporary file
@@ -99,6 +99,8 @@ def atomic_write(path):
     path : path
         Where the file shall be; its folder is made. The temporary name keeps the
         suffix, since some writers choose the format by it.
+    former : path, optional
+        Where the file that `path` was until now is kept.
 
     Yields
     ------
@@ -117,6 +119,8 @@ def atomic_write(path):
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if former and path.exists():
+            os.replace(path, former)
         os.replace(temporary, path)
     except OSError as error:
         problem = f"cannot write {path}: {error} ({free_gb(path):.2f} GB are free)"

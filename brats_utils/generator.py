@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from brats_utils.augment import augment as augment_patch
-from brats_utils.files import read_json
+from brats_utils.files import read_json, sha256
 
 
 def _case_files(folder):
@@ -29,20 +29,14 @@ def _case_files(folder):
     return {case_id: (images[case_id], masks[case_id]) for case_id in sorted(images)}
 
 
-def _channel_statistics(folder, case_ids, modalities):
-    """Return {case id: (means, SDs, values of background)}, each (C,) float32."""
+def _read_report(folder, case_ids):
+    """Return the rows of `cases.csv` by case id."""
     path = Path(folder) / "cases.csv"
     report = pd.read_csv(path, dtype={"case": str}).set_index("case")
     missing = sorted(set(case_ids) - set(report.index))
     if missing:
         raise ValueError(f"{path} has no row for {missing[:5]}; split again")
-    return {
-        case_id: [
-            report.loc[case_id, [f"{m}_{what}" for m in modalities]].to_numpy("float32")
-            for what in ("mean", "sd", "zero")
-        ]
-        for case_id in case_ids
-    }
+    return report
 
 
 class BratsGenerator(keras.utils.PyDataset):
@@ -85,6 +79,8 @@ class BratsGenerator(keras.utils.PyDataset):
         (X, Y, Z, C) of a sample.
     settings : dict
         What `settings.json` says of the volumes.
+    checksum : str
+        SHA-256 of the report, which holds the checksums of all volumes.
     epoch : int
         Which epoch the next batches belong to; it advances when Keras ends one.
 
@@ -129,7 +125,16 @@ class BratsGenerator(keras.utils.PyDataset):
         self.patches_per_case = patches_per_case
         self.epoch = 0
         self._cache = {} if cache else None
-        self._statistics = _channel_statistics(folder, self.case_ids, self.modalities)
+        self.checksum = sha256(Path(folder) / "cases.csv")
+        self._report = _read_report(folder, self.case_ids)
+        # {case id: (means, SDs, values of background)}, each (C,) float32
+        self._statistics = {
+            case_id: [
+                row[[f"{m}_{what}" for m in self.modalities]].to_numpy("float32")
+                for what in ("mean", "sd", "zero")
+            ]
+            for case_id, row in self._report.iterrows()
+        }
         self._within_epoch = False
 
     @property
@@ -137,6 +142,26 @@ class BratsGenerator(keras.utils.PyDataset):
         """Return (X, Y, Z, C) of a sample, as `unet` takes it."""
         spatial = self.patch_shape or self._read(self.case_ids[0])[1].shape
         return (*spatial, len(self.modalities))
+
+    def verify(self):
+        """Compare every volume with the checksum noted when it was prepared.
+
+        Raises
+        ------
+        ValueError
+            If one has changed since; all are named.
+        """
+        changed = [
+            str(path)
+            for case_id, paths in self._files.items()
+            for path, kind in zip(paths, ("images", "masks"), strict=True)
+            if sha256(path) != self._report.loc[case_id, f"{kind}_sha256"]
+        ]
+        if changed:
+            raise ValueError(
+                f"changed since they were prepared: {', '.join(changed)}. Run "
+                "notebooks/01_prepare.ipynb again"
+            )
 
     def __len__(self):
         """Return the number of batches in an epoch."""

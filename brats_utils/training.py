@@ -1,7 +1,10 @@
 """Train a model from generators: schedule, best checkpoint, history, going on."""
 
+import contextlib
+import functools
 import io
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +17,7 @@ import pandas as pd
 from keras import ops
 from tqdm import tqdm
 
-from brats_utils.files import atomic_write, read_json, write_json
+from brats_utils.files import atomic_write, write_json
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import dice_cross_entropy_loss
 from brats_utils.metrics import RegionDice
@@ -22,7 +25,9 @@ from brats_utils.metrics import RegionDice
 WARMUP_SHARE = 0.05  # of all steps
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 1.0
-BEST, STATE, HISTORY, SIDECAR = "best.keras", "last.npz", "history.csv", "model.json"
+BEST, HISTORY, SIDECAR = "best.keras", "history.csv", "model.json"
+STATE, FORMER = "last.npz", "last_but_one.npz"
+ANEW = "Choose another run_dir, or delete that folder to train anew"
 
 
 def has_gpu():
@@ -111,38 +116,37 @@ def _variables(model):
     return [*model.variables, *model.optimizer.variables]
 
 
-def _save_state(model, rows, path):
-    """Write the weights, the optimizer's state and the history so far, as one file."""
+def _save_state(model, rows, description, run_dir):
+    """Write weights, optimizer, history and description as one file; keep the last."""
     arrays = {
         f"v{i:04}": ops.convert_to_numpy(variable)
         for i, variable in enumerate(_variables(model))
     }
-    with atomic_write(path) as temporary:
-        np.savez(temporary, history=json.dumps(rows), **arrays)
+    record = json.dumps({"history": rows, "description": description})
+    with atomic_write(run_dir / STATE, former=run_dir / FORMER) as temporary:
+        np.savez(temporary, record=record, **arrays)
 
 
-def _load_state(model, path):
-    """Put a saved state into a compiled model; return the history's rows."""
-    try:
-        # From memory: the file is not kept open, and the next state can replace it.
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as state:
-            arrays = {name: state[name] for name in sorted(state.files)}
-        rows = json.loads(arrays.pop("history").item())
-    except (ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
+def _read_state(run_dir):
+    """Return the arrays and the record of the newest sound state; None without any."""
+    problems = []
+    for path in filter(Path.exists, (run_dir / STATE, run_dir / FORMER)):
+        try:
+            # From memory: the file is not kept open, and can be replaced.
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as state:
+                arrays = {name: state[name] for name in sorted(state.files)}
+            record = json.loads(arrays.pop("record").item())
+        except (ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
+            problems.append(f"{path} is damaged ({error})")
+            continue
+        if problems:
+            print(f"{problems[0]}; going on from {path.name}, the state before it")
+        return list(arrays.values()), record
+    if problems:
         raise ValueError(
-            f"{path} is damaged ({error}). {BEST} beside it is the best model so far; "
-            "to train again choose another run_dir, or delete that folder"
-        ) from error
-    variables = _variables(model)
-    if [a.shape for a in arrays.values()] != [tuple(v.shape) for v in variables]:
-        raise ValueError(
-            f"{path.parent} holds the run of another model: {len(arrays)} arrays, this "
-            f"one has {len(variables)}, or of other shapes. Choose another run_dir, or "
-            "delete that folder"
+            f"{' and '.join(problems)}. If {BEST} is there it is the best model so "
+            f"far. {ANEW}"
         )
-    for variable, array in zip(variables, arrays.values(), strict=True):
-        variable.assign(array)
-    return rows
 
 
 def _in_float32(layer):
@@ -186,10 +190,12 @@ def _describe(model, train_data, val_data, loss, learning_rate):
         "tumour_share": train_data.tumour_share,
         "augment": train_data.augment,
         "seed": train_data.seed,
+        "weights": f"{len(model.weights)} arrays, {model.count_params()} parameters",
         "loss": getattr(loss, "__name__", type(loss).__name__),
         "learning_rate": learning_rate,
         "train_cases": train_data.case_ids,
         "val_cases": val_data.case_ids,
+        "volumes": [train_data.checksum, val_data.checksum],
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
     }
@@ -197,22 +203,26 @@ def _describe(model, train_data, val_data, loss, learning_rate):
 
 def _begin_or_go_on(model, run_dir, description):
     """Restore the run that `run_dir` holds, if any; return its history's rows."""
-    if not (run_dir / STATE).exists():
-        (run_dir / BEST).unlink(missing_ok=True)  # of a run that left no state
-        write_json(run_dir / SIDECAR, description)
-        return []
-    before = read_json(run_dir / SIDECAR)
+    arrays, record = _read_state(run_dir) or (None, {"history": []})
+    if arrays is None and (run_dir / BEST).exists():
+        raise ValueError(f"{run_dir} holds {BEST}, but no state to go on from. {ANEW}")
+    before, rows = record.get("description", {}), record["history"]
     changed = [
         name if isinstance(value, list) else f"{name} ({before.get(name)} -> {value})"
         for name, value in description.items()
         if name not in ("keras", "backend") and before.get(name) != value
     ]
-    if changed:
+    if rows and changed:
         raise ValueError(
-            f"{run_dir} holds a run with other {', '.join(changed)}. Choose another "
-            "run_dir, or delete that folder to train anew"
+            f"{run_dir} holds a run with other {', '.join(changed)}. {ANEW}"
         )
-    return _load_state(model, run_dir / STATE)
+    if arrays and not changed:
+        for variable, array in zip(_variables(model), arrays, strict=True):
+            variable.assign(array)
+    else:  # the weights before the first step are a state to go on from, too
+        _save_state(model, [], description, run_dir)
+    write_json(run_dir / SIDECAR, description)
+    return rows
 
 
 def _mean_dice(row):
@@ -236,9 +246,9 @@ def _progress_bar(done, epochs, verbose):
 class _Keeper(keras.callbacks.Callback):
     """At the end of each epoch: check, save the state, the best model, the history."""
 
-    def __init__(self, run_dir, train_data, val_data, history, max_minutes, bar):
+    def __init__(self, run_dir, train_data, val_data, save, rows, max_minutes, bar):
         super().__init__()
-        self.run_dir, self.rows, self.bar = run_dir, history, bar
+        self.run_dir, self.rows, self.bar, self.save = run_dir, rows, bar, save
         self.train_data, self.val_data = train_data, val_data
         limit_s = np.inf if max_minutes is None else 60 * max_minutes
         self.deadline = time.perf_counter() + limit_s
@@ -263,7 +273,7 @@ class _Keeper(keras.callbacks.Callback):
             save_model(self.model, self.run_dir / BEST)
         with atomic_write(self.run_dir / HISTORY) as temporary:
             pd.DataFrame(self.rows).to_csv(temporary, index=False)
-        _save_state(self.model, self.rows, self.run_dir / STATE)
+        self.save(rows=self.rows)
         shown = {"loss": f"{logs['loss']:.3f}"}
         shown |= {"val Dice": f"{score:.3f}"} if score >= 0 else {}
         self.bar.set_postfix(shown, refresh=False)
@@ -281,6 +291,23 @@ class _Keeper(keras.callbacks.Callback):
             f"the epoch before is kept in {self.run_dir}. Lower the learning rate, or "
             "look for a bad volume with check_cases"
         )
+
+
+@contextlib.contextmanager
+def _advice_on_memory(data):
+    """Turn whatever a backend raises when memory is short into one plain error."""
+    try:
+        yield
+    except Exception as error:  # each backend has a class of its own
+        if not re.search(
+            "ResourceExhausted|RESOURCE_EXHAUSTED|MemoryError", repr(error)
+        ):
+            raise
+        raise MemoryError(
+            f"out of memory with {data.batch_size} patches of {data.patch_shape} a "
+            "step. Lower batch_size to 1 first, then patch_shape (96 or 64 voxels a "
+            "side), then the model's filters. Nothing that was saved is lost"
+        ) from error
 
 
 def train(
@@ -313,7 +340,8 @@ def train(
         Validation uses the same patches in every epoch.
     run_dir : path
         Gets `best.keras` (the epoch with the best mean Dice of WT, TC and ET in
-        validation), `last.npz` (the state), `history.csv` and `model.json`.
+        validation), `last.npz` and `last_but_one.npz` (the states), `history.csv` and
+        `model.json`.
     epochs : int
         In all, those of an earlier call included.
     loss : function or keras.losses.Loss
@@ -338,9 +366,12 @@ def train(
     ------
     FloatingPointError
         If the loss or a weight becomes NaN or infinite; the state before is kept.
+    MemoryError
+        If the device's memory does not suffice; says which sizes to lower.
     ValueError
         If `run_dir` holds a run of another model, of other data or other settings, or
-        a damaged one, or if `epochs` is less than 1.
+        only damaged states; if a volume has changed since it was prepared; or if
+        `epochs` is less than 1.
 
     References
     ----------
@@ -355,10 +386,15 @@ def train(
     description = _describe(model, train_data, val_data, loss, learning_rate)
     rows = _begin_or_go_on(model, run_dir, description)
     if len(rows) < epochs:
+        for data in (train_data, val_data):
+            data.verify()
         bar = _progress_bar(len(rows), epochs, verbose)
-        keeper = _Keeper(run_dir, train_data, val_data, rows, max_minutes, bar)
+        save = functools.partial(
+            _save_state, model, description=description, run_dir=run_dir
+        )
+        keeper = _Keeper(run_dir, train_data, val_data, save, rows, max_minutes, bar)
         validated = [e for e in range(1, epochs) if e % validation_freq == 0]
-        with bar:
+        with bar, _advice_on_memory(train_data):
             model.fit(
                 train_data,
                 validation_data=val_data,

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,17 @@ def variables(run_dir):
         return {name: arrays[name] for name in arrays.files if name[0] == "v"}
 
 
+def assert_same_run(run_dir, history, finished):
+    """Compare with an unbroken run: every bit of weights, optimizer and history."""
+    expected, found = variables(finished[0]), variables(run_dir)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    histories = [table.drop(columns="seconds") for table in (history, finished[2])]
+    pd.testing.assert_frame_equal(*histories, check_exact=True)
+    assert not list(run_dir.glob(".writing-*"))
+
+
 def test_the_loss_goes_down_and_the_history_says_so(finished):
     run_dir, _, history, *_ = finished
     assert history["epoch"].tolist() == [1, 2, 3, 4]
@@ -145,7 +157,7 @@ def test_a_finished_run_returns_its_best_weights(finished, split):
     assert (run_dir / "last.npz").stat().st_mtime_ns == before
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(finished, split, tmp_path):
+def test_E01_a_stopped_run_goes_on_bit_for_bit(finished, split, tmp_path):
     assert len(run(split, tmp_path, max_minutes=0)[1]) == 1
     stopped, _ = data(split, augment=True)
     stopped.fail_at = 2
@@ -154,54 +166,151 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, split, tmp_path):
     assert len(pd.read_csv(tmp_path / "history.csv")) == 2
     resumed, _ = data(split, augment=True, workers=2)
     _, history, *_ = run(split, tmp_path, model=tiny_unet(seed=7), train_data=resumed)
-    expected, found = variables(finished[0]), variables(tmp_path)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        np.testing.assert_array_equal(found[name], expected[name])
-    pd.testing.assert_frame_equal(
-        history.drop(columns="seconds"),
-        finished[2].drop(columns="seconds"),
-        check_exact=True,
-    )
-    assert not list(tmp_path.glob(".writing-*"))
+    assert_same_run(tmp_path, history, finished)
 
 
-def test_another_model_is_refused_and_nothing_changes(finished, split):
-    run_dir = finished[0]
-    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
-    with pytest.raises(ValueError, match="another model.*run_dir"):
-        run(split, run_dir, epochs=5, model=tiny_unet(filters=3))
-    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
+def interrupted(split, run_dir, epoch=2):
+    """Stop a run by Ctrl-C at the end of an epoch, before its state is kept."""
+    model = tiny_unet()
+    stopped, _ = data(split, augment=True)
+    stopped.fail_at = epoch
+    with pytest.raises(KeyboardInterrupt):
+        run(split, run_dir, model=model, train_data=stopped)
+    return model
 
 
-def test_a_damaged_state_is_refused(finished, tmp_path):
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_E08_the_cell_run_again_after_an_interrupt(finished, split, tmp_path, epoch):
+    # The model's weights are those of the middle of an epoch by then.
+    model = interrupted(split, tmp_path, epoch)
+    _, history, *_ = run(split, tmp_path, model=model)
+    assert_same_run(tmp_path, history, finished)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK", b"<html>", None])
+def test_E02_a_damaged_state_falls_back_by_one(
+    finished, split, tmp_path, capsys, damage
+):
+    interrupted(split, tmp_path)
+    path = tmp_path / "last.npz"
+    path.write_bytes(path.read_bytes()[:-9] if damage is None else damage)
+    _, history, *_ = run(split, tmp_path)
+    assert "going on from last_but_one.npz" in capsys.readouterr().out
+    assert_same_run(tmp_path, history, finished)
+
+
+def test_E02_a_lost_state_falls_back_by_one(finished, split, tmp_path):
+    interrupted(split, tmp_path)
+    (tmp_path / "last.npz").unlink()
+    assert_same_run(tmp_path, run(split, tmp_path)[1], finished)
+
+
+@pytest.mark.parametrize("text", [None, "", "{"])
+def test_E02_the_description_may_be_lost(finished, split, tmp_path, text):
+    interrupted(split, tmp_path)
+    path = tmp_path / "model.json"
+    path.unlink() if text is None else path.write_text(text)
+    assert_same_run(tmp_path, run(split, tmp_path)[1], finished)
+    assert read_json(path)["batch_size"] == 2
+
+
+def test_E02_without_a_sound_state_nothing_begins_anew(finished, split, tmp_path):
+    interrupted(split, tmp_path)
+    for name in ("last.npz", "last_but_one.npz"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last.npz is.* and .*last_but_one.npz is"):
+        run(split, tmp_path)
+    for name in ("last.npz", "last_but_one.npz"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="holds best.keras, but no state"):
+        run(split, tmp_path)
+
+
+def test_E02_damaged_states_are_refused_or_equal(finished, tmp_path):
     path = tmp_path / "last.npz"
     good = (finished[0] / "last.npz").read_bytes()
-    model = tiny_unet()
-    training._compile(model, "mse", 0.01, 8)
     rng = np.random.default_rng(0)
     refused = 0
     method = good.index(b"PK\1\2") + 10  # where zip says how it compressed
-    for place in [method, *rng.integers(0, len(good), 100)]:
+    for place in [method, *rng.integers(0, len(good), 200)]:
         damaged = bytearray(good)
         damaged[place] ^= 1 if place == method else 1 << rng.integers(8)
         path.write_bytes(damaged)
         try:
-            training._load_state(model, path)
+            arrays, _ = training._read_state(tmp_path)
         except ValueError as error:
             refused += 1
-            assert str(path.parent) in str(error) and "another run_dir" in str(error)
+            assert str(path) in str(error) and "another run_dir" in str(error)
             continue
-        mine = [keras.ops.convert_to_numpy(v) for v in training._variables(model)]
-        for value, expected in zip(mine, variables(finished[0]).values(), strict=True):
+        for value, expected in zip(
+            arrays, variables(finished[0]).values(), strict=True
+        ):
             np.testing.assert_array_equal(value, expected)
-    assert refused > 50  # the others hit what nothing reads, such as dates
-    path.write_bytes(good[:-1])
-    with pytest.raises(ValueError, match="damaged"):
-        training._load_state(model, path)
+    assert refused > 100  # the others hit what nothing reads, such as dates
 
 
-def test_nan_stops_the_run_and_keeps_the_last_state(finished, split, tmp_path):
+def test_E03_another_model_is_refused_and_nothing_changes(finished, split):
+    run_dir = finished[0]
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with pytest.raises(ValueError, match="other weights.*run_dir"):
+        run(split, run_dir, epochs=5, model=tiny_unet(filters=3))
+    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
+
+
+def test_E03_other_volumes_of_the_same_cases_are_refused(finished, split, tmp_path):
+    for seed in range(1, 5):
+        write_case(tmp_path / "raw", f"BraTS20_Training_{seed:03}", seed=10 + seed)
+    prepare_dataset(tmp_path / "raw", tmp_path / "p", crop_shape=(16, 16, 8), jobs=1)
+    split_dataset(tmp_path / "p", tmp_path / "split")
+    with pytest.raises(ValueError, match="with other volumes"):
+        run(tmp_path / "split", finished[0], epochs=5)
+
+
+def test_C08_a_flipped_bit_is_caught_before_training(split, tmp_path):
+    folder = tmp_path / "split"
+    shutil.copytree(split, folder)  # follows links: files of its own
+    path = next((folder / "val" / "masks").iterdir())
+    whole = bytearray(path.read_bytes())
+    whole[-1] ^= 1
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match=f"changed since.*{path.name}"):
+        run(folder, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: failed to allocate")]
+)
+def test_E06_out_of_memory_says_what_to_lower(split, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    model = tiny_unet()
+    monkeypatch.setattr(model, "fit", fail)
+    with pytest.raises(MemoryError, match="2 patches of .8, 8, 8.*batch_size to 1"):
+        run(split, tmp_path, model=model)
+    smaller, _ = data(split, augment=True, batch_size=1)
+    history = run(split, tmp_path, epochs=1, train_data=smaller)[1]
+    assert len(history) == 1  # the advice was taken, and the folder takes it
+
+
+def test_E07_a_full_disk_costs_nothing_that_was_saved(finished, split, tmp_path):
+    interrupted(split, tmp_path)
+    saved = {n: (tmp_path / n).read_bytes() for n in ("last.npz", "best.keras")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write .*GB are free"):
+            run(split, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved == {name: (tmp_path / name).read_bytes() for name in saved}
+    assert_same_run(tmp_path, run(split, tmp_path)[1], finished)
+
+
+def test_E05_nan_stops_the_run_and_keeps_the_last_state(
+    finished, split, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(BratsGenerator, "verify", lambda self: None)  # past the door
     shutil.copytree(finished[0], tmp_path / "run")
     folder = tmp_path / "split"
     shutil.copytree(split, folder)  # follows links: files of its own
@@ -227,7 +336,7 @@ def test_nan_stops_the_run_and_keeps_the_last_state(finished, split, tmp_path):
         {"seed": 3},
     ],
 )
-def test_other_settings_are_refused_by_name(finished, split, other):
+def test_E03_other_settings_are_refused_by_name(finished, split, other):
     (name,) = other
     options = other if name == "learning_rate" else {}
     train_data, _ = data(split, augment=True, **({} if options else other))
@@ -235,7 +344,7 @@ def test_other_settings_are_refused_by_name(finished, split, other):
         run(split, finished[0], epochs=5, train_data=train_data, **options)
 
 
-def test_the_best_epoch_is_kept_and_not_the_last(split, tmp_path, monkeypatch):
+def test_E04_the_best_epoch_is_kept_and_not_the_last(split, tmp_path, monkeypatch):
     score = {1: -1, 2: 0.2, 3: 0.9, 4: 0.4}
     monkeypatch.setattr(training, "_mean_dice", lambda row: score[row["epoch"]])
     keep, saved = training.save_model, []
