@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import zipfile
+import zlib
 from pathlib import Path
 
 TRUE = ("1", "true", "yes", "on")
@@ -215,3 +218,42 @@ def free_gb(path):
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free / 1e9
+
+
+def extract(archive, folder, *, max_gb=100):
+    """Unpack a downloaded zip file, checked as a whole before anything is written.
+
+    Parameters
+    ----------
+    archive : path
+        The zip file.
+    folder : path
+        Where to.
+    max_gb : float
+        More than this, unpacked, is refused, in GB (10⁹ bytes).
+
+    Raises
+    ------
+    ValueError
+        If the archive is cut or damaged, too large, or a name in it is a link or leads
+        out of the folder.
+    """
+    root = Path(folder).resolve()
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            entries = zipped.infolist()
+            size_gb = sum(entry.file_size for entry in entries) / 1e9
+            room = min(max_gb, free_gb(root))
+            if size_gb > room:
+                raise ValueError(
+                    f"{size_gb:.1f} GB unpacked, {room:.1f} allowed or free"
+                )
+            for entry in entries:
+                inside = (root / entry.filename).resolve().is_relative_to(root)
+                if not inside or stat.S_ISLNK(entry.external_attr >> 16):
+                    raise ValueError(f"{entry.filename!r} leads out of the folder")
+            if damaged := zipped.testzip():
+                raise ValueError(f"{damaged} is damaged")
+            zipped.extractall(root)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{archive}: {error}; download it again") from None

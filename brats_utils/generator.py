@@ -39,6 +39,17 @@ def _read_report(folder, case_ids):
     return report
 
 
+def _check_arguments(batch_size, patches_per_case, tumour_share, patch_shape):
+    """Raise if an argument is out of range."""
+    if batch_size < 1 or patches_per_case < 1 or not 0 <= tumour_share <= 1:
+        raise ValueError(
+            "batch_size and patches_per_case are at least 1, tumour_share is in "
+            f"0..1; got {batch_size}, {patches_per_case}, {tumour_share}"
+        )
+    if patch_shape is not None and (len(patch_shape) != 3 or min(patch_shape) < 1):
+        raise ValueError(f"patch_shape is three voxel counts, got {patch_shape}")
+
+
 class BratsGenerator(keras.utils.PyDataset):
     """Batches of one side of a split, whole volumes or patches, standardised.
 
@@ -81,6 +92,8 @@ class BratsGenerator(keras.utils.PyDataset):
         What `settings.json` says of the volumes.
     checksum : str
         SHA-256 of the report, which holds the checksums of all volumes.
+    report : pandas.DataFrame
+        What `cases.csv` says, by case id.
     epoch : int
         Which epoch the next batches belong to; it advances when Keras ends one.
 
@@ -106,13 +119,7 @@ class BratsGenerator(keras.utils.PyDataset):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if batch_size < 1 or patches_per_case < 1 or not 0 <= tumour_share <= 1:
-            raise ValueError(
-                "batch_size and patches_per_case are at least 1, tumour_share is in "
-                f"0..1; got {batch_size}, {patches_per_case}, {tumour_share}"
-            )
-        if patch_shape is not None and (len(patch_shape) != 3 or min(patch_shape) < 1):
-            raise ValueError(f"patch_shape is three voxel counts, got {patch_shape}")
+        _check_arguments(batch_size, patches_per_case, tumour_share, patch_shape)
         self._files = _case_files(folder)
         self.case_ids = list(self._files)
         self.settings = read_json(Path(folder) / "settings.json")
@@ -126,14 +133,14 @@ class BratsGenerator(keras.utils.PyDataset):
         self.epoch = 0
         self._cache = {} if cache else None
         self.checksum = sha256(Path(folder) / "cases.csv")
-        self._report = _read_report(folder, self.case_ids)
+        self.report = _read_report(folder, self.case_ids)
         # {case id: (means, SDs, values of background)}, each (C,) float32
         self._statistics = {
             case_id: [
                 row[[f"{m}_{what}" for m in self.modalities]].to_numpy("float32")
                 for what in ("mean", "sd", "zero")
             ]
-            for case_id, row in self._report.iterrows()
+            for case_id, row in self.report.iterrows()
         }
         self._within_epoch = False
 
@@ -155,7 +162,7 @@ class BratsGenerator(keras.utils.PyDataset):
             str(path)
             for case_id, paths in self._files.items()
             for path, kind in zip(paths, ("images", "masks"), strict=True)
-            if sha256(path) != self._report.loc[case_id, f"{kind}_sha256"]
+            if sha256(path) != self.report.loc[case_id, f"{kind}_sha256"]
         ]
         if changed:
             raise ValueError(

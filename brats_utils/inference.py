@@ -14,13 +14,17 @@ from tqdm import tqdm
 from brats_utils.cases import (
     ALL_MODALITIES,
     MODALITIES,
+    BratsDataError,
     load_case,
     save_segmentation,
 )
+from brats_utils.files import read_json
 from brats_utils.labels import ENCODED_REGIONS, decode_labels
-from brats_utils.nifti import from_lps, to_lps
-from brats_utils.prepare import brain_box, standardise
+from brats_utils.nifti import from_lps, spacing_mm, to_lps
+from brats_utils.runs import BEST, SIDECAR
+from brats_utils.transforms import NORMALISATION, brain_box, standardise
 
+SPACING_MM = (1.0, 1.0, 1.0)
 # A U-Net of 6 grids, the deepest in use, halves its input 5 times.
 LARGEST_FACTOR = 32
 
@@ -43,10 +47,10 @@ def load_model(path):
     ------
     ValueError
         If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
-        code (Lambda layers).
+        code (Lambda layers), or does not fit the `model.json` beside it.
     """
     path = Path(path)
-    path = path / "best.keras" if path.is_dir() else path
+    path = path / BEST if path.is_dir() else path
     if path.suffix.lower() in (".h5", ".hdf5"):
         raise ValueError(
             f"{path}: HDF5 models may hold code and are refused. If you trust it, "
@@ -67,7 +71,33 @@ def load_model(path):
             f"comes from another version than Keras {keras.__version__}: {error}"
         ) from None
     model.jit_compile = False
+    if (path.parent / SIDECAR).is_file():
+        _heed_description(model, read_json(path.parent / SIDECAR), path)
     return model
+
+
+def _heed_description(model, description, path):
+    """Check a model against the `model.json` beside it; note its modalities."""
+    modalities = tuple(description.get("modalities", ()))
+    outputs = {"labels 0..3": 4, "WT, TC, ET": 3}.get(description.get("outputs"))
+    expected = {
+        "channels in": (len(modalities), model.input_shape[-1]),
+        "channels out": (outputs, model.output_shape[-1]),
+        "normalisation": (description.get("normalisation"), NORMALISATION),
+        "orientation": (description.get("orientation"), "LPS"),
+    }
+    other = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
+    if other:
+        raise ValueError(f"{path} does not fit its {SIDECAR}: {'; '.join(other)}")
+    version = description.get("keras", "(not noted)")
+    if version.split(".")[0] != keras.__version__.split(".")[0]:
+        raise ValueError(
+            f"{path} was made by Keras {version}, this is {keras.__version__}; "
+            f"install keras=={version}"
+        )
+    if version != keras.__version__:
+        print(f"{path} was made by Keras {version}; this is {keras.__version__}")
+    model.modalities = modalities
 
 
 def _factor(model):
@@ -218,7 +248,7 @@ def _choose_modalities(model, modalities):
     """Return the channels to feed a model: those given, or the usual ones."""
     channels = model.input_shape[-1]
     usual = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
-    modalities = modalities or usual.get(channels)
+    modalities = modalities or getattr(model, "modalities", usual.get(channels))
     if modalities is None or len(modalities) != channels:
         raise ValueError(
             f"the model takes {channels} channels; say which modalities they are, got "
@@ -245,7 +275,8 @@ def predict_case(
     case : Case
         Its segmentation, if it has one, is not read.
     modalities : sequence of str, optional
-        The model's channels. FLAIR, T1CE, T2 by default for three, all for four.
+        The model's channels. By default those that `load_model` found noted beside
+        it, else FLAIR, T1CE, T2 for three and all for four.
     flips, patch_shape
         As in `predict_probabilities`.
     min_et_voxels : int
@@ -260,7 +291,7 @@ def predict_case(
     Raises
     ------
     BratsDataError
-        If a file of the case is not sound.
+        If a file of the case is not sound, or its voxels are not 1 mm wide.
     ValueError
         If the model does not fit, or its output is NaN.
     """
@@ -269,6 +300,13 @@ def predict_case(
     modalities = _choose_modalities(model, modalities)
     unlabelled = dataclasses.replace(case, segmentation=None)
     image, _, affine = load_case(unlabelled, modalities)
+    if not np.allclose(spacing_mm(affine), SPACING_MM, atol=0.05):
+        raise BratsDataError(
+            f"voxels of {np.round(spacing_mm(affine), 2).tolist()} mm; BraTS scans, "
+            f"and networks trained on them, have {SPACING_MM}",
+            case=case.id,
+            advice="Resample the scan to 1 mm first",
+        )
     image = to_lps(image, affine)
     box = brain_box(image)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.

@@ -29,7 +29,6 @@ from brats_utils.dataset import (
     find_patients,
     read_marker,
     split_dataset,
-    verify_dataset,
 )
 from brats_utils.files import (
     atomic_write,
@@ -42,7 +41,6 @@ from brats_utils.labels import LABELS, encode_labels, region_volumes_ml
 from brats_utils.nifti import spacing_mm, to_lps
 from brats_utils.transforms import (
     FIXED_WINDOW,
-    brain_box,
     crop_box,
     pad_to,
     scale_volume,
@@ -52,7 +50,6 @@ from brats_utils.transforms import (
 
 __all__ = [
     "FIXED_WINDOW",
-    "brain_box",
     "crop_box",
     "estimate_disk_gb",
     "prepare_case",
@@ -60,7 +57,6 @@ __all__ = [
     "scale_volume",
     "split_dataset",
     "standardise",
-    "verify_dataset",
 ]
 # Voxels along X, Y and Z of the box round a large brain, to estimate disk space with.
 TYPICAL_BRAIN_BOX = (145, 180, 150)

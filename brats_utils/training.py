@@ -2,14 +2,11 @@
 
 import contextlib
 import functools
-import io
-import json
 import re
 import subprocess
 import sys
 import time
 from pathlib import Path
-from zipfile import BadZipFile
 
 import keras
 import numpy as np
@@ -17,17 +14,16 @@ import pandas as pd
 from keras import ops
 from tqdm import tqdm
 
-from brats_utils.files import atomic_write, write_json
+from brats_utils.files import atomic_write
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import dice_cross_entropy_loss
 from brats_utils.metrics import RegionDice
+from brats_utils.runs import BEST, HISTORY, begin_or_go_on, save_model, save_state
+from brats_utils.transforms import NORMALISATION
 
 WARMUP_SHARE = 0.05  # of all steps
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 1.0
-BEST, HISTORY, SIDECAR = "best.keras", "history.csv", "model.json"
-STATE, FORMER = "last.npz", "last_but_one.npz"
-ANEW = "Choose another run_dir, or delete that folder to train anew"
 
 
 def has_gpu():
@@ -111,74 +107,11 @@ def _compile(model, loss, learning_rate, steps):
     model.compute_metrics(None, labels, outputs)
 
 
-def _variables(model):
-    """Return all that a run must keep: weights, dropout's seeds, optimizer's state."""
-    return [*model.variables, *model.optimizer.variables]
-
-
-def _save_state(model, rows, description, run_dir):
-    """Write weights, optimizer, history and description as one file; keep the last."""
-    arrays = {
-        f"v{i:04}": ops.convert_to_numpy(variable)
-        for i, variable in enumerate(_variables(model))
-    }
-    record = json.dumps({"history": rows, "description": description})
-    with atomic_write(run_dir / STATE, former=run_dir / FORMER) as temporary:
-        np.savez(temporary, record=record, **arrays)
-
-
-def _read_state(run_dir):
-    """Return the arrays and the record of the newest sound state; None without any."""
-    problems = []
-    for path in filter(Path.exists, (run_dir / STATE, run_dir / FORMER)):
-        try:
-            # From memory: the file is not kept open, and can be replaced.
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as state:
-                arrays = {name: state[name] for name in sorted(state.files)}
-            record = json.loads(arrays.pop("record").item())
-        except (ValueError, KeyError, EOFError, RuntimeError, BadZipFile) as error:
-            problems.append(f"{path} is damaged ({error})")
-            continue
-        if problems:
-            print(f"{problems[0]}; going on from {path.name}, the state before it")
-        return list(arrays.values()), record
-    if problems:
-        raise ValueError(
-            f"{' and '.join(problems)}. If {BEST} is there it is the best model so "
-            f"far. {ANEW}"
-        )
-
-
-def _in_float32(layer):
-    """Return a layer like this one that computes in float32."""
-    return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
-
-
-def save_model(model, path):
-    """Save architecture and weights alone, so that Keras reloads it by itself.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Functional; neither its loss nor its optimizer is written. Mixed precision is
-        saved as float32: half precision cannot be pooled on a CPU.
-    path : path
-        Ends in `.keras`.
-    """
-    if all(layer.compute_dtype == "float32" for layer in model.layers):
-        bare = keras.Model(model.inputs, model.outputs, name=model.name)
-    else:
-        bare = keras.models.clone_model(model, clone_function=_in_float32)
-        bare.set_weights(model.get_weights())
-    with atomic_write(path) as temporary:
-        bare.save(temporary)
-
-
 def _describe(model, train_data, val_data, loss, learning_rate):
     """Return what `model.json` says: the input that the model needs, and its making."""
     return {
         "modalities": list(train_data.modalities),
-        "normalisation": "mean 0, SD 1 over each modality's non-zero voxels",
+        "normalisation": NORMALISATION,
         "orientation": "LPS",
         "outputs": "labels 0..3" if model.output_shape[-1] == 4 else "WT, TC, ET",
         "labels": train_data.settings.get("labels"),
@@ -199,30 +132,6 @@ def _describe(model, train_data, val_data, loss, learning_rate):
         "keras": keras.__version__,
         "backend": keras.backend.backend(),
     }
-
-
-def _begin_or_go_on(model, run_dir, description):
-    """Restore the run that `run_dir` holds, if any; return its history's rows."""
-    arrays, record = _read_state(run_dir) or (None, {"history": []})
-    if arrays is None and (run_dir / BEST).exists():
-        raise ValueError(f"{run_dir} holds {BEST}, but no state to go on from. {ANEW}")
-    before, rows = record.get("description", {}), record["history"]
-    changed = [
-        name if isinstance(value, list) else f"{name} ({before.get(name)} -> {value})"
-        for name, value in description.items()
-        if name not in ("keras", "backend") and before.get(name) != value
-    ]
-    if rows and changed:
-        raise ValueError(
-            f"{run_dir} holds a run with other {', '.join(changed)}. {ANEW}"
-        )
-    if arrays and not changed:
-        for variable, array in zip(_variables(model), arrays, strict=True):
-            variable.assign(array)
-    else:  # the weights before the first step are a state to go on from, too
-        _save_state(model, [], description, run_dir)
-    write_json(run_dir / SIDECAR, description)
-    return rows
 
 
 def _mean_dice(row):
@@ -310,6 +219,27 @@ def _advice_on_memory(data):
         ) from error
 
 
+def _fit(model, keeper, epochs, validation_freq):
+    """Train for the epochs that the keeper's history lacks."""
+    keeper.train_data.verify()
+    keeper.val_data.verify()
+    volumes = keeper.train_data.report[[f"{region}_ml" for region in ENCODED_REGIONS]]
+    absent = [name.removesuffix("_ml") for name in volumes if not volumes[name].any()]
+    if absent:
+        print(f"No training case has {', '.join(absent)}: it cannot be learnt")
+    validated = [e for e in range(1, epochs) if e % validation_freq == 0]
+    model.fit(
+        keeper.train_data,
+        validation_data=keeper.val_data,
+        validation_freq=[*validated, epochs],
+        initial_epoch=len(keeper.rows),
+        epochs=epochs,
+        shuffle=False,  # the generator's order is its own
+        verbose=0,
+        callbacks=[keeper],
+    )
+
+
 def train(
     model,
     train_data,
@@ -384,27 +314,15 @@ def train(
     run_dir.mkdir(parents=True, exist_ok=True)
     _compile(model, loss, learning_rate, epochs * len(train_data))
     description = _describe(model, train_data, val_data, loss, learning_rate)
-    rows = _begin_or_go_on(model, run_dir, description)
+    rows = begin_or_go_on(model, run_dir, description)
     if len(rows) < epochs:
-        for data in (train_data, val_data):
-            data.verify()
         bar = _progress_bar(len(rows), epochs, verbose)
         save = functools.partial(
-            _save_state, model, description=description, run_dir=run_dir
+            save_state, model, description=description, run_dir=run_dir
         )
         keeper = _Keeper(run_dir, train_data, val_data, save, rows, max_minutes, bar)
-        validated = [e for e in range(1, epochs) if e % validation_freq == 0]
         with bar, _advice_on_memory(train_data):
-            model.fit(
-                train_data,
-                validation_data=val_data,
-                validation_freq=[*validated, epochs],
-                initial_epoch=len(rows),
-                epochs=epochs,
-                shuffle=False,  # the generator's order is its own
-                verbose=0,
-                callbacks=[keeper],
-            )
+            _fit(model, keeper, epochs, validation_freq)
     best = keras.models.load_model(run_dir / BEST, compile=False)
     model.set_weights(best.get_weights())
     return pd.DataFrame(rows)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+NORMALISATION = "mean 0, SD 1 over each modality's non-zero voxels"  # by standardise
 # The tutorial recipe's crop of a 240 x 240 x 155 scan, kept to compare with.
 FIXED_WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
 

@@ -1,11 +1,12 @@
 import gzip
 import os
 import shutil
+import unicodedata
 
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import AFFINE, toy_volumes, write_case
+from conftest import AFFINE, SHAPE, toy_volumes, write_case
 
 from brats_utils.cases import (
     ALL_MODALITIES,
@@ -19,6 +20,7 @@ from brats_utils.cases import (
     save_segmentation,
 )
 from brats_utils.nifti import from_lps, to_lps
+from brats_utils.prepare import prepare_dataset
 
 
 def test_finds_cases_at_any_depth_sorted_by_id(toy_set):
@@ -226,3 +228,47 @@ def test_real_cases_are_sound(real_cases):
     assert set(np.unique(segmentation)) == {0, 1, 2, 4}
     assert nib.aff2axcodes(affine) == ("L", "P", "S")
     assert check_cases(cases[:1]).empty
+
+
+def test_A13_shapes_that_differ_are_both_named(tmp_path):
+    folder = write_case(tmp_path, "one")
+    other = nib.Nifti1Image(np.ones((24, 24, 15), np.int16), AFFINE)
+    nib.save(other, folder / "one_t2.nii")
+    with pytest.raises(BratsDataError, match=r"one_t2.*24, 24, 15.*24, 24, 16"):
+        load_case(find_cases(tmp_path)[0])
+
+
+@pytest.mark.parametrize("name", ["t1ce", "seg"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        np.array([[1, 0, 0, 5], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1.0]]),
+        np.diag([-1.0, 1, 1, 1]),
+        np.diag([2.0, 2, 2, 1]),
+    ],
+    ids=["shifted 5 mm", "flipped", "zoomed"],
+)
+def test_A15_grids_that_differ_are_refused(tmp_path, name, change):
+    path = write_case(tmp_path, "one") / f"one_{name}.nii"
+    image = nib.load(path)
+    voxels = np.asarray(image.dataobj)
+    nib.save(nib.Nifti1Image(voxels, change @ AFFINE), path)
+    with pytest.raises(BratsDataError, match=f"one, .*one_{name}.*its grid"):
+        load_case(find_cases(tmp_path)[0])
+
+
+@pytest.mark.parametrize("value", [0, 7])
+def test_A18_a_blank_modality_is_refused(tmp_path, value):
+    folder = write_case(tmp_path, "one")
+    blank = nib.Nifti1Image(np.full(SHAPE, value, np.int16), AFFINE)
+    nib.save(blank, folder / "one_flair.nii")
+    with pytest.raises(BratsDataError, match=f"one_flair.*blank.*is {value}"):
+        load_case(find_cases(tmp_path)[0])
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_A21_spaces_and_accents_in_paths_work(tmp_path, form):
+    folder = tmp_path / unicodedata.normalize(form, "Données é 脑 (1)") / ("x" * 200)
+    write_case(folder, "one", suffix=".nii.gz")
+    prepare_dataset(folder, folder / "prepared", crop_shape=None, min_labelled=0)
+    assert (folder / "prepared" / "masks" / "one.npy").is_file()

@@ -23,7 +23,7 @@ def test_the_split_parts_cases_and_keeps_pairs(toy_set, tmp_path):
         assert read_json(folder / "settings.json")["scaling"] == "minmax"
 
 
-def test_a_new_split_replaces_the_old_one_whole(toy_set, tmp_path):
+def test_D01_a_new_split_replaces_the_old_one_whole(toy_set, tmp_path):
     out, _ = prepared_toys(toy_set, tmp_path)
     for seed in range(20):
         split_dataset(out, tmp_path / "split", seed=seed)
@@ -61,7 +61,7 @@ def test_a_split_without_links_copies(toy_set, tmp_path, monkeypatch):
     assert not path.is_symlink() and np.load(path).shape == (16, 16, 8, 3)
 
 
-def test_a_split_needs_two_cases_and_whole_pairs(toy_set, tmp_path):
+def test_C10_D03_a_split_needs_two_cases_and_whole_pairs(toy_set, tmp_path):
     out, _ = prepared_toys(toy_set, tmp_path)
     next((out / "masks").iterdir()).unlink()
     with pytest.raises(BratsDataError, match="image without mask"):

@@ -49,7 +49,7 @@ def test_a_map_against_itself_is_perfect():
     assert all(v == (0 if k.startswith("hd95") else 1) for k, v in scores.items())
 
 
-def test_regions_empty_in_one_or_both():
+def test_F05_regions_empty_in_one_or_both():
     truth = np.zeros((5, 5, 5), np.uint8)
     nothing = score_case(truth, truth)
     assert nothing["dice_ET"] == 1 and nothing["hd95_ET"] == 0

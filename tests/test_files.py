@@ -1,3 +1,5 @@
+import stat
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from brats_utils.files import (
     atomic_write,
+    extract,
     free_gb,
     project_root,
     read_json,
@@ -92,3 +95,52 @@ def test_broken_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+def a_zip(path, entries):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data)
+    return path
+
+
+def a_link(target):
+    entry = zipfile.ZipInfo("link")
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return {entry: target}
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"good": "x", "../out": "x"}, "leads out"),
+        ({"good": "x", "/tmp/out": "x"}, "leads out"),
+        ({"good": "x", **a_link("/etc")}, "leads out"),
+        ({"good": "x", "bomb": bytes(2_000_000)}, "unpacks to"),
+    ],
+)
+def test_G01_a_hostile_archive_is_refused_whole(tmp_path, entries, message):
+    archive = a_zip(tmp_path / "a.zip", entries)
+    with pytest.raises(ValueError, match=message):
+        extract(archive, tmp_path / "new", max_gb=0.001)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize("n", range(20))
+def test_G01_a_cut_or_damaged_archive_writes_nothing(tmp_path, n):
+    content = np.random.default_rng(0).bytes(5000)
+    archive = a_zip(tmp_path / "a.zip", {"one": content})
+    whole = bytearray(archive.read_bytes())
+    if n % 2:
+        del whole[-1 - n * 200 :]
+    else:
+        whole[100 + n * 200] ^= 4
+    archive.write_bytes(whole)
+    with pytest.raises(ValueError, match="a.zip.*download it again"):
+        extract(archive, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_G01_a_sound_archive_is_unpacked(tmp_path):
+    extract(a_zip(tmp_path / "a.zip", {"in/one": "x"}), tmp_path / "new")
+    assert (tmp_path / "new" / "in" / "one").read_text() == "x"

@@ -12,7 +12,8 @@ from conftest import toy_volumes
 
 from brats_utils.generator import BratsGenerator
 from brats_utils.labels import encode_labels
-from brats_utils.prepare import brain_box, prepare_dataset, split_dataset, standardise
+from brats_utils.prepare import prepare_dataset, split_dataset
+from brats_utils.transforms import brain_box, standardise
 
 MODALITIES = ["flair", "t1ce", "t2"]
 SHAPE = (24, 24, 16)
@@ -89,7 +90,7 @@ def test_background_other_than_zero_is_still_background(split):
 
 
 @pytest.mark.parametrize("batch_size, n_batches", [(2, 3), (5, 1), (8, 1)])
-def test_every_case_comes_once_an_epoch_with_the_last_partial_batch(
+def test_D04_every_case_comes_once_an_epoch_with_the_last_partial_batch(
     split, batch_size, n_batches
 ):
     generator = BratsGenerator(split, batch_size=batch_size)
@@ -116,7 +117,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(split):
     assert any(one.order(e) != BratsGenerator(split, seed=2).order(e) for e in range(3))
 
 
-def test_the_order_of_the_file_system_does_not_matter(split, monkeypatch):
+def test_D05_the_order_of_the_file_system_does_not_matter(split, monkeypatch):
     expected = BratsGenerator(split)[0][0]
     glob = type(split).glob
     monkeypatch.setattr(
@@ -205,7 +206,7 @@ def test_keras_gets_the_same_batches_with_any_number_of_threads(split, workers):
     assert generator.epoch == 2
 
 
-def test_a_missing_partner_is_named(split):
+def test_C10_a_missing_partner_is_named(split):
     (split / "masks" / "case_002.npy").unlink()
     with pytest.raises(ValueError, match="case_002"):
         BratsGenerator(split)
@@ -223,7 +224,7 @@ def test_a_case_that_the_table_lacks_is_named(split):
         BratsGenerator(split)
 
 
-def test_a_damaged_volume_is_named_in_a_thread_too(split):
+def test_D06_a_damaged_volume_is_named_in_a_thread_too(split):
     path = split / "images" / "case_001.npy"
     path.write_bytes(path.read_bytes()[:1000])
     model = keras.Sequential([keras.Input((*SHAPE, 3)), keras.layers.Dense(1)])
@@ -242,7 +243,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_pickled_objects_are_refused_and_not_executed(split, tmp_path):
+def test_C09_pickled_objects_are_refused_and_not_executed(split, tmp_path):
     trap = np.array([Trap(tmp_path / "executed")], dtype=object)
     np.save(split / "images" / "case_001.npy", trap, allow_pickle=True)
     for cache in (False, True):

@@ -8,7 +8,8 @@ from conftest import AFFINE, SHAPE, toy_volumes, write_case
 from keras import layers
 
 from brats_utils import inference
-from brats_utils.cases import find_cases, load_case, load_labels
+from brats_utils.cases import BratsDataError, find_cases, load_case, load_labels
+from brats_utils.files import write_json
 from brats_utils.inference import (
     decode_probabilities,
     load_model,
@@ -18,6 +19,7 @@ from brats_utils.inference import (
 )
 from brats_utils.model import unet
 from brats_utils.nifti import to_lps
+from brats_utils.transforms import NORMALISATION
 
 
 def pointwise_model(kernel, bias, *, size=None, activation="softmax"):
@@ -127,7 +129,7 @@ def write_turned(folder, volumes, affine):
     return find_cases(folder)[0]
 
 
-def test_all_stored_orientations_give_the_same_voxels(tmp_path):
+def test_F04_all_stored_orientations_give_the_same_voxels(tmp_path):
     """Write one scan as 8 mirror images, and one with its axes swapped."""
     images, segmentation = toy_volumes(seed=5)
     written = [*images.values(), segmentation]
@@ -161,7 +163,7 @@ def test_small_enhancing_tumour_becomes_core(case):
     np.testing.assert_array_equal(without, np.where(found == 4, 1, found))
 
 
-def test_predict_cases_writes_files_that_lie_over_the_scans(tmp_path, case):
+def test_F06_predict_cases_writes_files_that_lie_over_the_scans(tmp_path, case):
     write_case(tmp_path / "raw", "blind", seed=4, seg_name=None, suffix=".nii.gz")
     cases = find_cases(tmp_path / "raw")
     oracle(output=3).save(tmp_path / "model.keras")
@@ -196,7 +198,7 @@ def test_load_model_takes_a_file_or_a_run_folder(tmp_path):
     assert not load_model(str(tmp_path / "best.keras")).jit_compile
 
 
-def test_load_model_says_what_is_wrong(tmp_path):
+def test_F01_load_model_says_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="train one first"):
         load_model(tmp_path / "none.keras")
     with pytest.raises(ValueError, match="convert it"):
@@ -214,7 +216,7 @@ def test_load_model_says_what_is_wrong(tmp_path):
         load_model(page)
 
 
-def test_load_model_runs_no_code(tmp_path):
+def test_F02_load_model_runs_no_code(tmp_path):
     target = tmp_path / "written"
 
     def write(x, path=str(target)):
@@ -229,3 +231,73 @@ def test_load_model_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match="holds code"):
         load_model(tmp_path / "code.keras")
     assert not target.exists()
+
+
+def test_F01_two_hundred_damaged_models_are_refused_or_equal(tmp_path):
+    path = tmp_path / "model.keras"
+    model = unet((8, 8, 8, 3), filters=2, depth=1)
+    model.save(path)
+    good, refused = path.read_bytes(), 0
+    rng = np.random.default_rng(1)
+    for n in range(200):
+        damaged = bytearray(good)
+        place = int(rng.integers(len(good)))
+        if n % 4:
+            damaged[place] ^= 1 << rng.integers(8)
+        else:
+            del damaged[place:]
+        path.write_bytes(damaged)
+        try:
+            found = load_model(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+            continue
+        for value, expected in zip(
+            found.get_weights(), model.get_weights(), strict=True
+        ):
+            np.testing.assert_array_equal(value, expected)
+    assert refused > 100  # the others hit what nothing reads, such as dates
+
+
+DESCRIPTION = {
+    "modalities": ["flair", "t1ce", "t2"],
+    "outputs": "labels 0..3",
+    "normalisation": NORMALISATION,
+    "orientation": "LPS",
+    "keras": keras.__version__,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modalities": ["flair", "t1"]}, "channels in: 2, found 3"),
+        ({"outputs": "WT, TC, ET"}, "channels out: 3, found 4"),
+        ({"normalisation": "0..255"}, "normalisation: 0..255"),
+        ({"keras": "2.15.0"}, "install keras==2.15.0"),
+    ],
+)
+def test_F03_a_model_that_its_description_does_not_fit(tmp_path, change, message):
+    oracle().save(tmp_path / "best.keras")
+    write_json(tmp_path / "model.json", DESCRIPTION | change)
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path)
+
+
+def test_F03_the_modalities_are_fed_in_the_order_noted(tmp_path, case, capsys):
+    oracle().save(tmp_path / "best.keras")
+    noted = {"modalities": ["t2", "flair", "t1"], "keras": "3.0.0"}
+    write_json(tmp_path / "model.json", DESCRIPTION | noted)
+    model = load_model(tmp_path)
+    assert "made by Keras 3.0.0" in capsys.readouterr().out
+    expected = predict_case(oracle(), case, modalities=("t2", "flair", "t1"))
+    np.testing.assert_array_equal(predict_case(model, case), expected)
+    assert not np.array_equal(expected, predict_case(oracle(), case))
+
+
+def test_F04_another_spacing_is_refused(tmp_path):
+    affine = AFFINE @ np.diag([2, 1, 1, 1])
+    write_case(tmp_path, "wide", affine=affine)
+    with pytest.raises(BratsDataError, match=r"wide: voxels of \[2.0, 1.0, 1.0\] mm"):
+        predict_case(oracle(), find_cases(tmp_path)[0])

@@ -67,17 +67,17 @@ def find_secrets(text):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_no_secret_and_no_home_path(path):
+def test_G02_no_secret_and_no_home_path(path):
     assert not find_secrets(path.read_text(encoding="utf-8"))
 
 
-def test_the_secret_scan_can_fail():
+def test_G02_can_fail():
     assert find_secrets('{"username":"me","key":"0123456789abcdef0123456789abcdef"}')
     assert find_secrets("saved to /home/me/BraTS2020/data")
 
 
 @pytest.mark.notebooks
-def test_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatch):
+def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatch):
     for name in ("RAW", "MODEL"):
         monkeypatch.delenv(f"BRATS_{name}", raising=False)
     for path in NOTEBOOKS:
@@ -89,7 +89,7 @@ def test_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.notebooks
-def test_later_notebooks_alone_say_what_is_missing(tmp_path, monkeypatch):
+def test_G04_later_notebooks_alone_say_what_is_missing(tmp_path, monkeypatch):
     for path in NOTEBOOKS[1:]:
         with pytest.raises(nbclient.exceptions.CellExecutionError, match="01_prepare"):
             execute(path, tmp_path / "empty", monkeypatch, **TINY)

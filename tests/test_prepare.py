@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,10 @@ import pytest
 from conftest import prepared_toys, toy_volumes, write_case
 
 from brats_utils.cases import BratsDataError, find_cases
+from brats_utils.dataset import verify_dataset
 from brats_utils.files import read_json
-from brats_utils.prepare import (
-    brain_box,
-    prepare_case,
-    prepare_dataset,
-    standardise,
-    verify_dataset,
-)
+from brats_utils.prepare import prepare_case, prepare_dataset
+from brats_utils.transforms import brain_box, standardise
 
 
 def test_a_prepared_case_by_its_numbers(toy_set, tmp_path):
@@ -88,7 +85,7 @@ def test_all_unsound_cases_are_named_in_one_error(toy_set, tmp_path):
     assert "002_flair" in str(error.value) and "003_flair" in str(error.value)
 
 
-def test_nothing_to_learn_from_is_an_error(tmp_path):
+def test_B05_nothing_to_learn_from_is_an_error(tmp_path):
     write_case(tmp_path / "raw", "BraTS20_Validation_001", seg_name=None)
     with pytest.raises(BratsDataError, match="none of 1 cases has a segmentation"):
         prepare_dataset(tmp_path / "raw", tmp_path / "out")
@@ -98,10 +95,33 @@ def test_C01_killed_at_any_file_operation_it_ends_in_the_same_bytes(tmp_path):
     for number in range(1, 4):
         write_case(tmp_path / "raw", f"BraTS20_Training_{number:03}", seed=number)
     script = Path(__file__).with_name("kill_points.py")
-    command = [sys.executable, script, tmp_path / "raw", tmp_path]
+    command = [sys.executable, script, "prepare", tmp_path / "raw", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 50  # file operations, each of them a point to die at
+
+
+def test_C11_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path):
+    for number in range(1, 4):
+        write_case(tmp_path / "raw", f"BraTS20_Training_{number:03}", seed=number)
+    code = (
+        "import sys, time; from brats_utils import prepare, files\n"
+        "work = prepare.write_json\n"
+        "def slow(path, value):\n"
+        "    work(path, value); print('one', flush=True); time.sleep(0.5)\n"
+        "prepare.write_json = slow\n"
+        "prepare.prepare_dataset(sys.argv[1], sys.argv[2], jobs=1)\n"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "raw", tmp_path / "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        line = ""
+        while "one" not in line:
+            line = child.stdout.readline()
+        child.send_signal(signal.SIGINT)
+        said = child.communicate(timeout=10)[0]
+    assert "of 3 cases are done; run again to go on" in said
+    assert child.returncode != 0
+    assert not list((tmp_path / "out").rglob(".writing-*"))
 
 
 def test_C01_finished_cases_are_not_read_again(toy_set, tmp_path, monkeypatch):
