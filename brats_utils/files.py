@@ -245,9 +245,7 @@ def extract(archive, folder, *, max_gb=100):
             size_gb = sum(entry.file_size for entry in entries) / 1e9
             room = min(max_gb, free_gb(root))
             if size_gb > room:
-                raise ValueError(
-                    f"{size_gb:.1f} GB unpacked, {room:.1f} allowed or free"
-                )
+                raise ValueError(f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB")
             for entry in entries:
                 inside = (root / entry.filename).resolve().is_relative_to(root)
                 if not inside or stat.S_ISLNK(entry.external_attr >> 16):

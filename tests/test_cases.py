@@ -142,7 +142,7 @@ def test_B02_brats_2023_names_and_labels(tmp_path, capsys):
         find_cases(tmp_path)
 
 
-def test_every_problem_is_listed_by_one_pass(toy_set):
+def test_every_problem_of_every_case_is_listed_by_one_pass(toy_set):
     cases = find_cases(toy_set)
     assert check_cases(cases).empty
     image = nib.load(cases[0].images["t1"])
@@ -251,7 +251,7 @@ def test_A13_shapes_that_differ_are_both_named(tmp_path):
 def test_A15_grids_that_differ_are_refused(tmp_path, name, change):
     path = write_case(tmp_path, "one") / f"one_{name}.nii"
     image = nib.load(path)
-    voxels = np.asarray(image.dataobj)
+    voxels = np.array(image.dataobj)  # no view of the file that is written next
     nib.save(nib.Nifti1Image(voxels, change @ AFFINE), path)
     with pytest.raises(BratsDataError, match=f"one, .*one_{name}.*its grid"):
         load_case(find_cases(tmp_path)[0])

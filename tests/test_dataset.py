@@ -35,6 +35,7 @@ def test_D01_a_new_split_replaces_the_old_one_whole(toy_set, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prepared", "raw", "split"]
 
 
+@pytest.mark.slow
 def test_D01_a_thousand_splits_into_one_place_leak_nothing(toy_set, tmp_path):
     prepared, report = prepared_toys(toy_set, tmp_path, min_labelled=0)
     everyone = set(report.query("kept")["case"])
