@@ -16,9 +16,11 @@ import sys
 import zipfile
 from pathlib import Path
 
+import keras
 import numpy as np
 import pandas as pd
 
+from brats_utils import generator, model, training
 from brats_utils.prepare import prepare_dataset, split_dataset
 
 NEVER = 0
@@ -44,10 +46,6 @@ def prepared(folder):
 
 def train(split, folder):
     """Train for three epochs."""
-    import keras
-
-    from brats_utils import generator, model, training
-
     options = {"patch_shape": (8, 8, 8), "tumour_share": 1}
     data = [generator.BratsGenerator(split / side, **options) for side in SIDES]
     keras.utils.set_random_seed(1)
