@@ -49,4 +49,5 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 bench: $(STAMP)
+	$(BIN)/python benchmarks/reader.py
 	$(BIN)/python benchmarks/seed_recipe.py
