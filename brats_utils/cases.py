@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brats_utils.labels import encode_labels
+from brats_utils.labels import LABELS, encode_labels, relabel
 from brats_utils.nifti import (
     BratsDataError,
     read_header,
@@ -83,18 +83,27 @@ def _group_files(root):
     return groups, leftovers
 
 
-def _odd_segmentation(case_id, candidates):
-    """Return the one file among `candidates` that must be the label map, or None."""
-    candidates = [path for path in candidates if "seg" in path.name.lower()]
-    if len(candidates) > 1:
-        raise BratsDataError(
-            f"no {case_id}_seg file, and {len(candidates)} that might be it: "
-            + ", ".join(path.name for path in candidates),
-            case=case_id,
-            file=candidates[0].parent,
-            advice=f"Rename the right one to {case_id}_seg.nii",
-        )
-    return candidates[0] if candidates else None
+def _add_odd_segmentations(groups, leftovers):
+    """Give each case that lacks a label map the one file that must be it, if any.
+
+    Returns {(folder, id): path} of those given.
+    """
+    lacking, given = {}, {}
+    for folder, case_id in (key for key, files in groups.items() if "seg" not in files):
+        lacking.setdefault(folder, []).append(case_id)
+    for folder, case_ids in lacking.items():
+        paths = [p for p in leftovers.get(folder, []) if "seg" in p.name.lower()]
+        if len(paths) * len(case_ids) > 1:
+            raise BratsDataError(
+                f"no {case_ids[0]}_seg file, and {', '.join(p.name for p in paths)} "
+                f"might be that of {', '.join(case_ids)}",
+                case=case_ids[0],
+                file=folder,
+                advice=f"Rename the right one to {case_ids[0]}_seg.nii",
+            )
+        if paths:
+            given[folder, case_ids[0]] = groups[folder, case_ids[0]]["seg"] = paths[0]
+    return given
 
 
 def _check_complete(root, groups, leftovers):
@@ -155,34 +164,30 @@ def find_cases(root, *, labels="auto"):
         raise ValueError(f"labels is 'auto', '0124' or '0123', not {labels!r}")
     groups, leftovers = _group_files(root)
     _check_complete(root, groups, leftovers)
-    found = []
-    for (folder, case_id), files in groups.items():
-        segmentation = files.get("seg")
-        if segmentation is None:
-            segmentation = _odd_segmentation(case_id, leftovers.get(folder, []))
-            if segmentation:
-                print(f"{case_id}: taking {segmentation.name} as its segmentation")
-        images = {m: files[m] for m in ALL_MODALITIES}
-        found.append((case_id, images, segmentation))
+    for (_, case_id), path in _add_odd_segmentations(groups, leftovers).items():
+        print(f"{case_id}: taking {path.name} as its segmentation")
     if labels == "auto":
-        labels = _decide_labels([path for _, _, path in found if path])
-    return sorted((Case(*parts, labels) for parts in found), key=lambda case: case.id)
+        labels = _decide_labels([f["seg"] for f in groups.values() if "seg" in f])
+    found = [
+        Case(case_id, {m: files[m] for m in ALL_MODALITIES}, files.get("seg"), labels)
+        for (_, case_id), files in groups.items()
+    ]
+    return sorted(found, key=lambda case: case.id)
 
 
 def _decide_labels(paths):
     """Return how the label maps at `paths` write enhancing tumour, as 4 or as 3."""
 
-    def holds(path):
+    def held(path):
         try:
             values = read_volume(path)[0]
         except BratsDataError:
-            return False, False  # found again, and reported, when the case is read
-        return bool((values == 3).any()), bool((values == 4).any())
+            return set()  # found again, and reported, when the case is read
+        return {value for value in (3, 4) if (values == value).any()}
 
     with ThreadPoolExecutor(2) as pool:
-        held = list(pool.map(holds, paths))
-    threes = [path for path, (three, _) in zip(paths, held, strict=True) if three]
-    fours = [path for path, (_, four) in zip(paths, held, strict=True) if four]
+        found = list(zip(paths, pool.map(held, paths), strict=True))
+    threes, fours = ([p for p, values in found if v in values] for v in (3, 4))
     if threes and fours:
         raise BratsDataError(
             f"label 3 in {threes[0].name} and label 4 in {fours[0].name}: two label "
@@ -213,20 +218,14 @@ def rename_odd_segmentation(root):
     Raises
     ------
     BratsDataError
-        If two files might be the segmentation of one case.
+        If it is not clear which file is the segmentation of which case.
     """
     groups, leftovers = _group_files(root)
     renamed = []
-    for (folder, case_id), files in sorted(groups.items()):
-        if "seg" in files:
-            continue
-        old = _odd_segmentation(case_id, leftovers.get(folder, []))
-        if old:
-            suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
-            separator = files["flair"].name[len(case_id)] if "flair" in files else "_"
-            renamed.append(
-                (old, old.rename(folder / f"{case_id}{separator}seg{suffix}"))
-            )
+    for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
+        suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
+        separator = next(iter(groups[folder, case_id].values())).name[len(case_id)]
+        renamed.append((old, old.rename(folder / f"{case_id}{separator}seg{suffix}")))
     return renamed
 
 
@@ -258,26 +257,12 @@ def load_labels(path, labels="0124"):
 
 def _check_labels(volume, path, labels):
     """Return stored labels as 0, 1, 2, 4 in uint8; raise if there are others."""
-    allowed = [int(value) for value in labels]
-    if volume.dtype == np.uint8:
-        counts = np.bincount(volume.ravel(order="K"), minlength=256)
-        values = np.flatnonzero(counts)
-        counts = counts[values]
-    else:
-        values, counts = np.unique(volume, return_counts=True)
-    strange = ~np.isin(values, allowed)
-    if strange.any():
-        pairs = zip(values[strange].tolist(), counts[strange].tolist(), strict=True)
-        found = ", ".join(f"{value:g} in {n} voxels" for value, n in list(pairs)[:5])
-        raise BratsDataError(
-            f"expected only the labels {allowed}, found {found}",
-            file=path,
-            advice="Check that this is a BraTS segmentation of the same year",
-        )
-    segmentation = volume.astype(np.uint8)
-    if labels == "0123":
-        segmentation[segmentation == 3] = 4
-    return segmentation
+    values = [int(value) for value in labels]
+    try:
+        return relabel(volume, dict(zip(values, LABELS, strict=True)))
+    except ValueError as error:
+        advice = "Check that this is a BraTS segmentation of the same year"
+        raise BratsDataError(str(error), file=path, advice=advice) from None
 
 
 def _check_image(volume, path):

@@ -7,8 +7,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import splitfolders
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from brats_utils.files import read_json, sha256
 from brats_utils.nifti import BratsDataError
@@ -30,11 +33,13 @@ def read_marker(path):
 
     Returns
     -------
-    done : dict or None
-        None where there is no marker, or a damaged one.
+    done : dict
+        Empty where there is no marker, or a damaged one.
     """
-    with contextlib.suppress(OSError, ValueError):
+    try:
         return read_json(path)
+    except (OSError, ValueError):
+        return {}
 
 
 def all_there(folder, sizes):
@@ -115,10 +120,13 @@ def verify_dataset(prepared):
 
 def _sides(report, ratio, seed, workspace):
     """Return {"train": ids, "val": ids} as splitfolders chooses among patients."""
-    # Two cases with the same voxels are one patient, whatever their names.
-    first = report.groupby("images_sha256")["patient"].transform("first")
-    same = dict(zip(report["patient"], first, strict=True))
-    groups = report["case"].groupby(report["patient"].map(same), sort=False).agg(list)
+    # Two cases with the same voxels are one patient, whatever their names: a case links
+    # its patient to its voxels, and all that hangs together goes to one side.
+    codes = [pd.factorize(report[c])[0] for c in ("patient", "images_sha256")]
+    n = len(report)
+    links = coo_array((np.ones(n), (codes[0], n + codes[1])), shape=(2 * n, 2 * n))
+    component = connected_components(links, directed=False)[1][codes[0]]
+    groups = report["case"].groupby(component, sort=False).agg(list)
     # It copies files, so it is given empty ones: it decides, and no data moves.
     for kind in KINDS:
         (workspace / "staging" / kind).mkdir(parents=True)

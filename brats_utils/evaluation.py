@@ -9,6 +9,7 @@ from scipy.spatial import KDTree
 
 from brats_utils.cases import load_labels
 from brats_utils.labels import ENCODED_REGIONS, LABELS, encode_labels
+from brats_utils.transforms import bounding_box
 
 # The diagonal of BraTS's 240×240×155 mm grid: the official HD95 where only one of
 # prediction and truth holds the region.
@@ -19,18 +20,6 @@ MANY_SURFACE_VOXELS = 400_000
 def _ratio(hits, total, others):
     """Return hits / total; where total is 0, 1.0 if `others` is 0 too, else 0.0."""
     return float(hits / total) if total else float(others == 0)
-
-
-def _joint_box(first, second):
-    """Return the slices of the smallest box that holds both arrays' non-zero voxels."""
-    either = (first != 0) | (second != 0)
-    box = []
-    for axis in range(either.ndim):
-        others = tuple(a for a in range(either.ndim) if a != axis)
-        where = np.flatnonzero(either.any(axis=others))
-        box.append(slice(where[0], where[-1] + 1) if len(where) else slice(0, 0))
-        either = either[(slice(None),) * axis + (box[-1],)]
-    return tuple(box)
 
 
 def _surface(mask):
@@ -84,7 +73,7 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     prediction, truth = np.asarray(prediction, bool), np.asarray(truth, bool)
     if not prediction.any() or not truth.any():
         return MISSED_REGION_MM if prediction.any() or truth.any() else 0.0
-    box = _joint_box(prediction, truth)
+    box = bounding_box(prediction | truth)
     ours, theirs = _surface(prediction[box]), _surface(truth[box])
     there = _nearest_mm(ours, theirs, spacing_mm)
     back = _nearest_mm(theirs, ours, spacing_mm)
@@ -173,7 +162,7 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
             f"{prediction.shape} and {truth.shape}"
         )
     # All voxels outside the box are background in both: a hundredth of the work.
-    box = _joint_box(prediction, truth)
+    box = bounding_box((prediction != 0) | (truth != 0))
     ours, theirs = encode_labels(prediction[box]), encode_labels(truth[box])
     confusion = _confusion(ours, theirs, truth.size)
     table = {}

@@ -24,7 +24,12 @@ def _parse(text, default):
         return None
     if isinstance(default, (tuple, list)):
         kind = type(default[0]) if default else str
-        return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        parts = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        if kind is not str and len(parts) != len(default):
+            raise ValueError(f"expected {len(default)} numbers with commas")
+        return parts
+    if isinstance(default, Path):
+        return project_root() / text
     if default is None:
         parts = [part.strip() for part in text.split(",")]
         numbers = len(parts) > 1 and all(part.isdigit() for part in parts)
@@ -41,8 +46,9 @@ def setting(name, default):
         Name of the constant, `"EPOCHS"` for the variable `BRATS_EPOCHS`.
     default : bool, int, float, str, Path, tuple or None
         Used where the variable is unset or empty; its type says how the text is read.
-        A tuple is written with commas (`128,128,128`); `none` gives None. Where the
-        default is None, whole numbers with commas give a tuple, all else is text.
+        A tuple is written with commas (`128,128,128`); `none` gives None. A path that
+        is not absolute is counted from the project's root. Where the default is None,
+        whole numbers with commas give a tuple, all else is text.
 
     Returns
     -------
@@ -244,14 +250,16 @@ def extract(archive, folder, *, max_gb=100):
             entries = zipped.infolist()
             size_gb = sum(entry.file_size for entry in entries) / 1e9
             room = min(max_gb, free_gb(root))
-            if size_gb > room:
-                raise ValueError(f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB")
+            problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
+            problems = [problem] if size_gb > room else []
             for entry in entries:
                 inside = (root / entry.filename).resolve().is_relative_to(root)
                 if not inside or stat.S_ISLNK(entry.external_attr >> 16):
-                    raise ValueError(f"{entry.filename!r} leads out of the folder")
+                    problems.append(f"{entry.filename!r} leads out of the folder")
+            if problems:
+                raise ValueError(f"{archive}: {problems[0]}")
             if damaged := zipped.testzip():
-                raise ValueError(f"{damaged} is damaged")
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
             zipped.extractall(root)
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{archive}: {error}; download it again") from None

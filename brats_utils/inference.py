@@ -41,7 +41,7 @@ def load_model(path):
     -------
     model : keras.Model
         Not compiled: to predict with. Without XLA, which would compile anew for each
-        brain's size.
+        brain's size. Its `description` is what `model.json` beside it says, or {}.
 
     Raises
     ------
@@ -70,15 +70,15 @@ def load_model(path):
             f"{path} cannot be loaded: it is damaged, holds code (Lambda layers), or "
             f"comes from another version than Keras {keras.__version__}: {error}"
         ) from None
-    model.jit_compile = False
+    model.jit_compile, model.description = False, {}
     if (path.parent / SIDECAR).is_file():
         _heed_description(model, read_json(path.parent / SIDECAR), path)
     return model
 
 
 def _heed_description(model, description, path):
-    """Check a model against the `model.json` beside it; note its modalities."""
-    modalities = tuple(description.get("modalities", ()))
+    """Check a model against the `model.json` beside it, and note that in it."""
+    modalities = description.get("modalities", ())
     outputs = {"labels 0..3": 4, "WT, TC, ET": 3}.get(description.get("outputs"))
     expected = {
         "channels in": (len(modalities), model.input_shape[-1]),
@@ -97,7 +97,7 @@ def _heed_description(model, description, path):
         )
     if version != keras.__version__:
         print(f"{path} was made by Keras {version}; this is {keras.__version__}")
-    model.modalities = modalities
+    model.description = description
 
 
 def _factor(model):
@@ -248,11 +248,12 @@ def _choose_modalities(model, modalities):
     """Return the channels to feed a model: those given, or the usual ones."""
     channels = model.input_shape[-1]
     usual = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
-    modalities = modalities or getattr(model, "modalities", usual.get(channels))
-    if modalities is None or len(modalities) != channels:
+    noted = getattr(model, "description", {}).get("modalities")
+    modalities = modalities or noted or usual.get(channels, ())
+    if len(modalities) != channels:
         raise ValueError(
             f"the model takes {channels} channels; say which modalities they are, got "
-            f"{modalities}"
+            f"{tuple(modalities)}"
         )
     return modalities
 
@@ -278,7 +279,8 @@ def predict_case(
         The model's channels. By default those that `load_model` found noted beside
         it, else FLAIR, T1CE, T2 for three and all for four.
     flips, patch_shape
-        As in `predict_probabilities`.
+        As in `predict_probabilities`. Where no shape is given, windows of the training
+        patches' shape are taken if `load_model` found it noted beside the model.
     min_et_voxels : int
         Where less enhancing tumour than this is found, call it core (label 1): a few
         stray voxels would cost the whole Dice of a case that has none.
@@ -311,8 +313,9 @@ def predict_case(
     box = brain_box(image)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
     brain = standardise(image[box])
+    noted = getattr(model, "description", {}).get("patch_shape")
     probabilities = predict_probabilities(
-        model, brain, flips=flips, patch_shape=patch_shape
+        model, brain, flips=flips, patch_shape=patch_shape or noted
     )
     if not np.isfinite(probabilities).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")

@@ -18,22 +18,42 @@ ENCODED_REGIONS = {
 COLOURS = {1: "#0072B2", 2: "#F0E442", 4: "#D55E00"}
 
 
-def _look_up(values, keys, replacements, what):
-    """Replace each of `keys` in `values`, or raise naming the values that are none."""
+def relabel(values, table):
+    """Return another value for each label, by a table that must know them all.
+
+    Parameters
+    ----------
+    values : array, any shape
+        Whole numbers from 0 to 255, of any type.
+    table : dict of int to int
+        Old value to new one.
+
+    Returns
+    -------
+    relabelled : uint8 array of the same shape
+
+    Raises
+    ------
+    ValueError
+        If a value is not in the table, with how often it occurs; nothing is rounded.
+    """
     values = np.asarray(values)
-    if values.dtype == np.uint8:
-        counts = np.bincount(values.ravel(), minlength=256)
-        found = np.flatnonzero(counts)
-        strange = [int(v) for v in found if v not in keys]
+    with np.errstate(invalid="ignore"):  # NaN and the like are found below
+        small = values.astype(np.uint8)
+    if small.dtype == values.dtype or np.array_equal(small, values):
+        counts = np.bincount(small.ravel(order="K"), minlength=256)
+        found = {i: int(n) for i, n in enumerate(counts) if n}
     else:
-        strange = [v.item() for v in np.unique(values) if v not in keys]
+        pairs = map(np.ndarray.tolist, np.unique(values, return_counts=True))
+        found = dict(zip(*pairs, strict=True))
+    strange = [f"{v:g} in {n} voxels" for v, n in found.items() if v not in table]
     if strange:
         raise ValueError(
-            f"expected only the {what} {', '.join(map(str, keys))}, found {strange[:5]}"
+            f"expected only the labels {list(table)}, found {', '.join(strange[:5])}"
         )
-    table = np.zeros(max(keys) + 1, np.uint8)
-    table[list(keys)] = replacements
-    return table[values.astype(np.uint8)]
+    new = np.zeros(256, np.uint8)
+    new[list(table)] = list(table.values())
+    return new[small]
 
 
 def encode_labels(segmentation):
@@ -59,7 +79,7 @@ def encode_labels(segmentation):
     >>> encode_labels([0, 1, 2, 4]).tolist()
     [0, 1, 2, 3]
     """
-    return _look_up(segmentation, tuple(LABELS), range(len(LABELS)), "BraTS labels")
+    return relabel(segmentation, {value: i for i, value in enumerate(LABELS)})
 
 
 def decode_labels(labels):
@@ -85,7 +105,7 @@ def decode_labels(labels):
     >>> decode_labels([0, 1, 2, 3]).tolist()
     [0, 1, 2, 4]
     """
-    return _look_up(labels, tuple(range(len(LABELS))), tuple(LABELS), "training labels")
+    return relabel(labels, dict(enumerate(LABELS)))
 
 
 def region_volumes_ml(segmentation, spacing_mm):

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from brats_utils.cases import ALL_MODALITIES, MODALITIES
 from brats_utils.labels import COLOURS, LABELS, REGION_NAMES, encode_labels
+from brats_utils.transforms import bounding_box
 
 PLANES = ("sagittal", "coronal", "axial")
 PANEL_WIDTH_INCHES = 2.6
@@ -72,11 +73,11 @@ def _grey_window(volume):
 
 def _extent(plane, margin):
     """Return the rows and columns, as slices, that hold all of a mask's pixels."""
-    extent = []
-    for n, line in zip(plane.shape, (plane.any(1), plane.any(0)), strict=True):
-        held = np.flatnonzero(line) if line.any() else np.array([0, n - 1])
-        extent.append(slice(max(0, held[0] - margin), min(n, held[-1] + 1 + margin)))
-    return tuple(extent)
+    box = bounding_box(plane if plane.any() else np.ones_like(plane))
+    return tuple(
+        slice(max(0, part.start - margin), min(n, part.stop + margin))
+        for part, n in zip(box, plane.shape, strict=True)
+    )
 
 
 def _frames(volumes, boxes, axis):

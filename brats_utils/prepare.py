@@ -41,6 +41,7 @@ from brats_utils.labels import LABELS, encode_labels, region_volumes_ml
 from brats_utils.nifti import spacing_mm, to_lps
 from brats_utils.transforms import (
     FIXED_WINDOW,
+    check_shape,
     crop_box,
     pad_to,
     scale_volume,
@@ -134,12 +135,12 @@ def prepare_case(
         "scaling": scaling,
     }
     marker, made_of = out / MARKERS / f"{case.id}.json", _made_of(case, options)
-    before = read_marker(marker) or {}
-    if before.get("made_of") == made_of and all_there(out, before["sizes"]):
+    before = read_marker(marker)
+    if _is_finished(before, made_of, out):
         return before["row"]
     marker.unlink(missing_ok=True)
     image, mask, row, checksums = _crop_and_measure(case, options)
-    if before and before["checksums"] != checksums:
+    if before.get("checksums", checksums) != checksums:
         print(f"{case.id}: its files have changed since it was prepared; prepared anew")
     sizes = {}
     for kind, volume in zip(KINDS, (image, mask), strict=True):
@@ -153,6 +154,11 @@ def prepare_case(
     done = {"made_of": made_of, "checksums": checksums, "sizes": sizes, "row": row}
     write_json(marker, done)
     return row
+
+
+def _is_finished(done, made_of, out):
+    """Tell whether what a marker notes is what is wanted, and is still there."""
+    return done.get("made_of") == made_of and all_there(out, done["sizes"])
 
 
 def _crop_and_measure(case, options):
@@ -209,6 +215,7 @@ def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITI
     >>> round(estimate_disk_gb(369), 1)
     5.4
     """
+    check_shape(crop_shape)
     voxels = float(np.prod(crop_shape or TYPICAL_BRAIN_BOX))
     return n_cases * voxels * (2 * len(modalities) + 1) / 1e9
 
@@ -237,10 +244,15 @@ def _prepare_all(cases, out, options, jobs):
 
 
 def _check_space(cases, out, options):
-    """Raise unless the disk has room for the cases that are not finished yet."""
-    n_new = sum(not (out / MARKERS / f"{case.id}.json").exists() for case in cases)
-    shape, modalities = options["crop_shape"], options["modalities"]
-    needed = estimate_disk_gb(n_new, crop_shape=shape, modalities=modalities)
+    """Raise unless the disk has room for what unfinished cases add to what is there."""
+    n_new = n_bytes = 0
+    for case in cases:
+        done = read_marker(out / MARKERS / f"{case.id}.json")
+        if not _is_finished(done, _made_of(case, options), out):
+            n_new += 1
+            n_bytes += sum(done.get("sizes", {}).values())
+    sizes = {name: options[name] for name in ("crop_shape", "modalities")}
+    needed = estimate_disk_gb(n_new, **sizes) - n_bytes / 1e9
     if needed > free_gb(out):
         raise OSError(
             errno.ENOSPC,
@@ -250,11 +262,13 @@ def _check_space(cases, out, options):
         )
 
 
-def _remove_others(out, kept):
-    """Remove volumes and markers of cases that a former call left."""
-    for kind in KINDS:
-        for path in (out / kind).iterdir():
-            if path.stem not in kept:
+def _remove_others(out, rows):
+    """Remove what a former call left of cases that are in no row, or not kept."""
+    kept = {row["case"] for row in rows if row["kept"]}
+    prepared = {row["case"] for row in rows}
+    for folder, ids in ((MARKERS, prepared), *((kind, kept) for kind in KINDS)):
+        for path in (out / folder).iterdir():
+            if path.stem not in ids:
                 path.unlink()
 
 
@@ -270,11 +284,11 @@ def _settings(raw, cases, options):
     }
 
 
-def _find(raw):
+def _find(raw, labels):
     """Return the folder, its cases, and those of them that have a segmentation."""
-    cases = raw if isinstance(raw, list) else find_cases(raw)
+    cases = raw if isinstance(raw, list) else find_cases(raw, labels=labels)
     if isinstance(raw, list):
-        raw = os.path.commonpath([case.images["flair"] for case in raw])
+        raw = os.path.commonpath([case.images["flair"].parent for case in raw])
     labelled = [case for case in cases if case.segmentation]
     if not labelled:
         raise BratsDataError(f"none of {len(cases)} cases has a segmentation to learn")
@@ -291,6 +305,7 @@ def prepare_dataset(
     scaling="minmax",
     jobs=None,
     skip_bad=False,
+    labels="auto",
 ):
     """Prepare all cases of a folder; a call that was stopped goes on where it was.
 
@@ -318,6 +333,8 @@ def prepare_dataset(
         surrounding `joblib.parallel_config` decides where they run.
     skip_bad : bool
         Leave unsound cases out, with the reason in the report, instead of raising.
+    labels : {"auto", "0124", "0123"}
+        As in `find_cases`, which reads all label maps to decide if not told.
 
     Returns
     -------
@@ -331,7 +348,7 @@ def prepare_dataset(
     OSError
         If the disk has no room for the result.
     """
-    raw, cases, labelled = _find(raw)
+    raw, cases, labelled = _find(raw, labels)
     out = Path(out)
     options = {
         "crop_shape": crop_shape,
@@ -346,14 +363,14 @@ def prepare_dataset(
     _check_space(sound, out, options)
     for name in (REPORT, SETTINGS):  # nobody shall use what is only half done
         (out / name).unlink(missing_ok=True)
-    for kind in KINDS:
-        (out / kind).mkdir(parents=True, exist_ok=True)
+    for folder in (MARKERS, *KINDS):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     rows = _prepare_all(sound, out, options, jobs)
     bad |= {e.case: str(e) for e in rows if isinstance(e, BratsDataError)}
     if bad and not skip_bad:
         _refuse(bad)
     rows = [row for row in rows if isinstance(row, dict)]
-    _remove_others(out, {row["case"] for row in rows if row["kept"]})
+    _remove_others(out, rows)
     report = _report(rows, cases, bad)
     report.insert(1, "patient", report["case"].map(find_patients(cases, raw)))
     with atomic_write(out / REPORT) as temporary:

@@ -27,7 +27,7 @@ def nonzero_statistics(volume):
     return float(mean), float(values.std(dtype=np.float64, mean=mean)) or 1.0
 
 
-def offset_and_divisor(volume, method):
+def _offset_and_divisor(volume, method):
     """Return the two numbers of the affine step `(volume - offset) / divisor`.
 
     Parameters
@@ -86,7 +86,11 @@ def scale_volume(volume, method="minmax"):
         raise ValueError(
             "the volume holds NaN or infinity; nothing is put in its place"
         )
-    offset, divisor = offset_and_divisor(volume, method)
+    return _apply(volume, *_offset_and_divisor(volume, method), method)
+
+
+def _apply(volume, offset, divisor, method):
+    """Return `(volume - offset) / divisor` in float32; "zscore" leaves zeros zero."""
     scaled = (volume - np.float32(offset)) / np.float32(divisor)
     if method == "zscore":
         scaled[volume == 0] = 0
@@ -113,8 +117,38 @@ def standardise(image):
     return np.stack(channels, axis=-1)
 
 
-def brain_box(image):
+def bounding_box(mask):
     """Return the smallest box that holds all non-zero voxels.
+
+    Parameters
+    ----------
+    mask : array of any rank
+        Non-zero counts.
+
+    Returns
+    -------
+    box : tuple of slices
+        One for each axis; all empty, `slice(0, 0)`, where nothing counts.
+    """
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        filled = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0))
+        mask = mask[(slice(None),) * axis + (box[-1],)]  # the next axis has less to do
+    return tuple(box)
+
+
+def _brain(image):
+    """Return where any channel is not zero; raise if that is nowhere."""
+    brain = image.any(axis=-1) if image.ndim == 4 else image != 0
+    if not brain.any():
+        raise ValueError("every voxel is zero: there is no brain to crop to")
+    return brain
+
+
+def brain_box(image):
+    """Return the smallest box that holds all non-zero voxels of a scan.
 
     Parameters
     ----------
@@ -130,15 +164,24 @@ def brain_box(image):
     ValueError
         If every voxel is zero.
     """
-    brain = image.any(axis=-1) if image.ndim == 4 else image != 0
-    box = []
-    for axis in range(3):
-        others = tuple(a for a in range(3) if a != axis)
-        filled = np.flatnonzero(brain.any(axis=others))
-        if not filled.size:
-            raise ValueError("every voxel is zero: there is no brain to crop to")
-        box.append(slice(int(filled[0]), int(filled[-1]) + 1))
-    return tuple(box)
+    return bounding_box(_brain(image))
+
+
+def check_shape(shape):
+    """Raise unless a shape is three positive numbers, or None.
+
+    Parameters
+    ----------
+    shape : tuple of 3 int or None
+        Voxels along X, Y and Z.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    if shape is not None and (np.shape(shape) != (3,) or min(shape) < 1):
+        raise ValueError(f"a shape is three positive numbers or None, not {shape!r}")
 
 
 def _window_start(tumour, brain, size):
@@ -178,11 +221,8 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
     """
     if shape is None:
         return brain_box(image)
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"shape is three positive numbers or None, not {shape}")
-    brain = image.any(axis=-1) if image.ndim == 4 else image != 0
-    if not brain.any():
-        raise ValueError("every voxel is zero: there is no brain to crop to")
+    check_shape(shape)
+    brain = _brain(image)
     tumour = np.zeros_like(brain) if segmentation is None else segmentation != 0
     box = []
     for axis, size in enumerate(shape):
@@ -234,12 +274,10 @@ def store_channel(volume, box, shape, method):
         "mean" and "sd" of the whole scan's non-zero voxels and "zero", the value of
         background, in stored units.
     """
-    offset, divisor = offset_and_divisor(volume, method)
+    offset, divisor = _offset_and_divisor(volume, method)
     mean, sd = nonzero_statistics(volume)
     # Where the smallest voxel is 0, as in all skull-stripped sets, this is 0.
     zero = 0.0 if method == "zscore" else (0 - offset) / divisor
-    crop = (volume[box] - np.float32(offset)) / np.float32(divisor)
-    if method == "zscore":
-        crop[volume[box] == 0] = 0
-    crop = pad_to(crop, shape, zero).astype(np.float16)
-    return crop, {"mean": (mean - offset) / divisor, "sd": sd / divisor, "zero": zero}
+    crop = pad_to(_apply(volume[box], offset, divisor, method), shape, zero)
+    statistics = {"mean": (mean - offset) / divisor, "sd": sd / divisor, "zero": zero}
+    return crop.astype(np.float16), statistics

@@ -216,7 +216,7 @@ def test_saved_labels_lie_on_the_cases_own_grid(toy_set, tmp_path):
         np.testing.assert_array_equal(saved.header[field], model.header[field])
     with pytest.raises(ValueError, match=r"has shape \(2, 2, 2\)"):
         save_segmentation(np.zeros((2, 2, 2), int), case, path)
-    with pytest.raises(ValueError, match="BraTS labels"):
+    with pytest.raises(ValueError, match="found 3 in 9216"):
         save_segmentation(np.full_like(segmentation, 3), case, path)
 
 
@@ -272,3 +272,15 @@ def test_A21_spaces_and_accents_in_paths_work(tmp_path, form):
     write_case(folder, "one", suffix=".nii.gz")
     prepare_dataset(folder, folder / "prepared", crop_shape=None, min_labelled=0)
     assert (folder / "prepared" / "masks" / "one.npy").is_file()
+
+
+def test_A02_an_odd_file_among_several_cases_without_segmentation(tmp_path):
+    for name in ("a", "b"):
+        folder = write_case(tmp_path / "raw", name, seg_name=None)
+        for path in list(folder.iterdir()):
+            path.rename(tmp_path / "raw" / path.name)
+        folder.rmdir()
+    shutil.copy(tmp_path / "raw" / "a_t2.nii", tmp_path / "raw" / "W39_Segm.nii")
+    for look in (find_cases, rename_odd_segmentation):
+        with pytest.raises(BratsDataError, match="W39_Segm.nii might be that of a, b"):
+            look(tmp_path / "raw")

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -109,3 +111,24 @@ def test_D02_two_scans_of_one_patient_stay_on_one_side(tmp_path):
         assert len(ids["train"]) + len(ids["val"]) == 13
         for one, other in pairs:
             assert (one in ids["val"]) == (other in ids["val"])
+
+
+def test_D02_links_between_scans_are_followed_through_ids_and_voxels(tmp_path):
+    raw = tmp_path / "raw"
+    # a and b hold the same voxels, b and c are of one patient, c and d the same voxels.
+    for name, seed in (("a", 1), ("b", 1), ("c", 2), ("d", 2), ("e", 3), ("f", 4)):
+        write_case(raw, name, seed=seed)
+    lines = ["TCGA_TCIA_subject_ID,BraTS_2020_subject_ID", "P,b", "P,c"]
+    (raw / "name_mapping.csv").write_text("\n".join(lines))
+    out, _ = prepared_toys(raw, tmp_path)
+    for seed in range(30):
+        ids = split_dataset(out, tmp_path / "split", ratio=(0.5, 0.5), seed=seed)
+        sides = {case: side for side in ids for case in ids[side]}
+        assert len({sides[case] for case in "abcd"}) == 1 and len(sides) == 6
+
+
+def test_a_case_taken_out_of_the_set_leaves_no_marker(toy_set, tmp_path):
+    prepared_toys(toy_set, tmp_path)
+    shutil.rmtree(next(toy_set.rglob("BraTS20_Training_002")))
+    out, report = prepared_toys(toy_set, tmp_path)
+    assert len(report) == 4 and verify_dataset(out).empty

@@ -144,3 +144,25 @@ def test_G01_a_cut_or_damaged_archive_writes_nothing(tmp_path, n):
 def test_G01_a_sound_archive_is_unpacked(tmp_path):
     extract(a_zip(tmp_path / "a.zip", {"in/one": "x"}), tmp_path / "new")
     assert (tmp_path / "new" / "in" / "one").read_text() == "x"
+
+
+def test_setting_asks_for_as_many_numbers_as_the_default_has(monkeypatch):
+    monkeypatch.setenv("BRATS_PATCH_SHAPE", "96")
+    with pytest.raises(ValueError, match="expected 3 numbers with commas"):
+        setting("PATCH_SHAPE", (128, 128, 128))
+
+
+def test_setting_counts_relative_paths_from_the_projects_root(monkeypatch, tmp_path):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setenv("BRATS_RAW", "scans of mine/raw")
+    assert setting("RAW", Path("x")) == tmp_path.resolve() / "scans of mine" / "raw"
+
+
+def test_G01_a_full_disk_is_not_called_a_bad_download(tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
+        zipped.writestr("a.nii", bytes(1000))
+    monkeypatch.setattr("brats_utils.files.free_gb", lambda _: 1e-7)
+    with pytest.raises(ValueError, match="over 0.0 GB$"):
+        extract(tmp_path / "a.zip", tmp_path / "out")

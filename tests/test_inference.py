@@ -301,3 +301,16 @@ def test_F04_another_spacing_is_refused(tmp_path):
     write_case(tmp_path, "wide", affine=affine)
     with pytest.raises(BratsDataError, match=r"wide: voxels of \[2.0, 1.0, 1.0\] mm"):
         predict_case(oracle(), find_cases(tmp_path)[0])
+
+
+def test_windows_are_of_the_shape_that_is_noted_beside_the_model(tmp_path, case):
+    write_json(tmp_path / "model.json", {**DESCRIPTION, "patch_shape": [8, 8, 8]})
+    sided_model().save(tmp_path / "best.keras")
+    model = load_model(tmp_path)
+    windows = predict_case(sided_model(), case, patch_shape=(8, 8, 8))
+    np.testing.assert_array_equal(predict_case(model, case), windows)
+    whole = predict_case(sided_model(), case)
+    assert (whole != windows).any()
+    np.testing.assert_array_equal(
+        predict_case(model, case, patch_shape=(24, 24, 16)), whole
+    )

@@ -22,14 +22,14 @@ def test_labels_go_there_and_back():
 
 @pytest.mark.parametrize("value", [3, 5, 255, -1, 2.5, np.nan])
 def test_another_value_is_refused_not_rounded(value):
-    with pytest.raises(ValueError, match="expected only the BraTS labels 0, 1, 2, 4"):
+    with pytest.raises(ValueError, match="expected only the labels .0, 1, 2, 4."):
         encode_labels(np.array([0, value]))
 
 
 def test_label_three_is_refused_in_uint8_too():
-    with pytest.raises(ValueError, match=r"found \[3\]"):
+    with pytest.raises(ValueError, match="found 3 in 1 voxels"):
         encode_labels(np.array([0, 3], np.uint8))
-    with pytest.raises(ValueError, match=r"found \[4\]"):
+    with pytest.raises(ValueError, match="found 4 in 1 voxels"):
         decode_labels(np.array([0, 4], np.uint8))
 
 

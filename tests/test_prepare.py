@@ -114,9 +114,7 @@ def test_C11_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path):
     )
     command = [sys.executable, "-c", code, tmp_path / "raw", tmp_path / "out"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        line = ""
-        while "one" not in line:
-            line = child.stdout.readline()
+        assert any("one" in line for line in child.stdout)
         child.send_signal(signal.SIGINT)
         said = child.communicate(timeout=10)[0]
     assert "of 3 cases are done; run again to go on" in said
@@ -212,3 +210,18 @@ def test_B04_a_case_without_a_label_is_kept_or_dropped_aloud(tmp_path):
     assert report["reason"].tolist() == ["labelled below 0.01"]
     _, report = prepared_toys(tmp_path / "raw", tmp_path, min_labelled=0)
     assert report["kept"].tolist() == [True]
+
+
+def test_C02_room_is_needed_for_what_other_settings_add(toy_set, tmp_path, monkeypatch):
+    prepared_toys(toy_set, tmp_path)
+    monkeypatch.setattr("brats_utils.prepare.free_gb", lambda _: 2e-5)
+    prepared_toys(toy_set, tmp_path)  # all done: nothing more is needed
+    prepared_toys(toy_set, tmp_path, scaling="zscore")  # replaced by as much
+    with pytest.raises(OSError, match="4 cases need some 0.0 GB"):
+        prepared_toys(toy_set, tmp_path, crop_shape=(24, 24, 16))
+
+
+def test_a_crop_shape_that_is_no_shape_is_refused_plainly(toy_set, tmp_path):
+    for shape in (128, "128", (128, 128), (0, 4, 4)):
+        with pytest.raises(ValueError, match="three positive numbers or None"):
+            prepared_toys(toy_set, tmp_path, crop_shape=shape)
