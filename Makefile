@@ -6,14 +6,6 @@ NBCONVERT := $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --inplace
 NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
-ifneq ($(strip $(BRATS_RAW)),)
-override BRATS_RAW := $(abspath $(BRATS_RAW))
-export BRATS_RAW
-endif
-ifneq ($(strip $(BRATS_REAL_CASES)),)
-override BRATS_REAL_CASES := $(abspath $(BRATS_REAL_CASES))
-export BRATS_REAL_CASES
-endif
 
 .PHONY: run test test-all lab lint bench
 .DEFAULT_GOAL := run

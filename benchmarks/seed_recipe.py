@@ -3,7 +3,7 @@
 Trains it for a given time on the training cases of data/split, predicts the validation
 cases, and scores them on whole scans, as notebook 04 scores ours:
 
-    python benchmarks/seed_recipe.py --raw data/phantom --split data/split --minutes 7
+    python benchmarks/seed_recipe.py --split data/split --minutes 7
 
 Left as the recipe has it: each axial slice is scaled on its own; the window is fixed;
 volumes and one-hot masks are stored in float64; the order never changes; the class
@@ -25,7 +25,7 @@ from sklearn.preprocessing import MinMaxScaler
 
 from brats_utils.cases import find_cases, load_labels
 from brats_utils.evaluation import score_case
-from brats_utils.files import project_root
+from brats_utils.files import project_root, read_json
 from brats_utils.labels import REGIONS, decode_labels, encode_labels
 
 WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
@@ -159,32 +159,28 @@ def score(model, cases, folder):
     return table[columns]
 
 
-def split_cases(raw, split):
+def split_cases(split):
     """Return the training and the validation cases of our split, by file name."""
-    cases = {case.id: case for case in find_cases(raw)}
-    ids = [
-        [path.stem for path in sorted((split / part / "masks").glob("*.npy"))]
+    if not (split / "val" / "settings.json").exists():
+        raise SystemExit(f"there is no split in {split}; run notebook 01 first")
+    settings = read_json(split / "val" / "settings.json")
+    cases = find_cases(settings["raw"], labels=settings["labels"])
+    cases = {case.id: case for case in cases}
+    return [
+        [cases[path.stem] for path in sorted((split / part / "masks").glob("*.npy"))]
         for part in ("train", "val")
     ]
-    missing = sorted(set(sum(ids, [])) - set(cases))
-    if missing or not all(ids):
-        raise SystemExit(
-            f"{split} holds {len(ids[0])} training and {len(ids[1])} validation masks, "
-            f"without a scan in {raw}: {missing[:3]}; run notebook 01 on {raw} first"
-        )
-    return [[cases[case_id] for case_id in part] for part in ids]
 
 
 def main():
     """Train the recipe, score it, print the table."""
     root = project_root(Path(__file__).parent)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--raw", type=Path, default=root / "data/phantom")
     parser.add_argument("--split", type=Path, default=root / "data/split")
     parser.add_argument("--minutes", type=float, default=7.0)
     options = parser.parse_args()
     keras.utils.set_random_seed(0)
-    train, val = split_cases(options.raw, options.split)
+    train, val = split_cases(options.split)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         shares = {case.id: prepare(case, folder) for case in train + val}

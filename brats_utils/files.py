@@ -234,7 +234,7 @@ def extract(archive, folder, *, max_gb=100):
     archive : path
         The zip file.
     folder : path
-        Where to.
+        Where to; new or empty. It is there once all of the archive is.
     max_gb : float
         More than this, unpacked, is refused, in GB (10⁹ bytes).
 
@@ -243,8 +243,11 @@ def extract(archive, folder, *, max_gb=100):
     ValueError
         If the archive is cut or damaged, too large, or a name in it is a link or leads
         out of the folder.
+    OSError
+        If the folder holds something, or the disk refuses.
     """
     root = Path(folder).resolve()
+    unfinished = root.with_name(f".{root.name}-new")
     try:
         with zipfile.ZipFile(archive) as zipped:
             entries = zipped.infolist()
@@ -260,6 +263,8 @@ def extract(archive, folder, *, max_gb=100):
                 raise ValueError(f"{archive}: {problems[0]}")
             if damaged := zipped.testzip():
                 raise zipfile.BadZipFile(f"{damaged} is damaged")
-            zipped.extractall(root)
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
+            zipped.extractall(unfinished)
+            unfinished.replace(root)
     except (EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{archive}: {error}; download it again") from None

@@ -144,6 +144,9 @@ def test_G01_a_cut_or_damaged_archive_writes_nothing(tmp_path, n):
 def test_G01_a_sound_archive_is_unpacked(tmp_path):
     extract(a_zip(tmp_path / "a.zip", {"in/one": "x"}), tmp_path / "new")
     assert (tmp_path / "new" / "in" / "one").read_text() == "x"
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(OSError, match="new"):  # it holds something
+        extract(tmp_path / "a.zip", tmp_path / "new")
 
 
 def test_setting_asks_for_as_many_numbers_as_the_default_has(monkeypatch):

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from brats_utils.cases import find_cases, load_labels
+from brats_utils.files import read_json
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -86,6 +87,22 @@ def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatc
     assert {"case", "dice_WT", "hd95_ET", "mean_iou"} <= set(scores.columns)
     for path in reversed(NOTEBOOKS):
         execute(path, tmp_path, monkeypatch, **TINY)
+    check_a_trained_model_on_a_folder(tmp_path, monkeypatch)
+
+
+def check_a_trained_model_on_a_folder(data, monkeypatch):
+    """With `MODEL`, nobody trained on is scored, and no other scores are replaced."""
+    (run,) = (data / "models").glob("*-quick")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="01_prepare"):
+        execute(NOTEBOOKS[3], data, monkeypatch, RAW=str(data), **TINY)
+    (before,) = (data / "predictions").rglob("scores.csv")
+    noted = before.stat().st_mtime_ns
+    other = {**TINY, "PATCH_SHAPE": "64,64,64", "RAW": str(data / "phantom")}
+    execute(NOTEBOOKS[3], data, monkeypatch, MODEL=str(run / "best.keras"), **other)
+    after = data / "predictions" / f"{run.name}-on-phantom" / "scores.csv"
+    trained_on = read_json(run / "model.json")["train_cases"]
+    assert not set(pd.read_csv(after)["case"]) & set(trained_on)
+    assert before.stat().st_mtime_ns == noted
 
 
 @pytest.mark.notebooks

@@ -4,7 +4,9 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from conftest import prepared_toys
 
+from brats_utils.dataset import split_dataset
 from brats_utils.labels import encode_labels
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "seed_recipe.py"
@@ -75,16 +77,13 @@ def test_clock_stops_within_an_epoch(recipe):
 
 
 def test_cases_are_those_of_the_split(recipe, toy_set, tmp_path):
-    ids = {"train": ["003", "001"], "val": ["002"]}
-    for part, numbers in ids.items():
-        (tmp_path / part / "masks").mkdir(parents=True)
-        for number in numbers:
-            (tmp_path / part / "masks" / f"BraTS20_Training_{number}.npy").touch()
-    train, val = recipe.split_cases(toy_set, tmp_path)
-    assert [case.id[-3:] for case in train] == ["001", "003"]
-    assert [case.id[-3:] for case in val] == ["002"]
+    prepared, _ = prepared_toys(toy_set, tmp_path)
+    ids = split_dataset(prepared, tmp_path / "split")
+    found = recipe.split_cases(tmp_path / "split")
+    assert [[case.id for case in part] for part in found] == list(ids.values())
+    assert found[0][0].segmentation.is_relative_to(toy_set)
 
 
-def test_missing_split_says_what_to_run(recipe, toy_set, tmp_path):
+def test_missing_split_says_what_to_run(recipe, tmp_path):
     with pytest.raises(SystemExit, match="run notebook 01"):
-        recipe.split_cases(toy_set, tmp_path)
+        recipe.split_cases(tmp_path)
