@@ -1,0 +1,117 @@
+"""Batches: ours, the tutorial recipe's generator and MONAI's CacheDataset in turn.
+
+Whole volumes of 128 x 128 x 128 and augmented patches of 96 x 96 x 96, batch 2, one
+thread each. MONAI's keeps standardised float32 volumes in memory, ours float16 on disk
+or, cached, in memory.
+"""
+
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import seed_recipe
+from common import in_turn, is_there, peak_mb, print_rows, print_times
+
+from brats_utils.generator import BratsGenerator
+from brats_utils.phantom import write_phantom
+from brats_utils.prepare import prepare_dataset
+
+N_CASES, PATCH = 6, (96, 96, 96)
+CHANCE = 0.15  # of each intensity change, as in `brats_utils.augment`
+
+
+def draw(dataset):
+    """Take all batches of a Keras data set once."""
+    for index in range(len(dataset)):
+        dataset[index]
+
+
+def monai_loader(prepared, patches):
+    """Return MONAI's loader over the same volumes, standardised, in memory."""
+    from monai import data, transforms
+
+    whole = BratsGenerator(prepared, batch_size=1)
+    volumes = [
+        {"image": np.moveaxis(x[0], -1, 0), "label": np.moveaxis(y[0], -1, 0)}
+        for x, y in (whole[i] for i in range(len(whole)))
+    ]
+    keys = ["image", "label"]
+    steps = [transforms.EnsureTyped(keys)]
+    if patches:
+        options = {"prob": CHANCE, "channel_wise": True}
+        steps += [
+            transforms.RandCropByPosNegLabeld(keys, "label", PATCH, 1, 2, 1),
+            *(transforms.RandFlipd(keys, 0.5, axis) for axis in range(3)),
+            transforms.RandScaleIntensityd("image", 0.25, **options),
+            transforms.RandScaleIntensityFixedMeand("image", factors=0.25, prob=CHANCE),
+            transforms.RandGaussianNoised("image", CHANCE, std=0.1),
+        ]
+    dataset = data.CacheDataset(volumes, transforms.Compose(steps), progress=False)
+    return data.DataLoader(dataset, batch_size=2, num_workers=0)
+
+
+def whole_volumes(prepared, recipe_folder, case_ids):
+    """Print the rows on whole volumes."""
+    recipe = seed_recipe.batches(recipe_folder, case_ids)
+    ours = {cached: BratsGenerator(prepared, cache=cached) for cached in (False, True)}
+    works = {
+        "ours, from disk": lambda: draw(ours[False]),
+        "ours, cached": lambda: draw(ours[True]),
+        "tutorial recipe": lambda: [next(recipe) for _ in range(N_CASES // 2)],
+    }
+    if is_there("monai"):
+        loader = monai_loader(prepared, patches=False)
+        works["MONAI CacheDataset"] = lambda: list(loader)
+    title = "Whole volumes of 128³, batch 2"
+    options = {"ours": "ours, from disk", "per": N_CASES, "unit": "s a sample"}
+    print_times(title, in_turn(works, 9), **options)
+
+
+def patches(prepared):
+    """Print the rows on augmented patches, and whether memory grows."""
+    options = {"patch_shape": PATCH, "augment": True}
+    data = {
+        cached: BratsGenerator(prepared, cache=cached, **options)
+        for cached in (False, True)
+    }
+    works = {
+        "ours, cached": lambda: draw(data[True]),
+        "ours, from disk": lambda: draw(data[False]),
+    }
+    if is_there("monai"):
+        loader = monai_loader(prepared, patches=True)
+        works["MONAI CacheDataset"] = lambda: list(loader)
+    title = "Patches of 96³ with flips, brightness, contrast, noise, batch 2"
+    # MONAI's has neither turns nor gamma: ours do without, too.
+    with (
+        mock.patch("brats_utils.augment.TURN_CHANCE", 0),
+        mock.patch("brats_utils.augment.GAMMA", (1.0, 1.0)),
+    ):
+        seconds = in_turn(works, 9)
+    print_times(title, seconds, ours="ours, cached", per=N_CASES, unit="s a sample")
+    draw(data[True])
+    before = peak_mb()
+    for _ in range(1000 // len(data[True])):
+        draw(data[True])
+    grown = f"{peak_mb() - before:.0f} MB"
+    print_rows("Memory over 1,000 batches", {"grown by": (grown, "flat")})
+
+
+def main():
+    """Print the rows on the generator."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        cases = write_phantom(folder / "raw", N_CASES)
+        (folder / "recipe").mkdir()
+        for case in cases:
+            seed_recipe.prepare(case, folder / "recipe")
+        prepare_dataset(folder / "raw", folder / "prepared", min_labelled=0)
+        whole_volumes(
+            folder / "prepared", folder / "recipe", [case.id for case in cases]
+        )
+        patches(folder / "prepared")
+
+
+if __name__ == "__main__":
+    main()
