@@ -1,0 +1,256 @@
+"""Recipes against the clock: same cases, same time, same official scores.
+
+    python benchmarks/recipes.py --minutes 20 --recipes tutorial repaired segresnet
+    python benchmarks/recipes.py --minutes 5 --recipes ours
+
+Each trains on the training cases of data/split (notebook 01), predicts its validation
+cases as whole scans, and adds a line to benchmarks/results/recipes.csv; lines that are
+there are not run again. Preparing and scoring do not count as time. A recipe is one
+function. Sizes are for two cores: patches of 96 x 96 x 96 where the original takes
+larger ones, its own window for the tutorial recipe.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import seed_recipe
+from common import describe_machine
+from keras import ops
+
+from brats_utils.cases import load_case, load_labels
+from brats_utils.evaluation import score_case
+from brats_utils.files import atomic_write, project_root
+from brats_utils.generator import BratsGenerator
+from brats_utils.inference import decode_probabilities, predict_case
+from brats_utils.labels import encode_labels
+from brats_utils.model import unet
+from brats_utils.nifti import spacing_mm
+from brats_utils.prepare import scale_volume
+from brats_utils.training import train
+from brats_utils.transforms import brain_box, standardise
+
+PATCH = (96, 96, 96)
+MODALITIES = ("flair", "t1ce", "t2")
+WINDOWS = (128, 128, 128)  # in which SegResNet predicts
+
+
+class UntilTime:
+    """Count steps until the minutes are over; the time begins with the first."""
+
+    def __init__(self, minutes):
+        self.limit_s, self.steps, self.start = 60 * minutes, 0, None
+
+    def go_on(self):
+        """Say whether there is time for another step."""
+        self.start = self.start or time.monotonic()
+        if time.monotonic() - self.start > self.limit_s:
+            return False
+        self.steps += 1
+        return True
+
+
+def ours(train_cases, split, minutes, seed, folder):
+    """Train as the quick run of notebook 04 does, its cosine planned for the time."""
+    patches_a_case = max(1, 36 // len(train_cases))
+    options = {"batch_size": 1, "patch_shape": PATCH}
+    data = BratsGenerator(
+        split / "train", augment=True, cache=True, seed=seed, **options
+    )
+    data.patches_per_case = patches_a_case
+    val = BratsGenerator(split / "val", tumour_share=1.0, **options)
+    model = unet((None, None, None, len(MODALITIES)), stem_stride=2)
+    epochs = plan_epochs(model, data, minutes)
+    history = train(
+        model,
+        data,
+        val,
+        folder / "run",
+        epochs=epochs,
+        learning_rate=3e-3,
+        validation_freq=epochs,
+        max_minutes=minutes,
+        verbose=False,
+    )
+    steps = len(history) * len(data)
+    return steps, lambda case: predict_case(model, case, patch_shape=PATCH)
+
+
+def plan_epochs(model, data, minutes):
+    """Return how many epochs fit into the time, by steps of a copy of the model."""
+    copy = keras.models.clone_model(model)
+    copy.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
+    x, y = data[0]
+    copy.train_on_batch(x, y)
+    start = time.monotonic()
+    for _ in range(5):
+        copy.train_on_batch(x, y)
+    step_s = (time.monotonic() - start) / 5
+    return max(1, int(0.9 * 60 * minutes / (step_s * len(data))))
+
+
+def tutorial(train_cases, split, minutes, seed, folder):
+    """Train the tutorial recipe as it stands."""
+    shares = {case.id: seed_recipe.prepare(case, folder) for case in train_cases}
+    kept = [case_id for case_id, share in shares.items() if share > 0.01]
+    model, clock = seed_recipe.train_tutorial(folder, kept, minutes)
+
+    def predict(case):
+        seed_recipe.prepare(case, folder)
+        image = np.load(folder / f"image_{case.id}.npy")
+        probabilities = ops.convert_to_numpy(model(image[None], training=False))[0]
+        return seed_recipe.paste_window(probabilities.argmax(-1))
+
+    return clock.steps, predict
+
+
+def _window_of(case):
+    """Return image and labels of the tutorial recipe's window, scaled by volume."""
+    image, segmentation, _ = load_case(case, MODALITIES)
+    volumes = [scale_volume(image[..., c]) for c in range(len(MODALITIES))]
+    image = seed_recipe.cut_window(np.stack(volumes, axis=-1))
+    return image, seed_recipe.cut_window(encode_labels(segmentation))
+
+
+def repaired(train_cases, split, minutes, seed, folder):
+    """Train the tutorial recipe with volumes scaled whole, Adam at 1e-3, shuffled."""
+    data = [_window_of(case) for case in train_cases]
+    model = seed_recipe.tutorial_unet()
+    loss = seed_recipe.tutorial_loss
+    model.compile(keras.optimizers.Adam(1e-3), loss, jit_compile=False)
+    rng, clock, order = np.random.default_rng(seed), UntilTime(minutes), []
+    while clock.go_on():
+        while len(order) < seed_recipe.BATCH_SIZE:
+            order += rng.permutation(len(data)).tolist()
+        chosen = [data[order.pop()] for _ in range(seed_recipe.BATCH_SIZE)]
+        x = np.stack([image for image, _ in chosen])
+        y = np.stack([np.eye(4, dtype="float32")[labels] for _, labels in chosen])
+        model.train_on_batch(x, y)
+
+    def predict(case):
+        image, _ = _window_of(case)
+        probabilities = ops.convert_to_numpy(model(image[None], training=False))[0]
+        return seed_recipe.paste_window(probabilities.argmax(-1))
+
+    return clock.steps, predict
+
+
+def _brain_of(case):
+    """Return the standardised brain (C, X, Y, Z), its box and the scan's labels."""
+    image, segmentation, _ = load_case(case, MODALITIES)
+    box = brain_box(image)
+    return np.moveaxis(standardise(image[box]), -1, 0), box, segmentation
+
+
+def segresnet(train_cases, split, minutes, seed, folder):
+    """Train MONAI's BraTS tutorial: SegResNet, its loss, optimiser and transforms."""
+    import torch
+    from monai import inferers, losses, networks, transforms, utils
+
+    utils.set_determinism(seed)
+    data = []
+    for case in train_cases:
+        brain, box, labels = _brain_of(case)
+        labels = labels[box]
+        regions = [labels > 0, (labels == 1) | (labels == 4), labels == 4]
+        data.append({"image": brain, "label": np.stack(regions).astype(np.float32)})
+    keys = ["image", "label"]
+    change = transforms.Compose(
+        [
+            transforms.SpatialPadd(keys, PATCH),
+            transforms.RandSpatialCropd(keys, PATCH, random_size=False),
+            *(transforms.RandFlipd(keys, 0.5, axis) for axis in range(3)),
+            transforms.RandScaleIntensityd("image", factors=0.1, prob=1.0),
+            transforms.RandShiftIntensityd("image", offsets=0.1, prob=1.0),
+            transforms.ToTensord(keys),
+        ]
+    )
+    net = networks.nets.SegResNet(
+        init_filters=16,
+        in_channels=len(MODALITIES),
+        out_channels=3,
+        dropout_prob=0.2,
+        blocks_down=(1, 2, 2, 4),
+        blocks_up=(1, 1, 1),
+    )
+    loss = losses.DiceLoss(
+        smooth_nr=0, smooth_dr=1e-5, squared_pred=True, to_onehot_y=False, sigmoid=True
+    )
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, weight_decay=1e-5)
+    rng, clock, order = np.random.default_rng(seed), UntilTime(minutes), []
+    while clock.go_on():
+        order = order or rng.permutation(len(data)).tolist()
+        sample = change(data[order.pop()])
+        optimizer.zero_grad()
+        loss(net(sample["image"][None]), sample["label"][None]).backward()
+        optimizer.step()
+    net.eval()
+
+    def predict(case):
+        brain, box, _ = _brain_of(case)
+        with torch.no_grad():
+            found = inferers.sliding_window_inference(
+                torch.from_numpy(brain)[None], WINDOWS, 1, net, overlap=0.5
+            )
+        probabilities = np.moveaxis(torch.sigmoid(found)[0].numpy(), 0, -1)
+        segmentation = np.zeros(load_labels(case.segmentation)[0].shape, np.uint8)
+        segmentation[box] = decode_probabilities(probabilities)
+        return segmentation
+
+    return clock.steps, predict
+
+
+RECIPES = {
+    "ours": ours,
+    "tutorial": tutorial,
+    "repaired": repaired,
+    "segresnet": segresnet,
+}
+
+
+def run(name, split, minutes, seed):
+    """Train one recipe, score it, and return its line of the table."""
+    train_cases, val_cases = seed_recipe.split_cases(split)
+    keras.utils.set_random_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        work = RECIPES[name](train_cases, split, minutes, seed, Path(folder))
+        steps, predict = work
+        scores = []
+        for case in val_cases:
+            truth, affine = load_labels(case.segmentation, case.labels)
+            scores.append(score_case(predict(case), truth, spacing_mm(affine)))
+    means = pd.DataFrame(scores).filter(regex="dice|hd95").mean().round(4).to_dict()
+    line = {"recipe": name, "minutes": minutes, "seed": seed, "steps": steps}
+    line |= {"train": len(train_cases), "scored": len(val_cases)}
+    mean = np.mean([value for key, value in means.items() if "dice" in key])
+    return {**line, "dice_mean": round(mean, 4), **means, "machine": describe_machine()}
+
+
+def main():
+    """Run what is not in the table yet, and print the table."""
+    root = project_root(Path(__file__).parent)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
+    parser.add_argument("--split", type=Path, default=root / "data/split")
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options = parser.parse_args()
+    path = root / "benchmarks/results/recipes.csv"
+    lines = pd.read_csv(path).to_dict("records") if path.exists() else []
+    for seed in options.seeds:
+        for name in options.recipes:
+            key = name, options.minutes, seed
+            if key in [(x["recipe"], x["minutes"], x["seed"]) for x in lines]:
+                continue
+            lines.append(run(name, options.split, options.minutes, seed))
+            with atomic_write(path) as temporary:
+                pd.DataFrame(lines).to_csv(temporary, index=False)
+    print(pd.DataFrame(lines).drop(columns="machine").to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
