@@ -266,18 +266,16 @@ def _check_labels(volume, path, labels):
 
 
 def _check_image(volume, path):
-    """Return one modality as float32; raise if it is blank, or holds NaN or Inf."""
-    image = volume.astype(np.float32)
+    """Raise if one modality is blank, or holds NaN or Inf."""
     problem = None
-    if image.min() == image.max():
-        problem = f"blank modality: every voxel is {image.flat[0]:g}"
-    elif volume.dtype.kind == "f" and not np.isfinite(image).all():
-        bad = np.argwhere(~np.isfinite(image))
+    if volume.min() == volume.max():
+        problem = f"blank modality: every voxel is {volume.flat[0]:g}"
+    elif volume.dtype.kind == "f" and not np.isfinite(volume).all():
+        bad = np.argwhere(~np.isfinite(volume))
         problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
     if problem:
         advice = "Download it again, or leave this case out"
         raise BratsDataError(problem, file=path, advice=advice)
-    return image
 
 
 def _paths(case, modalities):
@@ -300,7 +298,7 @@ def _check_grid(header, path, first):
 
 
 def read_case(case, modalities=MODALITIES):
-    """Read a case as `load_case` does, with the checksums of its files.
+    """Read a case as `load_case` does, its volumes as stored, with their checksums.
 
     Parameters
     ----------
@@ -309,7 +307,9 @@ def read_case(case, modalities=MODALITIES):
 
     Returns
     -------
-    image, segmentation, affine
+    volumes : list of (X, Y, Z) array
+        Raw intensities in the files' own types, one for each modality; read-only.
+    segmentation, affine
         As `load_case` gives them.
     checksums : dict of str to str
         File name to SHA-256 of the file.
@@ -326,17 +326,15 @@ def read_case(case, modalities=MODALITIES):
             first = first or (path, header)
             _check_grid(header, path, first)
             if path == case.segmentation:
-                volumes.append(_check_labels(volume, path, case.labels))
+                volume = _check_labels(volume, path, case.labels)
             else:
-                volumes.append(_check_image(volume, path))
+                _check_image(volume, path)
+            volumes.append(volume)
     except BratsDataError as error:
         raise error.of(case.id) from None
     header = first[1] if first else read_header(case.images["flair"])
     segmentation = volumes.pop() if case.segmentation else None
-    image = np.empty((*header.get_data_shape(), len(volumes)), np.float32)
-    for channel, volume in enumerate(volumes):
-        image[..., channel] = volume  # (X, Y, Z, C)
-    return image, segmentation, header.get_best_affine(), checksums
+    return volumes, segmentation, header.get_best_affine(), checksums
 
 
 def load_case(case, modalities=MODALITIES):
@@ -364,7 +362,13 @@ def load_case(case, modalities=MODALITIES):
         If a file cannot be read, is blank, holds NaN or infinity or a wrong label, or
         if the files do not lie on one grid.
     """
-    return read_case(case, modalities)[:3]
+    volumes, segmentation, affine, _ = read_case(case, modalities)
+    shape = volumes[0].shape if volumes else read_grid(case)[0]
+    # Each channel is one block, as in its file: filled and read without jumps.
+    image = np.empty((*shape, len(volumes)), np.float32, order="F")  # (X, Y, Z, C)
+    for channel, volume in enumerate(volumes):
+        image[..., channel] = volume
+    return image, segmentation, affine
 
 
 def check_cases(cases, *, voxels=True):

@@ -38,22 +38,18 @@ def relabel(values, table):
         If a value is not in the table, with how often it occurs; nothing is rounded.
     """
     values = np.asarray(values)
-    with np.errstate(invalid="ignore"):  # NaN and the like are found below
-        small = values.astype(np.uint8)
-    if small.dtype == values.dtype or np.array_equal(small, values):
-        counts = np.bincount(small.ravel(order="K"), minlength=256)
-        found = {i: int(n) for i, n in enumerate(counts) if n}
-    else:
-        pairs = map(np.ndarray.tolist, np.unique(values, return_counts=True))
-        found = dict(zip(*pairs, strict=True))
-    strange = [f"{v:g} in {n} voxels" for v, n in found.items() if v not in table]
-    if strange:
+    known = sum(np.count_nonzero(values == old) for old in table)
+    if known != values.size:
+        found = zip(*np.unique(values, return_counts=True), strict=True)
+        strange = [f"{v:g} in {n} voxels" for v, n in found if v not in table]
         raise ValueError(
             f"expected only the labels {list(table)}, found {', '.join(strange[:5])}"
         )
-    new = np.zeros(256, np.uint8)
-    new[list(table)] = list(table.values())
-    return new[small]
+    relabelled = values.astype(np.uint8)
+    for old, new in table.items():
+        if old != new:
+            relabelled[values == old] = new
+    return relabelled
 
 
 def encode_labels(segmentation):
@@ -140,7 +136,7 @@ def region_volumes_ml(segmentation, spacing_mm):
     labels = encode_labels(segmentation)
     if labels.ndim != 3:
         raise ValueError(f"expected a 3-D label map, got shape {labels.shape}")
-    counts = np.bincount(labels.ravel(), minlength=len(LABELS))
+    counts = np.array([np.count_nonzero(labels == i) for i in range(len(LABELS))])
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {
         region: float(counts[list(values)].sum()) * voxel_ml

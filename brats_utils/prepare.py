@@ -41,6 +41,7 @@ from brats_utils.labels import LABELS, encode_labels, region_volumes_ml
 from brats_utils.nifti import spacing_mm, to_lps
 from brats_utils.transforms import (
     FIXED_WINDOW,
+    brain_mask,
     check_shape,
     crop_box,
     pad_to,
@@ -164,9 +165,10 @@ def _is_finished(done, made_of, out):
 def _crop_and_measure(case, options):
     """Return a case's image and mask as stored, its report row, its files' SHA-256."""
     crop_shape, min_labelled = options["crop_shape"], options["min_labelled"]
-    image, segmentation, affine, checksums = read_case(case, options["modalities"])
-    image, segmentation = to_lps(image, affine), to_lps(segmentation, affine)
-    box = crop_box(image, segmentation, crop_shape)
+    volumes, segmentation, affine, checksums = read_case(case, options["modalities"])
+    volumes = [to_lps(volume, affine) for volume in volumes]
+    segmentation = to_lps(segmentation, affine)
+    box = crop_box(brain_mask(volumes), segmentation, crop_shape)
     mask = pad_to(encode_labels(segmentation[box]), crop_shape, 0)
     share = int(np.count_nonzero(mask)) / mask.size
     losses = _losses(segmentation, box)
@@ -182,16 +184,15 @@ def _crop_and_measure(case, options):
         **losses,
         "shape": "x".join(map(str, mask.shape)),
     }
-    volumes = region_volumes_ml(segmentation, spacing_mm(affine))
-    row |= {f"{region}_ml": ml for region, ml in volumes.items()}
-    channels = []
-    for index, modality in enumerate(options["modalities"]):
-        crop, statistics = store_channel(
-            image[..., index], box, crop_shape, options["scaling"]
+    sizes_ml = region_volumes_ml(segmentation, spacing_mm(affine))
+    row |= {f"{region}_ml": ml for region, ml in sizes_ml.items()}
+    image = np.empty((*mask.shape, len(volumes)), np.float16)  # (X, Y, Z, C)
+    for channel, modality in enumerate(options["modalities"]):
+        image[..., channel], statistics = store_channel(
+            volumes[channel], box, crop_shape, options["scaling"]
         )
-        channels.append(crop)
         row |= {f"{modality}_{name}": value for name, value in statistics.items()}
-    return np.stack(channels, axis=-1), mask, row, checksums
+    return image, np.ascontiguousarray(mask), row, checksums
 
 
 def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITIES):

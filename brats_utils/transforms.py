@@ -20,7 +20,8 @@ def nonzero_statistics(volume):
     mean, sd : float
         Of the non-zero voxels, in float64; 0 and 1 where there are none.
     """
-    values = volume[volume != 0]
+    values = volume.ravel(order="K")  # as it lies in memory: a third of the time
+    values = values[values != 0]
     if not values.size:
         return 0.0, 1.0
     mean = values.mean(dtype=np.float64)
@@ -91,7 +92,9 @@ def scale_volume(volume, method="minmax"):
 
 def _apply(volume, offset, divisor, method):
     """Return `(volume - offset) / divisor` in float32; "zscore" leaves zeros zero."""
-    scaled = (volume - np.float32(offset)) / np.float32(divisor)
+    scaled = volume.astype(np.float32)
+    scaled -= np.float32(offset)
+    scaled /= np.float32(divisor)
     if method == "zscore":
         scaled[volume == 0] = 0
     return scaled
@@ -139,12 +142,33 @@ def bounding_box(mask):
     return tuple(box)
 
 
-def _brain(image):
-    """Return where any channel is not zero; raise if that is nowhere."""
-    brain = image.any(axis=-1) if image.ndim == 4 else image != 0
-    if not brain.any():
+def brain_mask(volumes):
+    """Return where any of a scan's volumes is not zero.
+
+    Parameters
+    ----------
+    volumes : sequence of (X, Y, Z) array
+        The modalities of one scan.
+
+    Returns
+    -------
+    mask : (X, Y, Z) bool array
+
+    Raises
+    ------
+    ValueError
+        If every voxel is zero.
+    """
+    mask = volumes[0] != 0
+    for volume in volumes[1:]:
+        mask |= volume != 0
+    if not mask.any():
         raise ValueError("every voxel is zero: there is no brain to crop to")
-    return brain
+    return mask
+
+
+def _brain(image):
+    return brain_mask([image] if image.ndim == 3 else np.moveaxis(image, -1, 0))
 
 
 def brain_box(image):
@@ -165,6 +189,12 @@ def brain_box(image):
         If every voxel is zero.
     """
     return bounding_box(_brain(image))
+
+
+def _plane_counts(mask):
+    """Return, for each axis, how many voxels each plane across it holds."""
+    columns = mask.sum(axis=2, dtype=np.int32)  # (X, Y)
+    return columns.sum(axis=1), columns.sum(axis=0), mask.sum(axis=(0, 1))
 
 
 def check_shape(shape):
@@ -224,12 +254,11 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
     check_shape(shape)
     brain = _brain(image)
     tumour = np.zeros_like(brain) if segmentation is None else segmentation != 0
-    box = []
-    for axis, size in enumerate(shape):
-        others = tuple(a for a in range(3) if a != axis)
-        start = _window_start(tumour.sum(axis=others), brain.sum(axis=others), size)
-        box.append(slice(start, min(start + size, brain.shape[axis])))
-    return tuple(box)
+    starts = map(_window_start, _plane_counts(tumour), _plane_counts(brain), shape)
+    return tuple(
+        slice(start, min(start + size, n))
+        for start, size, n in zip(starts, shape, brain.shape, strict=True)
+    )
 
 
 def pad_to(volume, shape, value):
