@@ -163,7 +163,11 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
         )
     # All voxels outside the box are background in both: a hundredth of the work.
     box = bounding_box((prediction != 0) | (truth != 0))
-    ours, theirs = encode_labels(prediction[box]), encode_labels(truth[box])
+    # Files store X fastest, numpy walks Z fastest: turned once, all that follows is fast.
+    ours, theirs = (
+        encode_labels(np.ascontiguousarray(labels[box]))
+        for labels in (prediction, truth)
+    )
     confusion = _confusion(ours, theirs, truth.size)
     table = {}
     for region, values in ENCODED_REGIONS.items():

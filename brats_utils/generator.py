@@ -72,7 +72,8 @@ class BratsGenerator(keras.utils.PyDataset):
     augment : bool
         Whether to change patches at random, see `brats_utils.augment`.
     cache : bool
-        Keep the stored volumes in memory instead of reading them again.
+        Keep the volumes in memory, standardised, instead of reading them again: 4 bytes
+        a voxel and channel.
     seed : int
         Of order, patches and augmentation.
     patches_per_case : int
@@ -253,7 +254,7 @@ class BratsGenerator(keras.utils.PyDataset):
         return x, y
 
     def _read(self, case_id):
-        """Return the stored image and mask, memory-mapped or from the cache."""
+        """Return image and mask: as stored, memory-mapped, or standardised, cached."""
         if self._cache is not None and case_id in self._cache:
             return self._cache[case_id]
         mode = "r" if self._cache is None else None
@@ -271,6 +272,7 @@ class BratsGenerator(keras.utils.PyDataset):
                 f"other and the channels {self.modalities}; prepare and split again"
             )
         if self._cache is not None:
+            image = self._standardise(case_id, image)
             self._cache[case_id] = image, mask
         return image, mask
 
@@ -297,7 +299,8 @@ class BratsGenerator(keras.utils.PyDataset):
             ends = np.add(corner, self.patch_shape)
             box = tuple(map(slice, corner, ends))
             image, labels = image[box], labels[box]
-        image = self._standardise(case_id, image)
+        if self._cache is None:
+            image = self._standardise(case_id, image)
         if self.patch_shape is not None and labels.shape != self.patch_shape:
             widths = [(0, n) for n in np.subtract(self.patch_shape, labels.shape)]
             image, labels = np.pad(image, [*widths, (0, 0)]), np.pad(labels, widths)
