@@ -43,5 +43,5 @@ lint: $(STAMP)
 # Peers that are not installed are left out and named: see benchmarks/requirements.txt.
 BENCHES := common imports prepare generator step predict score scale reader
 bench: $(STAMP)
-	for bench in $(BENCHES); do $(BIN)/python benchmarks/$$bench.py || exit 1; done \
-	  | tee benchmarks/results.md
+	for bench in $(BENCHES); do $(BIN)/python benchmarks/$$bench.py || exit 1; done > benchmarks/results.md
+	cat benchmarks/results.md

@@ -1,5 +1,6 @@
 """What the benchmarks share: runs in turn, medians with their spread, peak memory."""
 
+import contextlib
 import importlib.util
 import os
 import platform
@@ -18,13 +19,19 @@ def in_turn(works, repeats=REPEATS):
     all of them.
     """
     seconds = {name: [] for name in works}
-    for repeat in range(repeats + 1):
-        for name, work in works.items():
-            start = perf_counter()
-            work()
-            if repeat:
-                seconds[name].append(perf_counter() - start)
+    with quiet():
+        for repeat in range(repeats + 1):
+            for name, work in works.items():
+                start = perf_counter()
+                work()
+                if repeat:
+                    seconds[name].append(perf_counter() - start)
     return seconds
+
+
+def quiet():
+    """Keep progress bars and remarks out of the tables: send them to stderr."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def print_times(title, seconds, *, ours="ours", per=1, unit="s", notes=None):
@@ -62,11 +69,11 @@ def is_there(package):
 
 
 def in_new_process(code, *arguments):
-    """Run Python code in a fresh interpreter and return what it prints."""
+    """Run Python code in a fresh interpreter and return the last line it prints."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    return done.stdout.strip()
+    return done.stdout.strip().splitlines()[-1]
 
 
 def peak_mb():

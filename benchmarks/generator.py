@@ -11,7 +11,7 @@ from unittest import mock
 
 import numpy as np
 import seed_recipe
-from common import in_turn, is_there, peak_mb, print_rows, print_times
+from common import in_turn, is_there, peak_mb, print_rows, print_times, quiet
 
 from brats_utils.generator import BratsGenerator
 from brats_utils.phantom import write_phantom
@@ -102,14 +102,14 @@ def main():
     """Print the rows on the generator."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        cases = write_phantom(folder / "raw", N_CASES)
-        (folder / "recipe").mkdir()
-        for case in cases:
-            seed_recipe.prepare(case, folder / "recipe")
-        prepare_dataset(folder / "raw", folder / "prepared", min_labelled=0)
-        whole_volumes(
-            folder / "prepared", folder / "recipe", [case.id for case in cases]
-        )
+        with quiet():
+            cases = write_phantom(folder / "raw", N_CASES)
+            (folder / "recipe").mkdir()
+            for case in cases:
+                seed_recipe.prepare(case, folder / "recipe")
+            prepare_dataset(folder / "raw", folder / "prepared", min_labelled=0)
+        case_ids = [case.id for case in cases]
+        whole_volumes(folder / "prepared", folder / "recipe", case_ids)
         patches(folder / "prepared")
 
 

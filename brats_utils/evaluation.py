@@ -163,7 +163,7 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
         )
     # All voxels outside the box are background in both: a hundredth of the work.
     box = bounding_box((prediction != 0) | (truth != 0))
-    # Files store X fastest, numpy walks Z fastest: turned once, all that follows is fast.
+    # Files store X fastest, numpy walks Z fastest: turned once, the rest is quick.
     ours, theirs = (
         encode_labels(np.ascontiguousarray(labels[box]))
         for labels in (prediction, truth)
