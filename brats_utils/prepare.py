@@ -44,6 +44,7 @@ from brats_utils.transforms import (
     brain_mask,
     check_shape,
     crop_box,
+    crop_losses,
     pad_to,
     scale_volume,
     standardise,
@@ -64,19 +65,6 @@ __all__ = [
 TYPICAL_BRAIN_BOX = (145, 180, 150)
 # More of the tumour than this outside our own crop is worth a warning.
 LOSS_TO_WARN_OF = 0.05
-
-
-def _losses(segmentation, box):
-    """Return how much tumour the crop and the tutorial recipe's window leave out."""
-    tumour, held, in_window = (
-        int(np.count_nonzero(part))
-        for part in (segmentation, segmentation[box], segmentation[FIXED_WINDOW])
-    )
-    return {
-        "lost_voxels": tumour - held,
-        "lost_share": (tumour - held) / max(1, tumour),
-        "window_lost_share": (tumour - in_window) / max(1, tumour),
-    }
 
 
 def _made_of(case, options):
@@ -129,12 +117,8 @@ def prepare_case(
     if case.segmentation is None:
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
     out = Path(out)
-    options = {
-        "crop_shape": crop_shape,
-        "min_labelled": min_labelled,
-        "modalities": modalities,
-        "scaling": scaling,
-    }
+    options = dict(crop_shape=crop_shape, min_labelled=min_labelled)
+    options |= dict(modalities=tuple(modalities), scaling=scaling)
     marker, made_of = out / MARKERS / f"{case.id}.json", _made_of(case, options)
     before = read_marker(marker)
     if _is_finished(before, made_of, out):
@@ -171,7 +155,7 @@ def _crop_and_measure(case, options):
     box = crop_box(brain_mask(volumes), segmentation, crop_shape)
     mask = pad_to(encode_labels(segmentation[box]), crop_shape, 0)
     share = int(np.count_nonzero(mask)) / mask.size
-    losses = _losses(segmentation, box)
+    losses = crop_losses(segmentation, box)
     note = "" if segmentation.any() else "no voxel is labelled"
     if losses["lost_share"] > LOSS_TO_WARN_OF:
         note = f"the crop leaves out {losses['lost_share']:.0%} of the tumour"
@@ -351,12 +335,8 @@ def prepare_dataset(
     """
     raw, cases, labelled = _find(raw, labels)
     out = Path(out)
-    options = {
-        "crop_shape": crop_shape,
-        "min_labelled": min_labelled,
-        "modalities": tuple(modalities),
-        "scaling": scaling,
-    }
+    options = dict(crop_shape=crop_shape, min_labelled=min_labelled)
+    options |= dict(modalities=tuple(modalities), scaling=scaling)
     bad = _bad_headers(labelled)
     if bad and not skip_bad:
         _refuse(bad)

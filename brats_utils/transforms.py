@@ -261,6 +261,33 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
     )
 
 
+def crop_losses(segmentation, box):
+    """Return how much tumour a crop, and the tutorial recipe's window, leave out.
+
+    Parameters
+    ----------
+    segmentation : (X, Y, Z) integer array
+        Of the whole scan; non-zero is tumour.
+    box : tuple of 3 slices
+        The crop, from `crop_box`.
+
+    Returns
+    -------
+    losses : dict
+        "lost_voxels" and "lost_share" of the crop, "window_lost_share" of the window;
+        shares of the tumour's voxels, 0 where there is none.
+    """
+    tumour, held, in_window = (
+        int(np.count_nonzero(part))
+        for part in (segmentation, segmentation[box], segmentation[FIXED_WINDOW])
+    )
+    return {
+        "lost_voxels": tumour - held,
+        "lost_share": (tumour - held) / max(1, tumour),
+        "window_lost_share": (tumour - in_window) / max(1, tumour),
+    }
+
+
 def pad_to(volume, shape, value):
     """Pad a volume at its ends, where it is shorter than a shape.
 
