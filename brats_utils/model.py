@@ -152,11 +152,12 @@ def unet(
         name, width = f"decoder{stage}", filters * 2 ** (stage - 1)
         x = _conv_block(_up(x, skips.pop(), width, name), width, name, **block)
     if stem_stride == 2:
-        # Every feature for its 8 voxels alike, and the image itself at full resolution:
-        # what its values mean in a voxel depends on the features there.
-        x = REPEAT[rank](2, name="full_up")(x)
-        x = layers.Concatenate(name="full_concat")([inputs, x])
-        x = CONV[rank](filters, 1, kernel_initializer="he_normal", name="full_conv")(x)
+        # A convolution 1x1x1 over features and image side by side, at full resolution:
+        # what the image's values mean in a voxel depends on the features there. The
+        # features' part of the sum is the same for 8 voxels, so it is made once.
+        x = REPEAT[rank](2, name="full_up")(CONV[rank](filters, 1, name="full_conv")(x))
+        image = CONV[rank](filters, 1, use_bias=False, name="full_image")(inputs)
+        x = layers.Add(name="full_add")([x, image])
         x = layers.LeakyReLU(0.01, name="full_act")(x)
     return keras.Model(inputs, _head(x, n_classes), name=f"unet_{rank}d")
 
