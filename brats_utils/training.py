@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import math
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from brats_utils.files import atomic_write
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import dice_cross_entropy_loss
 from brats_utils.metrics import RegionDice
+from brats_utils.model import model_table
 from brats_utils.runs import BEST, HISTORY, begin_or_go_on, save_model, save_state
 from brats_utils.transforms import NORMALISATION
 
@@ -55,15 +58,37 @@ def choose_precision():
     """
     if not has_gpu():
         return "float32"
-    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        capability = min(float(line) for line in found.stdout.split())
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return "float32"
+    capability = _ask_gpus("compute_cap", otherwise=0)
     if capability >= 8:
         return "mixed_bfloat16"
     return "mixed_float16" if capability >= 7 else "float32"
+
+
+def _ask_gpus(field, otherwise):
+    """Return the least that NVIDIA's tool says of the GPUs; `otherwise` if nothing."""
+    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
+        return min(float(line) for line in found.stdout.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return otherwise
+
+
+def _memory_gb():
+    """Return the training device's memory in GB (10⁹ bytes); infinity if unknown."""
+    if has_gpu():
+        return _ask_gpus("memory.total", otherwise=math.inf) * 2**20 / 1e9
+    if not hasattr(os, "sysconf"):  # Windows
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def _check_memory(model, data):
+    """Raise if the layers' outputs, which a step keeps, cannot fit into memory."""
+    needed_gb = model_table(model, data.input_shape)["activations_mb"]["total"] / 1e3
+    needed_gb *= data.batch_size * (0.5 if "16" in model.layers[1].compute_dtype else 1)
+    if needed_gb > _memory_gb():
+        raise MemoryError(f"a step keeps {needed_gb:.1f} of {_memory_gb():.1f} GB")
 
 
 def _jit():
@@ -214,8 +239,9 @@ def _advice_on_memory(data):
             raise
         raise MemoryError(
             f"out of memory with {data.batch_size} patches of {data.patch_shape} a "
-            "step. Lower batch_size to 1 first, then patch_shape (96 or 64 voxels a "
-            "side), then the model's filters. Nothing that was saved is lost"
+            f"step ({str(error)[:200]}). Lower batch_size to 1 first, then patch_shape "
+            "(96 or 64 voxels a side), then the model's filters. Nothing that was "
+            "saved is lost"
         ) from error
 
 
@@ -322,6 +348,7 @@ def train(
         )
         keeper = _Keeper(run_dir, train_data, val_data, save, rows, max_minutes, bar)
         with bar, _advice_on_memory(train_data):
+            _check_memory(model, train_data)
             _fit(model, keeper, epochs, validation_freq)
     best = keras.models.load_model(run_dir / BEST, compile=False)
     model.set_weights(best.get_weights())

@@ -279,6 +279,16 @@ def test_E06_out_of_memory_says_what_to_lower(split, tmp_path, monkeypatch, erro
     assert len(history) == 1  # the advice was taken, and the folder takes it
 
 
+def test_E06_what_cannot_fit_is_refused_before_the_first_step(
+    split, tmp_path, monkeypatch
+):
+    model = tiny_unet()
+    monkeypatch.setattr(model, "fit", lambda *_, **__: pytest.fail("training began"))
+    monkeypatch.setattr(training, "_memory_gb", lambda: 1e-5)
+    with pytest.raises(MemoryError, match=r"a step keeps 0.. of 0.0 GB.*batch_size"):
+        run(split, tmp_path, model=model)
+
+
 def test_B07_a_region_that_no_training_case_has_is_said(split, tmp_path, capsys):
     train_data, _ = data(split, augment=True)
     train_data.report["ET_ml"] = 0.0
