@@ -1,7 +1,7 @@
 """The notebooks: clean as committed, and run alone, twice, and top to bottom."""
 
-import os
 import re
+import zipfile
 from pathlib import Path
 
 import nbclient
@@ -11,6 +11,7 @@ import pytest
 
 from brats_utils.cases import find_cases, load_labels
 from brats_utils.files import read_json
+from brats_utils.phantom import write_phantom
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -122,18 +123,25 @@ def test_a_wrong_folder_is_an_error_and_never_replaced_by_phantoms(
 
 
 @pytest.mark.notebooks
-def test_the_real_cases_from_scan_to_label_map(real_cases, tmp_path, monkeypatch):
+def test_scans_without_labels_are_sent_to_notebook_04(tmp_path, monkeypatch):
+    write_phantom(tmp_path / "raw", 0, without_segmentation=1, shape=(48, 48, 40))
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="notebook 04"):
+        execute(NOTEBOOKS[0], tmp_path, monkeypatch, RAW=str(tmp_path / "raw"), **TINY)
+
+
+@pytest.mark.notebooks
+def test_a_zip_of_real_cases_from_scan_to_label_map(real_cases, tmp_path, monkeypatch):
     small = {"FILTERS": "4", "DEPTH": "4", "EPOCHS": "1"}
     small |= {"PATCH_SHAPE": "64,64,64"}
-    raw = tmp_path / "raw"
-    raw.mkdir()
-    for folder in sorted(os.scandir(real_cases), key=lambda entry: entry.name):
-        if folder.is_dir() and len(os.listdir(raw)) < 4:
-            (raw / folder.name).symlink_to(os.path.abspath(folder.path))
+    archive = tmp_path / "scans.zip"
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for folder in sorted(real_cases.glob("*/"))[:4]:
+            for path in folder.iterdir():
+                zipped.write(path, f"{folder.name}/{path.name}")
     for path in (NOTEBOOKS[0], NOTEBOOKS[3]):
-        execute(path, tmp_path, monkeypatch, RAW=str(raw), **small)
+        execute(path, tmp_path, monkeypatch, RAW=str(archive), **small)
     written = list((tmp_path / "predictions").rglob("*.nii.gz"))
-    cases = {case.id: case for case in find_cases(raw)}
+    cases = {case.id: case for case in find_cases(tmp_path / "raw" / "scans")}
     assert written
     for path in written:
         segmentation, affine = load_labels(path)
