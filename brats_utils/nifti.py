@@ -3,11 +3,11 @@
 import hashlib
 import io
 import math
-import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from isal import isal_zlib as zlib  # the same interface, faster
 
 from brats_utils.files import atomic_write
 
@@ -163,7 +163,8 @@ def read_volume(path):
         If the file is missing, damaged, incomplete, or longer than its header says.
     """
     header = read_header(path)
-    data = Path(path).read_bytes()
+    data = np.fromfile(path, np.uint8)  # numpy's memory: half the time of `bytes`
+    data.flags.writeable = False
     checksum = hashlib.sha256(data).hexdigest()
     expected = _file_bytes(header)
     try:

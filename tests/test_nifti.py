@@ -5,12 +5,12 @@ import resource
 import struct
 import subprocess
 import sys
-import zlib
 
 import nibabel as nib
 import numpy as np
 import pytest
 from conftest import AFFINE, toy_volumes
+from isal import isal_zlib as zlib
 
 from brats_utils.nifti import BratsDataError, read_header, read_volume, save_volume
 
