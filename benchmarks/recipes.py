@@ -11,6 +11,7 @@ larger ones, its own window for the tutorial recipe.
 """
 
 import argparse
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from brats_utils.labels import encode_labels
 from brats_utils.model import unet
 from brats_utils.nifti import spacing_mm
 from brats_utils.prepare import scale_volume
+from brats_utils.runs import save_model
 from brats_utils.training import train
 from brats_utils.transforms import brain_box, standardise
 
@@ -130,6 +132,7 @@ def repaired(train_cases, split, minutes, seed, folder):
         x = np.stack([image for image, _ in chosen])
         y = np.stack([np.eye(4, dtype="float32")[labels] for _, labels in chosen])
         model.train_on_batch(x, y)
+    save_model(model, folder / "best.keras")
 
     def predict(case):
         image, _ = _window_of(case)
@@ -212,7 +215,7 @@ RECIPES = {
 }
 
 
-def run(name, split, minutes, seed):
+def run(name, split, minutes, seed, keep=None):
     """Train one recipe, score it, and return its line of the table."""
     train_cases, val_cases = seed_recipe.split_cases(split)
     keras.utils.set_random_seed(seed)
@@ -223,6 +226,8 @@ def run(name, split, minutes, seed):
         for case in val_cases:
             truth, affine = load_labels(case.segmentation, case.labels)
             scores.append(score_case(predict(case), truth, spacing_mm(affine)))
+        for path in Path(folder).rglob("best.keras") if keep else ():
+            shutil.copy(path, keep / f"{name}-{minutes:g}-{seed}.keras")
     means = pd.DataFrame(scores).filter(regex="dice|hd95").mean().round(4).to_dict()
     line = {"recipe": name, "minutes": minutes, "seed": seed, "steps": steps}
     line |= {"train": len(train_cases), "scored": len(val_cases)}
@@ -238,6 +243,7 @@ def main():
     parser.add_argument("--split", type=Path, default=root / "data/split")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--keep", type=Path, help="folder for the trained Keras models")
     options = parser.parse_args()
     path = root / "benchmarks/results/recipes.csv"
     lines = pd.read_csv(path).to_dict("records") if path.exists() else []
@@ -246,7 +252,7 @@ def main():
             key = name, options.minutes, seed
             if key in [(x["recipe"], x["minutes"], x["seed"]) for x in lines]:
                 continue
-            lines.append(run(name, options.split, options.minutes, seed))
+            lines.append(run(name, options.split, options.minutes, seed, options.keep))
             with atomic_write(path) as temporary:
                 pd.DataFrame(lines).to_csv(temporary, index=False)
     print(pd.DataFrame(lines).drop(columns="machine").to_string(index=False))
