@@ -50,6 +50,15 @@ def _check_arguments(batch_size, patches_per_case, tumour_share, patch_shape):
         raise ValueError(f"patch_shape is three voxel counts, got {patch_shape}")
 
 
+def _widen(half, out):
+    """Copy finite float16 values into a float32 array: a third of numpy's own time."""
+    bits = out.view(np.int32)
+    bits[...] = half.view(np.int16)
+    bits <<= 13  # the fraction in its place; of the copies of the sign one is kept
+    bits &= ~0x70000000
+    out *= np.float32(2.0**112)  # the exponents count from 15 and from 127
+
+
 class BratsGenerator(keras.utils.PyDataset):
     """Batches of one side of a split, whole volumes or patches, standardised.
 
@@ -266,10 +275,12 @@ class BratsGenerator(keras.utils.PyDataset):
                 f"{case_id}: {paths[0]} or its mask cannot be read ({error}); "
                 "prepare and split again"
             ) from error
-        if image.shape != (*mask.shape, len(self.modalities)) or mask.ndim != 3:
+        shape = *mask.shape, len(self.modalities)
+        if mask.ndim != 3 or (image.shape, image.dtype) != (shape, np.float16):
             raise ValueError(
-                f"{case_id}: image {image.shape} and mask {mask.shape} do not fit each "
-                f"other and the channels {self.modalities}; prepare and split again"
+                f"{case_id}: image {image.shape} {image.dtype} and mask {mask.shape} "
+                f"do not fit each other, the channels {self.modalities} and float16; "
+                "prepare and split again"
             )
         if self._cache is not None:
             image = self._standardise(case_id, image)
@@ -308,12 +319,16 @@ class BratsGenerator(keras.utils.PyDataset):
 
     def _standardise(self, case_id, stored):
         """Return stored values as the network sees them, background exactly 0."""
-        # The last two axes as one: numpy is three times as fast along a long one.
+        # A plane at a time, its rows long: what numpy works on stays in the cache.
         n_z = stored.shape[2]
-        rows = np.array(stored, np.float32).reshape(*stored.shape[:2], -1)
         mean, sd, zero = (np.tile(v, n_z) for v in self._statistics[case_id])
-        brain = rows != zero.astype(stored.dtype).astype(np.float32)
-        rows -= mean
-        rows /= sd
-        rows *= brain
-        return rows.reshape(stored.shape)
+        zero = zero.astype(stored.dtype).astype(np.float32)
+        image = np.empty(stored.shape, np.float32)
+        for plane, result in zip(stored, image, strict=True):
+            rows = result.reshape(len(result), -1)  # (Y, Z * C)
+            _widen(plane.reshape(rows.shape), out=rows)
+            brain = rows != zero
+            rows -= mean
+            rows /= sd
+            rows *= brain
+        return image

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from conftest import toy_volumes
 
-from brats_utils.generator import BratsGenerator
+from brats_utils.generator import BratsGenerator, _widen
 from brats_utils.labels import encode_labels
 from brats_utils.prepare import prepare_dataset, split_dataset
 from brats_utils.transforms import brain_box, standardise
@@ -62,6 +62,15 @@ def test_a_batch_is_standardised_and_background_is_exactly_zero(split):
     np.testing.assert_array_equal(x[:, 5, 5, 5, 0], (np.array(order) - 1) / 4)
     np.testing.assert_array_equal(x[:, 12, 12, 8, 2], np.array(order) / 4)
     np.testing.assert_array_equal(np.unique(y), [0, 1, 2, 3])
+
+
+def test_every_finite_half_is_widened_exactly():
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    every = every[np.isfinite(every)]
+    found = np.empty(every.shape, np.float32)
+    _widen(every, out=found)
+    np.testing.assert_array_equal(found, every.astype(np.float32))
+    assert (np.signbit(found) == np.signbit(every)).all()
 
 
 def test_prepared_cases_are_seen_as_standardised_scans(tmp_path, toy_set):
