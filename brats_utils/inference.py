@@ -16,11 +16,12 @@ from brats_utils.cases import (
     MODALITIES,
     BratsDataError,
     load_case,
+    load_labels,
     save_segmentation,
 )
-from brats_utils.files import read_json
-from brats_utils.labels import ENCODED_REGIONS, decode_labels
-from brats_utils.nifti import from_lps, spacing_mm, to_lps
+from brats_utils.decoding import decode_probabilities, tune_decoding
+from brats_utils.files import read_json, write_json
+from brats_utils.nifti import from_lps, read_header, save_volume, spacing_mm, to_lps
 from brats_utils.runs import BEST, SIDECAR
 from brats_utils.transforms import NORMALISATION, brain_box, standardise
 
@@ -159,31 +160,14 @@ def _predict_once(model, image, patch_shape):
     return probabilities[tuple(slice(n) for n in image.shape[:3])]
 
 
-def predict_probabilities(model, image, *, flips=False, patch_shape=None):
-    """Return a model's probabilities for every voxel of a standardised image.
+def _as_list(models):
+    """Return models as a list, those given as paths loaded."""
+    models = models if isinstance(models, (list, tuple)) else [models]
+    return [m if isinstance(m, keras.Model) else load_model(m) for m in models]
 
-    Parameters
-    ----------
-    model : keras.Model
-        (B, X, Y, Z, C) -> (B, X, Y, Z, K). Where it takes any spatial size, the image
-        is predicted in one pass, padded with zeros to the multiple the model needs.
-    image : (X, Y, Z, C) float32 array
-        Of any size, in LPS order, as `standardise` gives it.
-    flips : bool
-        Average over the image and its 7 mirror images: 8 times the work.
-    patch_shape : tuple of 3 int, optional
-        Predict patches of this shape, half a patch apart, and average them by Gaussian
-        weights. Needs less memory than one pass. A model of fixed size always does so.
 
-    Returns
-    -------
-    probabilities : (X, Y, Z, K) float32 array
-
-    Raises
-    ------
-    ValueError
-        If the model is no such model, or takes patches of another shape.
-    """
+def _check_fit(model, image, patch_shape):
+    """Return the shape of patches to predict, None for one pass; raise if none fits."""
     expected, channels = model.input_shape[1:-1], model.input_shape[-1]
     same_grid = model.output_shape[1:-1] == expected
     if len(expected) != 3 or not same_grid or channels != image.shape[-1]:
@@ -191,57 +175,57 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
             f"the model maps {model.input_shape} to {model.output_shape}; expected "
             f"(batch, X, Y, Z, {image.shape[-1]}) to the same grid"
         )
-    if None not in expected:
-        if patch_shape is not None and tuple(patch_shape) != expected:
-            raise ValueError(
-                f"the model takes patches of {expected}, not {patch_shape}"
-            )
-        patch_shape = expected
-    if not flips:
-        return _predict_once(model, image, patch_shape)
-    total = 0
-    for n in range(4):
-        for axes in itertools.combinations(range(3), n):
-            flipped = _predict_once(model, np.flip(image, axes), patch_shape)
-            total = total + np.flip(flipped, axes)
-    return total / 8
+    if None in expected:
+        return patch_shape
+    if patch_shape is not None and tuple(patch_shape) != expected:
+        raise ValueError(f"the model takes patches of {expected}, not {patch_shape}")
+    return expected
 
 
-def decode_probabilities(probabilities):
-    """Return the BraTS labels that a model's probabilities say.
+def predict_probabilities(model, image, *, flips=False, patch_shape=None, spread=False):
+    """Return a model's probabilities for every voxel of a standardised image.
 
     Parameters
     ----------
-    probabilities : (..., K) float array
-        K = 4: of the labels 0 to 3; the largest wins. K = 3: of the regions WT, TC and
-        ET; those above 0.5 count, TC only within WT, and ET only within TC.
+    model : keras.Model or path, or list of them
+        (B, X, Y, Z, C) -> (B, X, Y, Z, K). Where it takes any spatial size, the image
+        is predicted in one pass, padded with zeros to the multiple the model needs.
+        The probabilities of several models, an ensemble, are averaged.
+    image : (X, Y, Z, C) float32 array
+        Of any size, in LPS order, as `standardise` gives it.
+    flips : bool
+        Average over the image and its 7 mirror images: 8 times the work.
+    patch_shape : tuple of 3 int, optional
+        Predict patches of this shape, half a patch apart, and average them by Gaussian
+        weights. Needs less memory than one pass. A model of fixed size always does so.
+    spread : bool
+        Return the spread, too.
 
     Returns
     -------
-    segmentation : (...) uint8 array
-        Values 0, 1, 2 and 4.
+    probabilities : (X, Y, Z, K) float32 array
+    spread : (X, Y, Z) float32 array
+        Only if asked for: the SD over models and mirror images, of the channel where
+        it is largest. Where they disagree, nobody should be sure.
 
     Raises
     ------
     ValueError
-        If K is neither.
-
-    Examples
-    --------
-    >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
-    array([1, 2, 0], dtype=uint8)
+        If a model is no such model, or takes patches of another shape.
     """
-    probabilities = np.asarray(probabilities)
-    n_channels = probabilities.shape[-1]
-    if n_channels == 4:
-        return decode_labels(probabilities.argmax(axis=-1).astype(np.uint8))
-    if n_channels != len(ENCODED_REGIONS):
-        raise ValueError(
-            f"expected 4 channels (labels) or 3 (WT, TC, ET), got {n_channels}"
-        )
-    nested = np.logical_and.accumulate(probabilities > 0.5, axis=-1)
-    # By how many regions a voxel lies in: oedema, core, enhancing tumour.
-    return np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
+    axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
+    total, squares, count = 0.0, 0.0, 0
+    for each in _as_list(model):
+        shape = _check_fit(each, image, patch_shape)
+        for mirrored in axes if flips else [()]:
+            found = _predict_once(each, np.flip(image, mirrored), shape)
+            found = np.flip(found, mirrored)
+            total, count = total + found, count + 1
+            squares = squares + found**2 if spread else 0.0
+    mean = total / count
+    if not spread:
+        return mean
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0)).max(axis=-1)
 
 
 def _choose_modalities(model, modalities):
@@ -258,48 +242,8 @@ def _choose_modalities(model, modalities):
     return modalities
 
 
-def predict_case(
-    model,
-    case,
-    *,
-    modalities=None,
-    flips=False,
-    patch_shape=None,
-    min_et_voxels=0,
-):
-    """Predict the label map of a whole scan, on the scan's own grid.
-
-    Parameters
-    ----------
-    model : keras.Model or path
-        Four output channels are the labels 0 to 3, three the regions WT, TC and ET.
-    case : Case
-        Its segmentation, if it has one, is not read.
-    modalities : sequence of str, optional
-        The model's channels. By default those that `load_model` found noted beside
-        it, else FLAIR, T1CE, T2 for three and all for four.
-    flips, patch_shape
-        As in `predict_probabilities`. Where no shape is given, windows of the training
-        patches' shape are taken if `load_model` found it noted beside the model.
-    min_et_voxels : int
-        Where less enhancing tumour than this is found, call it core (label 1): a few
-        stray voxels would cost the whole Dice of a case that has none.
-
-    Returns
-    -------
-    segmentation : (X, Y, Z) uint8 array
-        Values 0, 1, 2 and 4; 0 where all modalities are 0, outside the brain.
-
-    Raises
-    ------
-    BratsDataError
-        If a file of the case is not sound, or its voxels are not 1 mm wide.
-    ValueError
-        If the model does not fit, or its output is NaN.
-    """
-    if not isinstance(model, keras.Model):
-        model = load_model(model)
-    modalities = _choose_modalities(model, modalities)
+def _read_brain(case, modalities):
+    """Return a case's standardised brain in LPS order, its mask, box and affine."""
     unlabelled = dataclasses.replace(case, segmentation=None)
     image, _, affine = load_case(unlabelled, modalities)
     if not np.allclose(spacing_mm(affine), SPACING_MM, atol=0.05):
@@ -312,45 +256,144 @@ def predict_case(
     image = to_lps(image, affine)
     box = brain_box(image)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
-    brain = standardise(image[box])
-    noted = getattr(model, "description", {}).get("patch_shape")
-    probabilities = predict_probabilities(
-        model, brain, flips=flips, patch_shape=patch_shape or noted
+    return standardise(image[box]), image.any(axis=-1), box, affine
+
+
+def _predict_brain(models, case, modalities, flips, patch_shape):
+    """Return probabilities and their spread in the brain's box, mask, box, affine."""
+    noted = getattr(models[0], "description", {}).get("patch_shape")
+    modalities = _choose_modalities(models[0], modalities)
+    brain, mask, box, affine = _read_brain(case, modalities)
+    probabilities, spread = predict_probabilities(
+        models, brain, flips=flips, patch_shape=patch_shape or noted, spread=True
     )
     if not np.isfinite(probabilities).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
-    found = decode_probabilities(probabilities)
-    found[~image[box].any(axis=-1)] = 0
-    if np.count_nonzero(found == 4) < min_et_voxels:
-        found[found == 4] = 1
-    segmentation = np.zeros(image.shape[:3], np.uint8)
-    segmentation[box] = found
-    return np.ascontiguousarray(from_lps(segmentation, affine))
+    probabilities[~mask[box], -3:] = 0  # no tumour outside the brain
+    return probabilities, spread, mask, box, affine
 
 
-def predict_cases(model, cases, out_dir, **options):
+def _paste(values, mask, box, affine):
+    """Return the values of a box on the scan's own grid, 0 around it."""
+    volume = np.zeros(mask.shape, values.dtype)
+    volume[box] = values
+    return np.ascontiguousarray(from_lps(volume, affine))
+
+
+def predict_case(
+    model,
+    case,
+    *,
+    modalities=None,
+    flips=False,
+    patch_shape=None,
+    thresholds=None,
+    min_et_voxels=None,
+    uncertainty=False,
+):
+    """Predict the label map of a whole scan, on the scan's own grid.
+
+    Parameters
+    ----------
+    model : keras.Model or path, or list of them
+        Four output channels are the labels 0 to 3, three the regions WT, TC and ET.
+        Several models are an ensemble, which works by the notes beside the first.
+    case : Case
+        Its segmentation, if it has one, is not read.
+    modalities : sequence of str, optional
+        The model's channels. By default those that `load_model` found noted beside
+        it, else FLAIR, T1CE, T2 for three and all for four.
+    flips, patch_shape
+        As in `predict_probabilities`. Where no shape is given, windows of the training
+        patches' shape are taken if `load_model` found it noted beside the model.
+    thresholds, min_et_voxels : optional
+        As in `decode_probabilities`. By default what `tune_model` noted, else none.
+    uncertainty : bool
+        Return the spread over flips and models as well.
+
+    Returns
+    -------
+    segmentation : (X, Y, Z) uint8 array
+        Values 0, 1, 2 and 4; 0 where all modalities are 0, outside the brain.
+    uncertainty : (X, Y, Z) float32 array
+        Only if asked for; see `predict_probabilities`.
+
+    Raises
+    ------
+    BratsDataError
+        If a file of the case is not sound, or its voxels are not 1 mm wide.
+    ValueError
+        If a model does not fit, or its output is NaN.
+    """
+    models = _as_list(model)
+    probabilities, spread, *place = _predict_brain(
+        models, case, modalities, flips, patch_shape
+    )
+    given = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
+    decoding = getattr(models[0], "description", {}).get("decoding", {})
+    decoding = decoding | {k: v for k, v in given.items() if v is not None}
+    segmentation = _paste(decode_probabilities(probabilities, **decoding), *place)
+    return (segmentation, _paste(spread, *place)) if uncertainty else segmentation
+
+
+def tune_model(run_dir, cases, **options):
+    """Tune a trained model's decoding on validation cases, and note it beside it.
+
+    Parameters
+    ----------
+    run_dir : path
+        The folder of a run; its `model.json` gets "decoding".
+    cases : sequence of Case
+        With segmentations; not those it was trained on.
+    **options
+        `modalities`, `flips` and `patch_shape` of `predict_case`.
+
+    Returns
+    -------
+    gain : pandas.DataFrame
+        See `tune_decoding`.
+    """
+    models, path = _as_list(run_dir), Path(run_dir) / SIDECAR
+
+    def predicted():
+        for case in cases:
+            keywords = {"modalities": None, "flips": False, "patch_shape": None}
+            found = _predict_brain(models, case, **{**keywords, **options})
+            truth, affine = load_labels(case.segmentation, case.labels)
+            yield found[0], to_lps(truth, affine)[found[3]]
+
+    decoding, gain = tune_decoding(predicted())
+    write_json(path, {**read_json(path), "decoding": decoding})
+    return gain
+
+
+def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     """Predict many cases and write each as `<case id>.nii.gz`.
 
     Parameters
     ----------
-    model : keras.Model or path
+    model, **options
         As in `predict_case`.
     cases : sequence of Case
         With or without segmentations.
     out_dir : path
         Where to; a former prediction of a case is replaced.
-    **options
-        Further keywords of `predict_case`.
+    uncertainty : bool
+        Write the spread as `uncertainty/<case id>.nii.gz`, float32, as well.
 
     Returns
     -------
     paths : list of Path
         One for each case: uint8, values 0, 1, 2 and 4, on the case's own grid.
     """
-    if not isinstance(model, keras.Model):
-        model = load_model(model)
-    paths = []
-    for case in tqdm(cases, desc="predicting", unit="case", file=sys.stdout):
-        paths.append(Path(out_dir) / f"{case.id}.nii.gz")
-        save_segmentation(predict_case(model, case, **options), case, paths[-1])
+    models, out_dir = _as_list(model), Path(out_dir)
+    paths = [out_dir / f"{case.id}.nii.gz" for case in cases]
+    bar = tqdm(paths, desc="predicting", unit="case", file=sys.stdout)
+    for case, path in zip(cases, bar, strict=True):
+        found = predict_case(models, case, uncertainty=uncertainty, **options)
+        if uncertainty:
+            found, spread = found
+            header = read_header(case.images["flair"])
+            save_volume(spread, out_dir / "uncertainty" / path.name, like=header)
+        save_segmentation(found, case, path)
     return paths

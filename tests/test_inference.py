@@ -11,11 +11,11 @@ from brats_utils import inference
 from brats_utils.cases import BratsDataError, find_cases, load_case, load_labels
 from brats_utils.files import write_json
 from brats_utils.inference import (
-    decode_probabilities,
     load_model,
     predict_case,
     predict_cases,
     predict_probabilities,
+    tune_model,
 )
 from brats_utils.model import unet
 from brats_utils.nifti import to_lps
@@ -54,16 +54,6 @@ def sided_model():
 def case(tmp_path):
     write_case(tmp_path / "raw", "toy", seed=3)
     return find_cases(tmp_path / "raw")[0]
-
-
-def test_softmax_and_sigmoids_decode_to_brats_labels():
-    labels = np.eye(4)[[0, 1, 2, 3]]
-    assert decode_probabilities(labels).tolist() == [0, 1, 2, 4]
-    # Columns are WT, TC, ET; a region outside the one round it does not count.
-    regions = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1], [1, 0, 1]]
-    assert decode_probabilities(regions).tolist() == [0, 2, 1, 4, 0, 2]
-    with pytest.raises(ValueError, match="got 5"):
-        decode_probabilities(np.zeros((2, 5)))
 
 
 @pytest.mark.parametrize("shape", [(11, 9, 8), (5, 8, 17), (3, 3, 3)])
@@ -161,6 +151,53 @@ def test_small_enhancing_tumour_becomes_core(case):
     np.testing.assert_array_equal(predict_case(oracle(), case, min_et_voxels=n), found)
     without = predict_case(oracle(), case, min_et_voxels=n + 1)
     np.testing.assert_array_equal(without, np.where(found == 4, 1, found))
+
+
+def test_an_ensemble_is_a_mean_and_its_spread_an_sd():
+    rng = np.random.default_rng(1)
+    models = [
+        pointwise_model(rng.normal(size=(2, 3)), rng.normal(size=3)) for _ in range(3)
+    ]
+    image = rng.normal(size=(4, 5, 6, 2)).astype(np.float32)
+    each = [predict_probabilities(model, image, flips=True) for model in models]
+    mean, spread = predict_probabilities(models, image, flips=True, spread=True)
+    np.testing.assert_allclose(mean, np.mean(each, axis=0), atol=1e-6)
+    np.testing.assert_allclose(spread, np.std(each, axis=0).max(-1), atol=1e-3)
+
+
+def test_uncertainty_is_written_on_the_scans_grid(tmp_path, case):
+    predict_cases(sided_model(), [case], tmp_path, flips=True, uncertainty=True)
+    written = nib.load(tmp_path / "uncertainty" / "toy.nii.gz")
+    segmentation, spread = predict_case(
+        sided_model(), case, flips=True, uncertainty=True
+    )
+    np.testing.assert_array_equal(written.affine, load_case(case)[2])
+    np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), spread)
+    np.testing.assert_array_equal(load_labels(tmp_path / "toy.nii.gz")[0], segmentation)
+    assert 0 < spread.max() <= 0.5  # the model prefers a side, its mirror the other
+    same = predict_case(oracle(), case, flips=True, uncertainty=True)[1]
+    assert same.max() < 1e-3  # a voxel alone has no side
+
+
+def test_a_tuned_decoding_is_noted_and_heeded(tmp_path, case):
+    """A shy model: its tumour lies below 0.5 and is found by lower thresholds."""
+    kernel, bias = np.zeros((3, 3)), np.full(3, -2.0)
+    kernel[0] = 0.35
+    shy = pointwise_model(kernel, bias, activation="sigmoid")
+    shy.save(tmp_path / "best.keras")
+    description = {"modalities": ["flair", "t1ce", "t2"], "outputs": "WT, TC, ET"}
+    description |= {"normalisation": NORMALISATION, "orientation": "LPS"}
+    description["keras"] = keras.__version__
+    write_json(tmp_path / "model.json", description)
+    before = predict_case(tmp_path, case)
+    gain = tune_model(tmp_path, [case])
+    assert gain["tuned"].mean() > gain["plain"].mean() + 0.1
+    noted = load_model(tmp_path).description["decoding"]
+    assert min(noted["thresholds"]) < 0.5
+    after = predict_case(tmp_path, case)
+    assert (after > 0).sum() > (before > 0).sum()
+    plain = predict_case(tmp_path, case, thresholds=(0.5, 0.5, 0.5), min_et_voxels=0)
+    np.testing.assert_array_equal(plain, before)
 
 
 def test_F06_predict_cases_writes_files_that_lie_over_the_scans(tmp_path, case):
