@@ -7,8 +7,9 @@ import pandas as pd
 from scipy.ndimage import distance_transform_edt
 from scipy.spatial import KDTree
 
-from brats_utils.cases import load_labels
+from brats_utils.cases import load_labels, read_grid
 from brats_utils.labels import ENCODED_REGIONS, LABELS, encode_labels
+from brats_utils.nifti import BratsDataError, read_header
 from brats_utils.transforms import bounding_box
 
 # The diagonal of BraTS's 240×240×155 mm grid: the official HD95 where only one of
@@ -177,6 +178,72 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
     names = ("dice", "hd95", "sensitivity", "specificity")
     scores = {f"{name}_{r}": table[r][name] for name in names for r in table}
     return {**scores, "mean_iou": _mean_iou(confusion)}
+
+
+def summarise_scores(scores, *, n_resamples=2000, seed=0):
+    """Return mean, median and a bootstrap 95 % interval of the mean of each score.
+
+    Parameters
+    ----------
+    scores : pandas.DataFrame
+        As `score_cases` returns it, a row per case.
+    n_resamples : int
+        How often cases are drawn with replacement.
+    seed : int
+        Of those draws.
+
+    Returns
+    -------
+    summary : pandas.DataFrame
+        A row per score: "mean", "median", "low", "high". The interval (percentiles)
+        says how the mean would vary with other cases of the same kind; of a handful of
+        cases it is too narrow.
+    """
+    values = scores.select_dtypes("number")
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(0, len(values), (n_resamples, len(values)))
+    means = values.to_numpy()[draws].mean(axis=1)  # (resamples, scores)
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    return pd.DataFrame(
+        {"mean": values.mean(), "median": values.median(), "low": low, "high": high}
+    )
+
+
+def check_submission(folder, cases):
+    """List all for which the challenge's server would refuse a folder of label maps.
+
+    Parameters
+    ----------
+    folder : path
+        Should hold `<case id>.nii.gz` for each case and no other file: uint8, values 0,
+        1, 2 and 4, shape and affine of the case's images.
+    cases : sequence of Case
+        All that are to be submitted.
+
+    Returns
+    -------
+    problems : pandas.DataFrame
+        A row for each: "file", "problem". Empty if the folder is ready.
+    """
+    rows, expected = [], {f"{case.id}.nii.gz": case for case in cases}
+    there = {path.name: path for path in Path(folder).iterdir() if path.is_file()}
+    rows += [(name, "is missing") for name in expected.keys() - there.keys()]
+    rows += [(name, "is no case's name") for name in there.keys() - expected.keys()]
+    for name in sorted(there.keys() & expected.keys()):
+        shape, affine, _ = read_grid(expected[name])
+        try:
+            header = read_header(there[name])
+            load_labels(there[name])
+        except BratsDataError as error:
+            rows.append((name, error.problem))
+            continue
+        if header.get_data_dtype() != np.uint8:
+            rows.append((name, f"holds {header.get_data_dtype()}, not uint8"))
+        if header.get_data_shape() != shape:
+            rows.append((name, f"has shape {header.get_data_shape()}, not {shape}"))
+        if not np.allclose(header.get_best_affine(), affine, atol=1e-3):
+            rows.append((name, "has another affine than its case"))
+    return pd.DataFrame(sorted(rows), columns=["file", "problem"])
 
 
 def _prediction_paths(folder, cases):

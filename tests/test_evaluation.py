@@ -1,13 +1,24 @@
 import os
 from pathlib import Path
 
+import conftest
+import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
 
 from brats_utils import evaluation
-from brats_utils.cases import Case, find_cases, load_labels
-from brats_utils.evaluation import MISSED_REGION_MM, hd95, score_case, score_cases
+from brats_utils.cases import Case, find_cases, load_labels, save_segmentation
+from brats_utils.evaluation import (
+    MISSED_REGION_MM,
+    check_submission,
+    hd95,
+    score_case,
+    score_cases,
+    summarise_scores,
+)
+from brats_utils.labels import REGIONS
 from brats_utils.nifti import save_volume
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
@@ -134,3 +145,77 @@ def test_score_cases_on_real_scans(tmp_path):
     # Surfaces of a map moved by 2 mm are nowhere further apart than that.
     assert 1 <= scores["hd95_WT"][0] <= 2
     assert 0.8 < scores["dice_WT"][0] < 1
+
+
+def test_the_summary_of_scores():
+    scores = pd.DataFrame({"case": list("abcd"), "dice_WT": [0.0, 0.8, 0.9, 1.0]})
+    summary = summarise_scores(scores)
+    assert summary.index.tolist() == ["dice_WT"]
+    row = summary.loc["dice_WT"]
+    assert (row["mean"], row["median"]) == pytest.approx((0.675, 0.85))
+    assert 0 <= row["low"] < 0.45 < 0.85 < row["high"] <= 1
+    pd.testing.assert_frame_equal(summary, summarise_scores(scores))
+
+
+@pytest.fixture
+def submission(tmp_path):
+    """Return a folder of two sound predictions, and their cases."""
+    for name in ("one", "two"):
+        conftest.write_case(tmp_path / "raw", name, seg_name=None)
+    cases = find_cases(tmp_path / "raw")
+    for case in cases:
+        path = tmp_path / "out" / f"{case.id}.nii.gz"
+        save_segmentation(conftest.toy_volumes()[1], case, path)
+    return tmp_path / "out", cases
+
+
+def rewrite(path, *, dtype=np.uint8, affine=conftest.AFFINE, change=0):
+    segmentation = conftest.toy_volumes()[1].astype(dtype)
+    segmentation[0, 0, 0] = change
+    nib.save(nib.Nifti1Image(segmentation, affine), path)
+
+
+@pytest.mark.parametrize(
+    "spoil, problem",
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.rename(path.with_name("1.nii.gz")), "is no case's name"),
+        (lambda path: rewrite(path, change=3), "3 in 1 voxels"),
+        (lambda path: rewrite(path, dtype=np.float32), "float32, not uint8"),
+        (lambda path: rewrite(path, affine=np.eye(4)), "another affine"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "end too early"),
+    ],
+)
+def test_a_submission_is_checked_by_the_servers_rules(submission, spoil, problem):
+    folder, cases = submission
+    assert check_submission(folder, cases).empty
+    spoil(folder / "one.nii.gz")
+    found = check_submission(folder, cases)
+    assert set(found["file"]) <= {"one.nii.gz", "1.nii.gz"}
+    assert found["problem"].str.contains(problem).any()
+
+
+def numpy_dice(prediction, truth, values):
+    """Return the Dice of one region, written down once more."""
+    ours, theirs = np.isin(prediction, values), np.isin(truth, values)
+    total = ours.sum() + theirs.sum()
+    return 1.0 if total == 0 else 2 * (ours & theirs).sum() / total
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_scores_equal_an_independent_implementation(seed):
+    binary = pytest.importorskip("medpy.metric.binary")
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice([0, 1, 2, 4], (2, 3, 3, 3), p=[0.7, 0.1, 0.1, 0.1])
+    fine = np.kron(coarse, np.ones((1, 4, 4, 4), int))
+    if seed % 4 == 0:
+        fine[seed % 8 // 4][fine[seed % 8 // 4] == 4] = 1  # one side lacks ET
+    found, spacing = score_case(*fine, spacing_mm=(1, 1, 1.5)), (1, 1, 1.5)
+    for region, values in REGIONS.items():
+        masks = [np.isin(volume, values) for volume in fine]
+        dice, distance = found[f"dice_{region}"], found[f"hd95_{region}"]
+        assert dice == pytest.approx(numpy_dice(*fine, values), abs=1e-6)
+        expected = 373.12866 if any(mask.any() for mask in masks) else 0
+        if all(mask.any() for mask in masks):
+            expected = binary.hd95(*masks, voxelspacing=spacing)
+        assert distance == pytest.approx(expected, abs=1e-5)
