@@ -12,6 +12,7 @@ import pandas as pd
 import splitfolders
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+from sklearn.model_selection import KFold
 
 from brats_utils.files import read_json, sha256
 from brats_utils.nifti import BratsDataError
@@ -118,15 +119,21 @@ def verify_dataset(prepared):
     return pd.DataFrame(rows, columns=["case", "file", "problem"])
 
 
-def _sides(report, ratio, seed, workspace):
-    """Return {"train": ids, "val": ids} as splitfolders chooses among patients."""
+def _groups(report):
+    """Return lists of case ids that must be on one side: scans of one patient."""
+    if report.empty:
+        return []
     # Two cases with the same voxels are one patient, whatever their names: a case links
     # its patient to its voxels, and all that hangs together goes to one side.
     codes = [pd.factorize(report[c])[0] for c in ("patient", "images_sha256")]
     n = len(report)
     links = coo_array((np.ones(n), (codes[0], n + codes[1])), shape=(2 * n, 2 * n))
     component = connected_components(links, directed=False)[1][codes[0]]
-    groups = report["case"].groupby(component, sort=False).agg(list)
+    return report["case"].groupby(component, sort=False).agg(list).tolist()
+
+
+def _sides(groups, ratio, seed, workspace):
+    """Return {"train": ids, "val": ids} as splitfolders chooses among patients."""
     # It copies files, so it is given empty ones: it decides, and no data moves.
     for kind in KINDS:
         (workspace / "staging" / kind).mkdir(parents=True)
@@ -138,13 +145,29 @@ def _sides(report, ratio, seed, workspace):
             workspace / "staging", chosen, seed=seed, ratio=ratio, group="sibling"
         )
     return {
-        side: sorted(
-            case_id
-            for path in (chosen / side / "masks").glob("*.npy")
-            for case_id in groups.iloc[int(path.stem)]
-        )
+        side: _ids(groups, (int(p.stem) for p in (chosen / side).glob("masks/*.npy")))
         for side in ("train", "val")
     }
+
+
+def _ids(groups, numbers):
+    """Return the case ids of some groups, sorted."""
+    return sorted(case_id for number in numbers for case_id in groups[number])
+
+
+@contextlib.contextmanager
+def _replacing(out):
+    """Give a folder to work in, whose `new` takes the place of `out` in one step."""
+    workspace = out.parent / f".{out.name}-new"
+    shutil.rmtree(workspace, ignore_errors=True)  # of a call that was killed
+    workspace.mkdir(parents=True)
+    try:
+        yield workspace
+        if out.exists():
+            out.rename(workspace / "old")
+        (workspace / "new").rename(out)
+    finally:
+        shutil.rmtree(workspace)
 
 
 def _link_side(prepared, case_ids, folder, final):
@@ -210,25 +233,60 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
         If an image lacks its mask or the reverse, or a side would be empty.
     """
     prepared, out = Path(prepared), Path(out)
-    report = _kept(prepared)
-    workspace = out.parent / f".{out.name}-new"
-    shutil.rmtree(workspace, ignore_errors=True)  # of a call that was killed
-    workspace.mkdir(parents=True)
-    try:
-        enough = report["patient"].nunique() > 1
-        ids = _sides(report, ratio, seed, workspace) if enough else {}
+    groups = _groups(_kept(prepared))
+    with _replacing(out) as workspace:
+        ids = _sides(groups, ratio, seed, workspace) if len(groups) > 1 else {}
         if not (ids.get("train") and ids.get("val")):
-            raise BratsDataError(
-                f"{len(report)} kept cases of {report['patient'].nunique()} patients "
-                f"cannot be split {ratio}: a side stays empty",
-                file=prepared,
-                advice="Give more cases, or lower min_labelled",
-            )
+            _refuse(prepared, groups, f"{ratio}: a side stays empty")
         for side, case_ids in ids.items():
             _link_side(prepared, case_ids, workspace / "new" / side, out / side)
-        if out.exists():
-            out.rename(workspace / "old")
-        (workspace / "new").rename(out)
-    finally:
-        shutil.rmtree(workspace)
     return ids
+
+
+def split_folds(prepared, out, *, folds=5, seed=42):
+    """Split prepared cases for cross-validation: each is in `val` of just one fold.
+
+    Parameters
+    ----------
+    prepared : path
+        What `prepare_dataset` wrote.
+    out : path
+        Gets `fold0/`, `fold1/`, ..., each as `split_dataset` makes it; what was there
+        is replaced whole.
+    folds : int
+        At least 2. Scans of one patient are in the same fold.
+    seed : int
+        Same seed and cases, same folds.
+
+    Returns
+    -------
+    ids : list of dict
+        {"train": case ids, "val": case ids} of each fold, sorted.
+
+    Raises
+    ------
+    BratsDataError
+        If an image lacks its mask or the reverse, or there are fewer patients.
+    """
+    prepared, out = Path(prepared), Path(out)
+    groups = _groups(_kept(prepared))
+    if len(groups) < folds:
+        _refuse(prepared, groups, f"into {folds} folds")
+    parts = KFold(folds, shuffle=True, random_state=seed).split(groups)
+    ids = [{"train": _ids(groups, a), "val": _ids(groups, b)} for a, b in parts]
+    with _replacing(out) as workspace:
+        for number, sides in enumerate(ids):
+            for side, case_ids in sides.items():
+                place = Path(f"fold{number}", side)
+                _link_side(prepared, case_ids, workspace / "new" / place, out / place)
+    return ids
+
+
+def _refuse(prepared, groups, why):
+    """Raise: the kept cases are too few."""
+    raise BratsDataError(
+        f"{sum(map(len, groups))} kept cases of {len(groups)} patients cannot be split "
+        f"{why}",
+        file=prepared,
+        advice="Give more cases, or lower min_labelled",
+    )

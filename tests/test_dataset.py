@@ -6,8 +6,9 @@ import pytest
 from conftest import prepared_toys, write_case
 
 from brats_utils.cases import BratsDataError
-from brats_utils.dataset import split_dataset, verify_dataset
+from brats_utils.dataset import split_dataset, split_folds, verify_dataset
 from brats_utils.files import read_json
+from brats_utils.generator import BratsGenerator
 
 
 def test_the_split_parts_cases_and_keeps_pairs(toy_set, tmp_path):
@@ -125,6 +126,29 @@ def test_D02_links_between_scans_are_followed_through_ids_and_voxels(tmp_path):
         ids = split_dataset(out, tmp_path / "split", ratio=(0.5, 0.5), seed=seed)
         sides = {case: side for side in ids for case in ids[side]}
         assert len({sides[case] for case in "abcd"}) == 1 and len(sides) == 6
+
+
+def test_D02_each_case_is_validated_in_one_fold_with_its_patient(tmp_path):
+    raw = tmp_path / "raw"
+    for number in range(8):
+        write_case(raw, f"Brats18_TCIA01_{number // 2}_{number % 2}", seed=number)
+    out, _ = prepared_toys(raw, tmp_path)
+    for seed, n in ((0, 3), (1, 3), (2, 2)):  # the last leaves no fold2 behind
+        folds = split_folds(out, tmp_path / "folds", folds=n, seed=seed)
+        assert len({tuple(fold["val"]) for fold in folds}) == n
+        held_out = [case_id for fold in folds for case_id in fold["val"]]
+        assert len(held_out) == len(set(held_out)) == 8
+        for number, fold in enumerate(folds):
+            patients = [{i[:-2] for i in fold[side]} for side in ("train", "val")]
+            assert patients[0] and patients[1] and not patients[0] & patients[1]
+            for side, ids in fold.items():
+                folder = tmp_path / "folds" / f"fold{number}" / side
+                assert BratsGenerator(folder).case_ids == ids
+                assert np.load(folder / "masks" / f"{ids[0]}.npy").any()
+        assert len(list((tmp_path / "folds").iterdir())) == n
+    with pytest.raises(BratsDataError, match="8 kept cases of 4 .* into 5 folds"):
+        split_folds(out, tmp_path / "folds", folds=5)
+    assert len(list((tmp_path / "folds").iterdir())) == 2
 
 
 def test_a_case_taken_out_of_the_set_leaves_no_marker(toy_set, tmp_path):
