@@ -69,11 +69,11 @@ def _up(x, skip, filters, name):
     return layers.Concatenate(name=f"{name}_concat")([skip, x])
 
 
-def _head(x, n_classes):
+def _head(x, n_classes, name="head"):
     """Turn features into probabilities, in float32 whatever the precision policy."""
-    x = CONV[len(x.shape) - 2](n_classes, 1, name="head_conv")(x)
-    activation = "softmax" if n_classes == 4 else "sigmoid"
-    return layers.Activation(activation, dtype="float32", name="head_probabilities")(x)
+    x = CONV[len(x.shape) - 2](n_classes, 1, name=f"{name}_conv")(x)
+    kind, name = "softmax" if n_classes == 4 else "sigmoid", f"{name}_probabilities"
+    return layers.Activation(kind, dtype="float32", name=name)(x)
 
 
 def unet(
@@ -160,6 +160,71 @@ def unet(
         x = layers.Add(name="full_add")([x, image])
         x = layers.LeakyReLU(0.01, name="full_act")(x)
     return keras.Model(inputs, _head(x, n_classes), name=f"unet_{rank}d")
+
+
+class _DeeplySupervised(keras.Model):
+    """A U-Net with further outputs on coarser grids, each with half the weight."""
+
+    factors = (1,)  # how many voxels of the labels one of each output measures
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        """Return the loss of all outputs in training, of the finest in validation."""
+        total = 0.0
+        for level, factor in enumerate(self.factors if training else (1,)):
+            middle = slice(factor // 2, None, factor)
+            labels = y[(slice(None), *[middle] * (len(y.shape) - 2))]
+            loss = super().compute_loss(
+                x, labels, y_pred[level], sample_weight, training
+            )
+            total = total + loss / 2**level
+        return total
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Return the metrics of the finest output."""
+        return super().compute_metrics(x, y, y_pred[0], sample_weight)
+
+
+def supervise_deeply(model, levels):
+    """Return a U-Net that learns from coarser outputs of its decoder, too.
+
+    Parameters
+    ----------
+    model : keras.Model
+        As `unet` makes it; its layers are shared, and so are the weights.
+    levels : int
+        How many outputs to add, each on a grid of half the size of the one before.
+
+    Returns
+    -------
+    supervised : keras.Model
+        To train with, on the same labels. Its first output is the model's own.
+
+    Raises
+    ------
+    ValueError
+        If the decoder has not so many further stages.
+
+    References
+    ----------
+    Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
+    """
+    names = [layer.name for layer in model.layers]
+    stride = max(model.get_layer("encoder1_conv1").strides)
+    stages = [n for n in range(1, len(names)) if f"decoder{n}_act2" in names]
+    stages = [stage for stage in stages if stage > 1 or stride > 1][:levels]
+    if len(stages) < levels:
+        raise ValueError(f"only {len(stages)} stages can be supervised, not {levels}")
+    features = [model.get_layer(f"decoder{stage}_act2").output for stage in stages]
+    heads = [
+        _head(x, model.output_shape[-1], f"head{stage}")
+        for stage, x in zip(stages, features, strict=True)
+    ]
+    outputs, name = [model.output, *heads], f"{model.name}_supervised"
+    supervised = _DeeplySupervised(model.input, outputs, name=name)
+    supervised.factors = (1, *(stride * 2 ** (stage - 1) for stage in stages))
+    return supervised
 
 
 def _cicek_block(x, filters, name, padding):

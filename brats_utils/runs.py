@@ -141,15 +141,15 @@ def save_model(model, path):
     Parameters
     ----------
     model : keras.Model
-        Functional; neither its loss nor its optimizer is written. Mixed precision is
-        saved as float32: half precision cannot be pooled on a CPU.
+        Functional; its first output is kept, neither loss nor optimizer is. Mixed
+        precision is saved as float32: half precision cannot be pooled on a CPU.
     path : path
         Ends in `.keras`.
     """
-    if all(layer.compute_dtype == "float32" for layer in model.layers):
-        bare = keras.Model(model.inputs, model.outputs, name=model.name)
-    else:
-        bare = keras.models.clone_model(model, clone_function=_in_float32)
-        bare.set_weights(model.get_weights())
+    bare = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    if any(layer.compute_dtype != "float32" for layer in bare.layers):
+        weights = bare.get_weights()
+        bare = keras.models.clone_model(bare, clone_function=_in_float32)
+        bare.set_weights(weights)
     with atomic_write(path) as temporary:
         bare.save(temporary)

@@ -20,7 +20,7 @@ from brats_utils.files import atomic_write
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import dice_cross_entropy_loss
 from brats_utils.metrics import RegionDice
-from brats_utils.model import model_table
+from brats_utils.model import model_table, supervise_deeply
 from brats_utils.runs import BEST, HISTORY, begin_or_go_on, save_model, save_state
 from brats_utils.transforms import NORMALISATION
 
@@ -112,12 +112,14 @@ def _schedule(learning_rate, steps):
     )
 
 
-def _compile(model, loss, learning_rate, steps):
+def _compile(model, loss, learning_rate, steps, average):
     """Compile with AdamW, clipped gradients and the Dice of each region."""
     optimizer = keras.optimizers.AdamW(
         _schedule(learning_rate, steps),
         weight_decay=WEIGHT_DECAY,
         global_clipnorm=CLIP_NORM,
+        use_ema=average > 0,
+        ema_momentum=average,
     )
     metrics = [RegionDice(region) for region in ENCODED_REGIONS]
     model.compile(optimizer, loss, metrics=metrics, jit_compile=_jit())
@@ -125,14 +127,17 @@ def _compile(model, loss, learning_rate, steps):
     model.optimizer.build(model.trainable_variables)
     # What is not built yet JAX and torch build with a first batch before the first
     # epoch, and a second worker's batches, queued by then, come again later.
-    voxel = [1] * (len(model.output_shape) - 1)
-    labels = np.zeros([*voxel, 1], np.uint8)
-    outputs = np.full([*voxel, model.output_shape[-1]], 0.5, np.float32)
+    factors = getattr(model, "factors", (1,))
+    *grid, n_outputs = model.outputs[0].shape
+    grids = [[1, *[factors[-1] // factor] * len(grid[1:])] for factor in factors]
+    labels = np.zeros([*grids[0], 1], np.uint8)
+    outputs = [np.full([*grid, n_outputs], 0.5, np.float32) for grid in grids]
+    outputs = outputs if len(factors) > 1 else outputs[0]
     model.compute_loss(None, labels, outputs)
     model.compute_metrics(None, labels, outputs)
 
 
-def _describe(model, train_data, val_data, loss, learning_rate):
+def _describe(model, train_data, val_data, loss, **settings):
     """Return what `model.json` says: the input that the model needs, and its making."""
     return {
         "modalities": list(train_data.modalities),
@@ -150,7 +155,7 @@ def _describe(model, train_data, val_data, loss, learning_rate):
         "seed": train_data.seed,
         "weights": f"{len(model.weights)} arrays, {model.count_params()} parameters",
         "loss": getattr(loss, "__name__", type(loss).__name__),
-        "learning_rate": learning_rate,
+        **settings,
         "train_cases": train_data.case_ids,
         "val_cases": val_data.case_ids,
         "volumes": [train_data.checksum, val_data.checksum],
@@ -193,6 +198,15 @@ class _Keeper(keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         self.val_data.set_epoch(0)  # the same patches each time
+        self._lend_average()
+
+    def on_test_end(self, logs=None):
+        self.model.set_weights(self.own)
+
+    def _lend_average(self):
+        """Give the model the average of its weights, where the optimizer keeps one."""
+        self.own = self.model.get_weights()
+        self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
 
     def on_epoch_end(self, epoch, logs=None):
         self._check_finite(epoch, logs["loss"])
@@ -204,7 +218,9 @@ class _Keeper(keras.callbacks.Callback):
         # Until the first validation the newest model is the best there is.
         best = score >= max(map(_mean_dice, self.rows))
         if best or not (self.run_dir / BEST).exists():
+            self._lend_average()
             save_model(self.model, self.run_dir / BEST)
+            self.model.set_weights(self.own)
         with atomic_write(self.run_dir / HISTORY) as temporary:
             pd.DataFrame(self.rows).to_csv(temporary, index=False)
         self.save(rows=self.rows)
@@ -275,6 +291,8 @@ def train(
     epochs,
     loss=dice_cross_entropy_loss,
     learning_rate=1e-3,
+    deep_supervision=0,
+    average=0.0,
     validation_freq=1,
     max_minutes=None,
     verbose=True,
@@ -304,6 +322,11 @@ def train(
         Of labels (B, ..., 1) and probabilities (B, ..., K).
     learning_rate : float
         The highest one, after the warm-up.
+    deep_supervision : int
+        How many coarser outputs learn as well, see `supervise_deeply`.
+    average : float
+        Momentum of a moving average of the weights, which is what is validated and kept
+        as the best: 0.99 averages over some hundred steps, 0 keeps the weights' own.
     validation_freq : int
         Validate every so many epochs, and after the last.
     max_minutes : float, optional
@@ -332,24 +355,27 @@ def train(
     References
     ----------
     Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
-    (the cosine).
+    (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
     """
     if epochs < 1:
         raise ValueError(f"epochs is at least 1, got {epochs}")
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    _compile(model, loss, learning_rate, epochs * len(train_data))
-    description = _describe(model, train_data, val_data, loss, learning_rate)
-    rows = begin_or_go_on(model, run_dir, description)
+    settings = {"learning_rate": learning_rate, "average": average}
+    settings["deep_supervision"] = deep_supervision
+    description = _describe(model, train_data, val_data, loss, **settings)
+    pupil = supervise_deeply(model, deep_supervision) if deep_supervision else model
+    _compile(pupil, loss, learning_rate, epochs * len(train_data), average)
+    rows = begin_or_go_on(pupil, run_dir, description)
     if len(rows) < epochs:
         bar = _progress_bar(len(rows), epochs, verbose)
         save = functools.partial(
-            save_state, model, description=description, run_dir=run_dir
+            save_state, pupil, description=description, run_dir=run_dir
         )
         keeper = _Keeper(run_dir, train_data, val_data, save, rows, max_minutes, bar)
         with bar, _advice_on_memory(train_data):
             _check_memory(model, train_data)
-            _fit(model, keeper, epochs, validation_freq)
+            _fit(pupil, keeper, epochs, validation_freq)
     best = keras.models.load_model(run_dir / BEST, compile=False)
     model.set_weights(best.get_weights())
     return pd.DataFrame(rows)

@@ -4,7 +4,7 @@ import pytest
 
 from brats_utils.losses import dice_focal_loss
 from brats_utils.metrics import RegionDice
-from brats_utils.model import model_table, unet, unet_cicek2016
+from brats_utils.model import model_table, supervise_deeply, unet, unet_cicek2016
 
 ANY_SIZE = (None, None, None, 3)
 
@@ -65,6 +65,32 @@ def test_stem_stride_halves_the_grid_and_restores_it():
     full = model_table(unet(ANY_SIZE), (64, 64, 64, 3)).GFLOP["total"]
     cheap = model_table(unet(ANY_SIZE, stem_stride=2), (64, 64, 64, 3)).GFLOP["total"]
     assert full / cheap > 7
+
+
+@pytest.mark.parametrize("stride, factors", [(1, (1, 2, 4)), (2, (1, 2, 4))])
+def test_coarser_outputs_learn_from_the_same_labels(stride, factors):
+    model = unet((16, 16, 16, 2), filters=2, depth=4, stem_stride=stride)
+    supervised = supervise_deeply(model, 2)
+    assert supervised.factors == factors
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 16, 16, 16, 2)).astype("float32")
+    y = rng.integers(0, 4, (2, 16, 16, 16, 1)).astype("uint8")
+    outputs = [np.asarray(output) for output in supervised(x)]
+    assert [o.shape[1] for o in outputs] == [16 // factor for factor in factors]
+    np.testing.assert_array_equal(outputs[0], model(x))
+    supervised.compile("sgd", dice_focal_loss, metrics=[RegionDice("WT")])
+    sampled = [y, y[:, 1::2, 1::2, 1::2], y[:, 2::4, 2::4, 2::4]]
+    losses = [
+        float(np.mean(dice_focal_loss(labels, output)))
+        for labels, output in zip(sampled, outputs, strict=True)
+    ]
+    scores = supervised.test_on_batch(x, y, return_dict=True)
+    assert scores["loss"] == pytest.approx(losses[0], rel=1e-5)  # comparable
+    expected = losses[0] + losses[1] / 2 + losses[2] / 4
+    trained = supervised.train_on_batch(x, y, return_dict=True)
+    assert trained["loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="stages can be supervised, not 4"):
+        supervise_deeply(model, 4)
 
 
 def test_dropout_acts_in_training_only(image):

@@ -169,6 +169,35 @@ def test_E01_a_stopped_run_goes_on_bit_for_bit(finished, split, tmp_path):
     assert_same_run(tmp_path, history, finished)
 
 
+WINNERS = {"deep_supervision": 1, "average": 0.9}
+
+
+def test_E01_deeply_supervised_and_averaged_it_goes_on_bit_for_bit(split, tmp_path):
+    model, history, *_ = run(split, tmp_path / "a", model=tiny_unet(depth=3), **WINNERS)
+    for model_seed, limit in ((1, 0), (7, None)):
+        again = tiny_unet(depth=3, seed=model_seed)
+        options = {**WINNERS, "max_minutes": limit}
+        _, table, *_ = run(split, tmp_path / "b", model=again, **options)
+    assert_same_run(tmp_path / "b", table, (tmp_path / "a", model, history))
+    with pytest.raises(ValueError, match="other average"):
+        run(split, tmp_path / "b", epochs=5, model=tiny_unet(depth=3))
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(split, tmp_path):
+    model, history, *_ = run(split, tmp_path, epochs=1, average=0.9)
+    arrays = list(variables(tmp_path).values())
+    own, others = arrays[: len(model.weights)], arrays[len(model.weights) :]
+    kept = model.get_weights()  # of the best epoch: there is only one
+    assert not any(np.array_equal(a, b) for a, b in zip(own, kept, strict=True))
+    assert all(any(np.array_equal(a, b) for b in others) for a in kept)
+    val_data = data(split)[1]
+    scores = model.evaluate(val_data, verbose=0, return_dict=True)
+    for region in REGIONS:
+        assert scores[f"dice_{region}"] == pytest.approx(
+            history[f"val_dice_{region}"][0]
+        )
+
+
 @pytest.mark.slow
 def test_E01_killed_at_any_file_operation_it_ends_in_the_same_bits(split, tmp_path):
     script = Path(__file__).with_name("kill_points.py")
