@@ -13,6 +13,9 @@ BRIGHTNESS = (0.75, 1.25)
 CONTRAST = (0.75, 1.25)
 GAMMA = (0.7, 1.5)
 NOISE_SD = 0.1
+DETAIL_CHANCE = 0.1  # of each channel, as half of the channels of every fifth patch
+BLUR_SD = (0.5, 1.0)  # voxels
+RESOLUTION = (0.5, 1.0)
 
 
 def flip(image, labels, rng):
@@ -116,6 +119,35 @@ def change_intensities(image, rng):
     return image
 
 
+def lose_detail(image, rng):
+    """Blur channels, or show them as if scanned more coarsely, each by chance.
+
+    Parameters
+    ----------
+    image : (X, Y, Z, C) float32 array
+        Standardised, background exactly 0, and so it stays; not changed.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    image : (X, Y, Z, C) float32 array
+    """
+    image = np.array(image)
+    for channel in np.moveaxis(image, -1, 0):
+        blurred, coarse = rng.random(2) < DETAIL_CHANCE
+        changed = channel
+        if blurred:
+            changed = ndimage.gaussian_filter(changed, rng.uniform(*BLUR_SD))
+        if coarse:
+            grid = {"mode": "nearest", "grid_mode": True}
+            few = ndimage.zoom(changed, rng.uniform(*RESOLUTION), order=0, **grid)
+            back = np.divide(channel.shape, few.shape)
+            changed = ndimage.zoom(few, back, order=1, **grid)
+        if blurred or coarse:
+            channel[...] = changed * (channel != 0)
+    return image
+
+
 def augment(image, labels, rng):
     """Change a patch at random: flips always, the rest by chance.
 
@@ -140,4 +172,4 @@ def augment(image, labels, rng):
     if rng.random() < TURN_CHANCE:
         image, labels = turn_and_zoom(image, labels, rng)
     image, labels = flip(image, labels, rng)
-    return change_intensities(image, rng), labels
+    return lose_detail(change_intensities(image, rng), rng), labels

@@ -50,11 +50,12 @@ def _surprise(targets, probabilities):
     return truth, -ops.log(truth)
 
 
-def _dice(targets, probabilities):
+def _dice(targets, probabilities, voxels=1):
+    """Return the Dice loss; `voxels` are the axes summed: (0, 1) is over the batch."""
     if probabilities.shape[-1] == len(LABELS):
         targets, probabilities = targets[..., 1:], probabilities[..., 1:]
-    overlap = ops.sum(targets * probabilities, axis=1)  # (B, 3)
-    size = ops.sum(targets, axis=1) + ops.sum(probabilities, axis=1)
+    overlap = ops.sum(targets * probabilities, axis=voxels)  # (B, 3), or (3,)
+    size = ops.sum(targets, axis=voxels) + ops.sum(probabilities, axis=voxels)
     return ops.mean(1 - (2 * overlap + SMOOTH) / (size + SMOOTH), axis=-1)
 
 
@@ -217,3 +218,34 @@ def dice_cross_entropy_loss(y_true, y_pred):
     """
     maps = _prepare(y_true, y_pred)
     return _dice(*maps) + _cross_entropy(*maps)
+
+
+@register_keras_serializable(package="brats_utils")
+def batch_dice_cross_entropy_loss(y_true, y_pred):
+    """Return the Dice loss of a batch taken as one volume, + `cross_entropy_loss`.
+
+    A patch without a region then costs little by itself: the others' voxels stand
+    beside it. With one patch a batch it is `dice_cross_entropy_loss`.
+
+    Parameters
+    ----------
+    y_true : (B, ..., 1) integer or float tensor
+        Labels 0..3.
+    y_pred : (B, ..., K) float tensor
+        Probabilities, K = 4 or 3.
+
+    Returns
+    -------
+    loss : (B,) float32 tensor
+
+    Raises
+    ------
+    ValueError
+        If K is neither 4 nor 3.
+
+    References
+    ----------
+    Isensee et al., 2020, nnU-Net for Brain Tumor Segmentation, arXiv:2011.00848.
+    """
+    maps = _prepare(y_true, y_pred)
+    return _dice(*maps, voxels=(0, 1)) + _cross_entropy(*maps)

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from brats_utils import augment as module
-from brats_utils.augment import augment, change_intensities, flip, turn_and_zoom
+from brats_utils.augment import (
+    augment,
+    change_intensities,
+    flip,
+    lose_detail,
+    turn_and_zoom,
+)
 
 SHAPE = (6, 5, 4)
 
@@ -154,3 +160,30 @@ def test_a_constant_channel_stays_finite(value, monkeypatch):
     image = np.full((*SHAPE, 1), value, np.float32)
     changed = change_intensities(image, np.random.default_rng(0))
     assert np.isfinite(changed).all() and (changed.any() or not value)
+
+
+def test_detail_is_lost_in_the_brain_alone_and_the_mean_stays(monkeypatch):
+    monkeypatch.setattr(module, "DETAIL_CHANCE", 1)
+    image, _ = patch(shape=(24, 24, 24))
+    changed = lose_detail(image, np.random.default_rng(0))
+    assert changed.dtype == np.float32 and not changed[:12].any()
+    inner = (slice(15, -3), slice(3, -3), slice(3, -3))
+    assert changed[inner].std() < 0.6 * image[inner].std()
+    assert changed[inner].mean() == pytest.approx(image[inner].mean(), abs=0.05)
+
+
+def test_what_is_smooth_already_stays_under_a_coarser_scan(monkeypatch):
+    monkeypatch.setattr(module, "DETAIL_CHANCE", 1)
+    monkeypatch.setattr(module, "BLUR_SD", (1e-3, 1e-3))
+    monkeypatch.setattr(module, "RESOLUTION", (0.5, 0.5))
+    ramp = np.broadcast_to(np.arange(1.0, 25.0), (8, 8, 24))[..., None]
+    changed = lose_detail(ramp.astype(np.float32), np.random.default_rng(0))
+    # Every second voxel was kept; between them lie the means.
+    assert np.abs(changed - ramp)[:, :, 2:-2].max() <= 0.5 + 1e-5
+    assert np.abs(changed - ramp).max() > 0
+
+
+def test_without_chance_no_detail_is_lost(monkeypatch):
+    monkeypatch.setattr(module, "DETAIL_CHANCE", 0)
+    image, _ = patch()
+    np.testing.assert_array_equal(lose_detail(image, np.random.default_rng(0)), image)

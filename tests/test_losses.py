@@ -5,6 +5,7 @@ import pytest
 from keras import ops
 
 from brats_utils.losses import (
+    batch_dice_cross_entropy_loss,
     cross_entropy_loss,
     dice_cross_entropy_loss,
     dice_focal_loss,
@@ -18,6 +19,7 @@ LOSSES = [
     cross_entropy_loss,
     dice_focal_loss,
     dice_cross_entropy_loss,
+    batch_dice_cross_entropy_loss,
 ]
 LABELS = np.array([0, 1, 2, 3], "uint8").reshape(1, 2, 2, 1, 1)  # one voxel of each
 AS_LABELS = np.eye(4, dtype="float32")[LABELS[..., 0]]
@@ -81,7 +83,16 @@ def test_an_absent_region_costs_what_is_predicted_of_it(false_alarm):
     assert value(dice_loss, labels, prediction) == expected
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+def test_a_batch_is_one_volume_to_the_batch_dice():
+    labels = np.concatenate([LABELS, 0 * LABELS])  # the second sample has no tumour
+    both = np.concatenate([UNSURE[3], UNSURE[3]])
+    found = np.asarray(batch_dice_cross_entropy_loss(labels, both))
+    one = [np.concatenate([a[:1], a[1:]], axis=1) for a in (labels, both)]
+    assert found.shape == (2,)
+    assert found.mean() == pytest.approx(value(dice_cross_entropy_loss, *one))
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if "batch" not in str(loss)])
 def test_each_sample_has_its_own_loss(loss):
     labels = np.concatenate([LABELS, np.zeros_like(LABELS)])
     both = np.concatenate([UNSURE[4], AS_LABELS])
