@@ -4,16 +4,19 @@
     python benchmarks/recipes.py --minutes 5 --recipes ours
 
 Each trains on the training cases of data/split (notebook 01), predicts its validation
-cases as whole scans, and adds a line to benchmarks/results/recipes.csv; lines that are
-there are not run again. Preparing and scoring do not count as time. A recipe is one
-function. Sizes are for two cores: patches of 96 x 96 x 96 where the original takes
-larger ones, its own window for the tutorial recipe.
+cases as whole scans, and adds a line to benchmarks/results/recipes.csv, and one for
+each case to recipes_cases.csv; what is there is not run again. Preparing and scoring do
+not count as time. A recipe is one function; those named "ours, ..." change one thing of
+it. Sizes are for two cores: patches of 96 x 96 x 96 where the original takes larger
+ones, its own window for the tutorial recipe.
 """
 
 import argparse
+import itertools
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -56,16 +59,17 @@ class UntilTime:
         return True
 
 
-def ours(train_cases, split, minutes, seed, folder):
-    """Train as the quick run of notebook 04 does, its cosine planned for the time."""
-    patches_a_case = max(1, 36 // len(train_cases))
+def ours(train_cases, split, minutes, seed, folder, *, data=None, model=None, **how):
+    """Train as the quick run of notebook 04 does, its cosine planned for the time.
+
+    `data`, `model` and `how` change keywords of the generator, of `unet`, of `train`.
+    """
     options = {"batch_size": 1, "patch_shape": PATCH}
-    data = BratsGenerator(
-        split / "train", augment=True, cache=True, seed=seed, **options
-    )
-    data.patches_per_case = patches_a_case
+    drawn = {"augment": True, "cache": True, "seed": seed, **options, **(data or {})}
+    data = BratsGenerator(split / "train", **drawn)
+    data.patches_per_case = max(1, 36 // len(train_cases))
     val = BratsGenerator(split / "val", tumour_share=1.0, **options)
-    model = unet((None, None, None, len(MODALITIES)), stem_stride=2)
+    model = unet((None, None, None, 3), **{"stem_stride": 2, **(model or {})})
     epochs = plan_epochs(model, data, minutes)
     history = train(
         model,
@@ -77,6 +81,7 @@ def ours(train_cases, split, minutes, seed, folder):
         validation_freq=epochs,
         max_minutes=minutes,
         verbose=False,
+        **how,
     )
     steps = len(history) * len(data)
     return steps, lambda case: predict_case(model, case, patch_shape=PATCH)
@@ -209,6 +214,11 @@ def segresnet(train_cases, split, minutes, seed, folder):
 
 RECIPES = {
     "ours": ours,
+    "ours, regions": partial(ours, model={"n_classes": 3}),
+    "ours, deep supervision": partial(ours, deep_supervision=2),
+    "ours, averaged": partial(ours, average=0.99),
+    "ours, not augmented": partial(ours, data={"augment": False}),
+    "ours, no centring": partial(ours, data={"tumour_share": 0.0}),
     "tutorial": tutorial,
     "repaired": repaired,
     "segresnet": segresnet,
@@ -216,7 +226,7 @@ RECIPES = {
 
 
 def run(name, split, minutes, seed, keep=None):
-    """Train one recipe, score it, and return its line of the table."""
+    """Train one recipe, score it; return its line of the table and a row a case."""
     train_cases, val_cases = seed_recipe.split_cases(split)
     keras.utils.set_random_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -228,11 +238,14 @@ def run(name, split, minutes, seed, keep=None):
             scores.append(score_case(predict(case), truth, spacing_mm(affine)))
         for path in Path(folder).rglob("best.keras") if keep else ():
             shutil.copy(path, keep / f"{name}-{minutes:g}-{seed}.keras")
-    means = pd.DataFrame(scores).filter(regex="dice|hd95").mean().round(4).to_dict()
+    cases = pd.DataFrame(scores).filter(regex="dice|hd95").round(4)
     line = {"recipe": name, "minutes": minutes, "seed": seed, "steps": steps}
+    cases.insert(0, "case", [case.id for case in val_cases])
+    means = cases.mean(numeric_only=True).round(4).to_dict()
     line |= {"train": len(train_cases), "scored": len(val_cases)}
     mean = np.mean([value for key, value in means.items() if "dice" in key])
-    return {**line, "dice_mean": round(mean, 4), **means, "machine": describe_machine()}
+    line |= {"dice_mean": round(mean, 4), **means, "machine": describe_machine()}
+    return line, cases.assign(recipe=name, minutes=minutes, seed=seed)
 
 
 def main():
@@ -245,17 +258,22 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--keep", type=Path, help="folder for the trained Keras models")
     options = parser.parse_args()
-    path = root / "benchmarks/results/recipes.csv"
-    lines = pd.read_csv(path).to_dict("records") if path.exists() else []
-    for seed in options.seeds:
-        for name in options.recipes:
-            key = name, options.minutes, seed
-            if key in [(x["recipe"], x["minutes"], x["seed"]) for x in lines]:
-                continue
-            lines.append(run(name, options.split, options.minutes, seed, options.keep))
-            with atomic_write(path) as temporary:
-                pd.DataFrame(lines).to_csv(temporary, index=False)
-    print(pd.DataFrame(lines).drop(columns="machine").to_string(index=False))
+    results = root / "benchmarks/results"
+    path, cases_path = results / "recipes.csv", results / "recipes_cases.csv"
+    for seed, name in itertools.product(options.seeds, options.recipes):
+        lines = pd.read_csv(path) if path.exists() else pd.DataFrame()
+        key = {"recipe": name, "minutes": options.minutes, "seed": seed}
+        if len(lines) and (lines[list(key)] == pd.Series(key)).all(axis=1).any():
+            continue
+        line, cases = run(name, options.split, options.minutes, seed, options.keep)
+        cases = [pd.read_csv(cases_path), cases] if cases_path.exists() else [cases]
+        for table, place in (
+            (pd.concat(cases), cases_path),
+            (pd.concat([lines, pd.DataFrame([line])]), path),
+        ):
+            with atomic_write(place) as temporary:
+                table.to_csv(temporary, index=False)
+    print(pd.read_csv(path).drop(columns="machine").to_string(index=False))
 
 
 if __name__ == "__main__":
