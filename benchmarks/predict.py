@@ -17,12 +17,9 @@ import seed_recipe
 from common import in_new_process, in_turn, print_rows, print_times
 
 from brats_utils.cases import find_cases, load_case
+from brats_utils.decoding import decode_probabilities
 from brats_utils.evaluation import score_case
-from brats_utils.inference import (
-    decode_probabilities,
-    predict_case,
-    predict_probabilities,
-)
+from brats_utils.inference import predict_case, predict_probabilities
 from brats_utils.phantom import write_phantom
 from brats_utils.transforms import brain_box, scale_volume, standardise
 

@@ -27,11 +27,12 @@ from common import describe_machine
 from keras import ops
 
 from brats_utils.cases import load_case, load_labels
+from brats_utils.decoding import decode_probabilities
 from brats_utils.evaluation import score_case
 from brats_utils.files import atomic_write, project_root
 from brats_utils.generator import BratsGenerator
-from brats_utils.inference import decode_probabilities, predict_case
-from brats_utils.labels import encode_labels
+from brats_utils.inference import predict_case
+from brats_utils.labels import REGIONS, encode_labels
 from brats_utils.model import unet
 from brats_utils.nifti import spacing_mm
 from brats_utils.prepare import scale_volume
@@ -147,6 +148,46 @@ def repaired(train_cases, split, minutes, seed, folder):
     return clock.steps, predict
 
 
+def medicai(train_cases, split, minutes, seed, folder):
+    """Train keras.io's BraTS example: medicai's SwinUNETR, its loss and optimiser."""
+    from medicai.losses import BinaryDiceCELoss
+    from medicai.models import SwinUNETR
+    from medicai.utils.inference import SlidingWindowInference
+
+    data = []
+    for case in train_cases:
+        image, labels, _ = load_case(case, MODALITIES)
+        box = brain_box(image)
+        regions = [np.isin(labels[box], values) for values in REGIONS.values()]
+        data.append((image[box], np.stack(regions, axis=-1).astype(np.float32)))
+    model = SwinUNETR(input_shape=(*PATCH, len(MODALITIES)), num_classes=3)
+    optimizer = keras.optimizers.AdamW(1e-4, weight_decay=1e-5)
+    loss = BinaryDiceCELoss(from_logits=True, num_classes=3)
+    model.compile(optimizer, loss, jit_compile=False)
+    rng, clock, order = np.random.default_rng(seed), UntilTime(minutes), []
+    while clock.go_on():
+        order = order or rng.permutation(len(data)).tolist()
+        image, regions = data[order.pop()]
+        corner = [
+            rng.integers(0, n - m + 1)
+            for n, m in zip(regions.shape, PATCH, strict=False)
+        ]
+        box = tuple(slice(i, i + n) for i, n in zip(corner, PATCH, strict=True))
+        axes = tuple(axis for axis in range(3) if rng.random() < 0.5)
+        # The example standardises after cropping: a patch by its own mean and SD.
+        x = np.flip(standardise(image[box]), axes) + rng.uniform(-0.1, 0.1)
+        y = np.flip(regions[box], axes)
+        model.train_on_batch(np.ascontiguousarray(x)[None], y.copy()[None])
+    slide = SlidingWindowInference(model, 3, PATCH, sw_batch_size=4, overlap=0.5)
+
+    def predict(case):
+        image, _, _ = load_case(case, MODALITIES)
+        logits = ops.convert_to_numpy(slide(standardise(image)[None]))[0]
+        return decode_probabilities(1 / (1 + np.exp(-logits)))
+
+    return clock.steps, predict
+
+
 def _brain_of(case):
     """Return the standardised brain (C, X, Y, Z), its box and the scan's labels."""
     image, segmentation, _ = load_case(case, MODALITIES)
@@ -222,6 +263,7 @@ RECIPES = {
     "tutorial": tutorial,
     "repaired": repaired,
     "segresnet": segresnet,
+    "medicai": medicai,
 }
 
 
