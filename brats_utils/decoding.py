@@ -72,10 +72,10 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
     >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
     array([1, 2, 0], dtype=uint8)
     """
-    regions = region_probabilities(probabilities)
     if thresholds is None and np.shape(probabilities)[-1] == len(LABELS):
         segmentation = decode_labels(np.argmax(probabilities, axis=-1))
     else:
+        regions = region_probabilities(probabilities)
         above = regions > np.array(thresholds or PLAIN["thresholds"], regions.dtype)
         nested = np.logical_and.accumulate(above, axis=-1)
         # By how many regions a voxel lies in: oedema, core, enhancing tumour.

@@ -214,15 +214,18 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None, spread
         If a model is no such model, or takes patches of another shape.
     """
     axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
-    total, squares, count = 0.0, 0.0, 0
+    total = squares = None
+    count = 0
     for each in _as_list(model):
         shape = _check_fit(each, image, patch_shape)
         for mirrored in axes if flips else [()]:
             found = _predict_once(each, np.flip(image, mirrored), shape)
             found = np.flip(found, mirrored)
-            total, count = total + found, count + 1
-            squares = squares + found**2 if spread else 0.0
-    mean = total / count
+            total = found if total is None else total + found
+            if spread:
+                squares = found**2 if squares is None else squares + found**2
+            count += 1
+    mean = total / count if count > 1 else total
     if not spread:
         return mean
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0)).max(axis=-1)
@@ -259,18 +262,22 @@ def _read_brain(case, modalities):
     return standardise(image[box]), image.any(axis=-1), box, affine
 
 
-def _predict_brain(models, case, modalities, flips, patch_shape):
-    """Return probabilities and their spread in the brain's box, mask, box, affine."""
+def _predict_brain(
+    models, case, *, modalities=None, flips=False, patch_shape=None, spread=False
+):
+    """Return [probabilities], with `spread` that too, of the brain, and its place."""
     noted = getattr(models[0], "description", {}).get("patch_shape")
     modalities = _choose_modalities(models[0], modalities)
     brain, mask, box, affine = _read_brain(case, modalities)
-    probabilities, spread = predict_probabilities(
-        models, brain, flips=flips, patch_shape=patch_shape or noted, spread=True
+    patch_shape = patch_shape or noted
+    found = predict_probabilities(
+        models, brain, flips=flips, patch_shape=patch_shape, spread=spread
     )
+    probabilities, *spread = found if spread else (found,)
     if not np.isfinite(probabilities).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
     probabilities[~mask[box], -3:] = 0  # no tumour outside the brain
-    return probabilities, spread, mask, box, affine
+    return [probabilities, *spread], (mask, box, affine)
 
 
 def _paste(values, mask, box, affine):
@@ -326,14 +333,14 @@ def predict_case(
         If a model does not fit, or its output is NaN.
     """
     models = _as_list(model)
-    probabilities, spread, *place = _predict_brain(
-        models, case, modalities, flips, patch_shape
-    )
+    options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
+    found, place = _predict_brain(models, case, spread=uncertainty, **options)
     given = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
     decoding = getattr(models[0], "description", {}).get("decoding", {})
     decoding = decoding | {k: v for k, v in given.items() if v is not None}
-    segmentation = _paste(decode_probabilities(probabilities, **decoding), *place)
-    return (segmentation, _paste(spread, *place)) if uncertainty else segmentation
+    found[0] = decode_probabilities(found[0], **decoding)
+    volumes = tuple(_paste(values, *place) for values in found)
+    return volumes if uncertainty else volumes[0]
 
 
 def tune_model(run_dir, cases, **options):
@@ -357,10 +364,9 @@ def tune_model(run_dir, cases, **options):
 
     def predicted():
         for case in cases:
-            keywords = {"modalities": None, "flips": False, "patch_shape": None}
-            found = _predict_brain(models, case, **{**keywords, **options})
-            truth, affine = load_labels(case.segmentation, case.labels)
-            yield found[0], to_lps(truth, affine)[found[3]]
+            (found,), (_, box, affine) = _predict_brain(models, case, **options)
+            truth, _ = load_labels(case.segmentation, case.labels)
+            yield found, to_lps(truth, affine)[box]
 
     decoding, gain = tune_decoding(predicted())
     write_json(path, {**read_json(path), "decoding": decoding})
