@@ -207,6 +207,8 @@ class _Keeper(keras.callbacks.Callback):
         """Give the model the average of its weights, where the optimizer keeps one."""
         self.own = self.model.get_weights()
         self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
+        # Copies: JAX, validating, would give away arrays that are the optimizer's.
+        self.model.set_weights(self.model.get_weights())
 
     def on_epoch_end(self, epoch, logs=None):
         self._check_finite(epoch, logs["loss"])

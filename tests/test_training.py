@@ -464,14 +464,13 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import keras
-from test_training import data, run, tiny_unet
+from test_training import WINNERS, data, run, tiny_unet
 split, out = map(Path, sys.argv[1:3])
 losses = []
 for workers in (1, 2):
     train_data, _ = data(split, augment=True, workers=workers)
-    history = run(
-        split, out / str(workers), 2, model=tiny_unet(depth=2), train_data=train_data
-    )[1]
+    options = {"model": tiny_unet(depth=3), "train_data": train_data, **WINNERS}
+    history = run(split, out / str(workers), 2, **options)[1]
     losses.append(history["loss"].tolist())
 print(json.dumps([keras.backend.backend(), losses]))
 """
