@@ -33,6 +33,7 @@ from brats_utils.files import atomic_write, project_root
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import predict_case
 from brats_utils.labels import REGIONS, encode_labels
+from brats_utils.losses import dice_cross_entropy_loss
 from brats_utils.model import unet
 from brats_utils.nifti import spacing_mm
 from brats_utils.prepare import scale_volume
@@ -91,7 +92,7 @@ def ours(train_cases, split, minutes, seed, folder, *, data=None, model=None, **
 def plan_epochs(model, data, minutes):
     """Return how many epochs fit into the time, by steps of a copy of the model."""
     copy = keras.models.clone_model(model)
-    copy.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
+    copy.compile("adam", dice_cross_entropy_loss, jit_compile=False)
     x, y = data[0]
     copy.train_on_batch(x, y)
     start = time.monotonic()
