@@ -41,7 +41,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 
 # Peers that are not installed are left out and named: see benchmarks/requirements.txt.
+# Of the recipes, two hours of training, only the table of former runs is printed.
 BENCHES := common imports prepare generator step predict score scale reader
 bench: $(STAMP)
 	for bench in $(BENCHES); do $(BIN)/python benchmarks/$$bench.py || exit 1; done > benchmarks/results.md
+	$(BIN)/python benchmarks/recipes.py --recipes >> benchmarks/results.md
 	cat benchmarks/results.md

@@ -2,6 +2,7 @@
 
     python benchmarks/recipes.py --minutes 20 --recipes tutorial repaired segresnet
     python benchmarks/recipes.py --minutes 5 --recipes ours
+    python benchmarks/recipes.py --recipes       (none: only prints the table)
 
 Each trains on the training cases of data/split (notebook 01), predicts its validation
 cases as whole scans, and adds a line to benchmarks/results/recipes.csv, and one for
@@ -295,7 +296,7 @@ def main():
     """Run what is not in the table yet, and print the table."""
     root = project_root(Path(__file__).parent)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=[*RECIPES])
     parser.add_argument("--split", type=Path, default=root / "data/split")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
@@ -316,7 +317,12 @@ def main():
         ):
             with atomic_write(place) as temporary:
                 table.to_csv(temporary, index=False)
-    print(pd.read_csv(path).drop(columns="machine").to_string(index=False))
+    print("\n### Mean Dice of WT, TC and ET on whole scans, against the clock\n")
+    print("| | minutes | seed | steps | mean | WT | TC | ET |\n|---|" + 7 * "---|")
+    shown = ["recipe", "minutes", "seed", "steps"]
+    shown += ["dice_mean", *(f"dice_{region}" for region in REGIONS)]
+    for line in pd.read_csv(path)[shown].sort_values(["recipe", "seed"]).to_numpy():
+        print("|", " | ".join(map(str, line)), "|")
 
 
 if __name__ == "__main__":
