@@ -45,5 +45,5 @@ lint: $(STAMP)
 BENCHES := common imports prepare generator step predict score scale reader
 bench: $(STAMP)
 	for bench in $(BENCHES); do $(BIN)/python benchmarks/$$bench.py || exit 1; done > benchmarks/results.md
-	$(BIN)/python benchmarks/recipes.py --recipes >> benchmarks/results.md
+	$(BIN)/python benchmarks/compare.py >> benchmarks/results.md
 	cat benchmarks/results.md

@@ -8,6 +8,7 @@ from brats_utils.labels import ENCODED_REGIONS, LABELS, REGIONS, decode_labels
 THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)
 MIN_ET_VOXELS = (0, 25, 50, 100, 200, 400)
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_et_voxels": 0}
+LEAST_GAIN = 0.001  # of mean Dice: less is chance
 
 
 def region_probabilities(probabilities):
@@ -76,7 +77,8 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
         segmentation = decode_labels(np.argmax(probabilities, axis=-1))
     else:
         regions = region_probabilities(probabilities)
-        above = regions > np.array(thresholds or PLAIN["thresholds"], regions.dtype)
+        thresholds = PLAIN["thresholds"] if thresholds is None else thresholds
+        above = regions > np.array(thresholds, regions.dtype)
         nested = np.logical_and.accumulate(above, axis=-1)
         # By how many regions a voxel lies in: oedema, core, enhancing tumour.
         segmentation = np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
@@ -117,24 +119,29 @@ def tune_decoding(cases):
     -------
     decoding : dict
         "thresholds" and "min_et_voxels", keywords of `decode_probabilities`: 0.5 and 0
-        wherever no other value is better; empty if none is.
+        wherever no other value is better; empty if nothing is better than to decode
+        without them, as `decode_probabilities` does by default.
     gain : pandas.DataFrame
-        Rows WT, TC and ET; mean Dice with 0.5 and 0, "plain", and "tuned".
+        Rows WT, TC and ET; mean Dice by default, "plain", and "tuned".
     """
-    kept = []
+    kept, plain = [], []
     for probabilities, truth in cases:
         regions = region_probabilities(probabilities)
         matters = (regions[..., 0] > THRESHOLDS[0]) | (truth > 0)
         kept.append((regions[matters], truth[matters]))
-    best, plain = PLAIN, _mean_dice(kept, PLAIN)
-    tuned = plain
+        plain.append(
+            _mean_dice([(np.asarray(probabilities)[matters], truth[matters])], {})
+        )
+    plain = np.mean(plain, axis=0)
+    best, tuned = PLAIN, _mean_dice(kept, PLAIN)
     for step in range(len(REGIONS) + 1):
         for trial in _trials(best, step):
             found = _mean_dice(kept, trial)
-            if found.mean() > tuned.mean() + 1e-6:
+            if found.mean() > tuned.mean() + LEAST_GAIN:
                 best, tuned = trial, found
-    gain = pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
-    return ({} if best is PLAIN else best), gain
+    if tuned.mean() <= plain.mean() + LEAST_GAIN:
+        best, tuned = {}, plain
+    return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
 
 
 def _trials(decoding, step):

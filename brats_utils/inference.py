@@ -314,7 +314,7 @@ def predict_case(
         As in `predict_probabilities`. Where no shape is given, windows of the training
         patches' shape are taken if `load_model` found it noted beside the model.
     thresholds, min_et_voxels : optional
-        As in `decode_probabilities`. By default what `tune_model` noted, else none.
+        As in `decode_probabilities`. By default what `tune_models` noted, else none.
     uncertainty : bool
         Return the spread over flips and models as well.
 
@@ -343,15 +343,15 @@ def predict_case(
     return volumes if uncertainty else volumes[0]
 
 
-def tune_model(run_dir, cases, **options):
-    """Tune a trained model's decoding on validation cases, and note it beside it.
+def tune_models(run_dirs, parts, **options):
+    """Tune the decoding of trained models on validation cases, and note it beside them.
 
     Parameters
     ----------
-    run_dir : path
-        The folder of a run; its `model.json` gets "decoding".
-    cases : sequence of Case
-        With segmentations; not those it was trained on.
+    run_dirs : sequence of path
+        The folder of a run, or of each fold's; every `model.json` gets "decoding".
+    parts : sequence of sequence of Case
+        For each run cases with segmentations that it was not trained on.
     **options
         `modalities`, `flips` and `patch_shape` of `predict_case`.
 
@@ -360,16 +360,18 @@ def tune_model(run_dir, cases, **options):
     gain : pandas.DataFrame
         See `tune_decoding`.
     """
-    models, path = _as_list(run_dir), Path(run_dir) / SIDECAR
 
     def predicted():
-        for case in cases:
-            (found,), (_, box, affine) = _predict_brain(models, case, **options)
-            truth, _ = load_labels(case.segmentation, case.labels)
-            yield found, to_lps(truth, affine)[box]
+        for run_dir, cases in zip(run_dirs, parts, strict=True):
+            models = _as_list(run_dir)
+            for case in cases:
+                (found,), (_, box, affine) = _predict_brain(models, case, **options)
+                truth, _ = load_labels(case.segmentation, case.labels)
+                yield found, to_lps(truth, affine)[box]
 
     decoding, gain = tune_decoding(predicted())
-    write_json(path, {**read_json(path), "decoding": decoding})
+    for path in (Path(run_dir) / SIDECAR for run_dir in run_dirs):
+        write_json(path, {**read_json(path), "decoding": decoding})
     return gain
 
 

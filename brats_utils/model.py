@@ -170,16 +170,16 @@ class _DeeplySupervised(keras.Model):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        """Return the loss of all outputs in training, of the finest in validation."""
-        total = 0.0
-        for level, factor in enumerate(self.factors if training else (1,)):
+        """Return the outputs' mean loss in training, the finest's in validation."""
+        total, factors = 0.0, self.factors if training else (1,)
+        for level, factor in enumerate(factors):
             middle = slice(factor // 2, None, factor)
             labels = y[(slice(None), *[middle] * (len(y.shape) - 2))]
             loss = super().compute_loss(
                 x, labels, y_pred[level], sample_weight, training
             )
             total = total + loss / 2**level
-        return total
+        return total / sum(2.0**-level for level in range(len(factors)))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """Return the metrics of the finest output."""

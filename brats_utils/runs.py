@@ -85,7 +85,7 @@ def read_state(run_dir):
         )
 
 
-def begin_or_go_on(model, run_dir, description):
+def begin_or_go_on(model, run_dir, description, epochs):
     """Restore the run that a folder holds, or begin one there.
 
     Parameters
@@ -95,7 +95,10 @@ def begin_or_go_on(model, run_dir, description):
     run_dir : Path
         An existing folder.
     description : dict
-        What the run is made of: data, settings, architecture. Written as `model.json`.
+        What the run is made of: data, settings, architecture. Written as `model.json`
+        unless the run is finished: then that may hold notes of its model.
+    epochs : int
+        That the run shall have in the end.
 
     Returns
     -------
@@ -115,7 +118,8 @@ def begin_or_go_on(model, run_dir, description):
     changed = [
         name if isinstance(value, list) else f"{name} ({before.get(name)} -> {value})"
         for name, value in description.items()
-        if name not in NO_SETTINGS and before.get(name) != value
+        # What an older run does not note it did not have: None, 0 and False alike.
+        if name not in NO_SETTINGS and (before.get(name) or None) != (value or None)
     ]
     if rows and changed:
         raise ValueError(
@@ -126,7 +130,8 @@ def begin_or_go_on(model, run_dir, description):
             variable.assign(array)
     else:  # the weights before the first step are a state to go on from, too
         save_state(model, [], description, run_dir)
-    write_json(run_dir / SIDECAR, description)
+    if len(rows) < epochs:
+        write_json(run_dir / SIDECAR, description)
     return rows
 
 

@@ -27,6 +27,7 @@ from brats_utils.transforms import NORMALISATION
 WARMUP_SHARE = 0.05  # of all steps
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 1.0
+AVERAGED_SHARE = 0.05  # of all steps: an average reaches back no further
 
 
 def has_gpu():
@@ -58,35 +59,35 @@ def choose_precision():
     """
     if not has_gpu():
         return "float32"
-    capability = _ask_gpus("compute_cap", otherwise=0)
+    capability = min(_ask_gpus("compute_cap", otherwise=0))
     if capability >= 8:
         return "mixed_bfloat16"
     return "mixed_float16" if capability >= 7 else "float32"
 
 
 def _ask_gpus(field, otherwise):
-    """Return the least that NVIDIA's tool says of the GPUs; `otherwise` if nothing."""
+    """Return what NVIDIA's tool says of each GPU; [otherwise] if nothing."""
     query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        return min(float(line) for line in found.stdout.split())
+        return [float(line) for line in found.stdout.split()] or [otherwise]
     except (OSError, subprocess.SubprocessError, ValueError):
-        return otherwise
+        return [otherwise]
 
 
 def _memory_gb():
     """Return the training device's memory in GB (10⁹ bytes); infinity if unknown."""
     if has_gpu():
-        return _ask_gpus("memory.total", otherwise=math.inf) * 2**20 / 1e9
+        return max(_ask_gpus("memory.total", otherwise=math.inf)) * 2**20 / 1e9
     if not hasattr(os, "sysconf"):  # Windows
         return math.inf
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
 
 
 def _check_memory(model, data):
-    """Raise if the layers' outputs, which a step keeps, cannot fit into memory."""
+    """Raise if half of the layers' outputs, the least a step keeps, cannot fit."""
     needed_gb = model_table(model, data.input_shape)["activations_mb"]["total"] / 1e3
-    needed_gb *= data.batch_size * (0.5 if "16" in model.layers[1].compute_dtype else 1)
+    needed_gb *= data.batch_size / (4 if "16" in model.layers[1].compute_dtype else 2)
     if needed_gb > _memory_gb():
         raise MemoryError(f"a step keeps {needed_gb:.1f} of {_memory_gb():.1f} GB")
 
@@ -114,12 +115,14 @@ def _schedule(learning_rate, steps):
 
 def _compile(model, loss, learning_rate, steps, average):
     """Compile with AdamW, clipped gradients and the Dice of each region."""
+    # Keras's average begins with the first weights, which a short run would keep.
+    momentum = min(average, max(0.5, 1 - 1 / (AVERAGED_SHARE * steps)))
     optimizer = keras.optimizers.AdamW(
         _schedule(learning_rate, steps),
         weight_decay=WEIGHT_DECAY,
         global_clipnorm=CLIP_NORM,
         use_ema=average > 0,
-        ema_momentum=average,
+        ema_momentum=momentum,
     )
     metrics = [RegionDice(region) for region in ENCODED_REGIONS]
     model.compile(optimizer, loss, metrics=metrics, jit_compile=_jit())
@@ -328,7 +331,9 @@ def train(
         How many coarser outputs learn as well, see `supervise_deeply`.
     average : float
         Momentum of a moving average of the weights, which is what is validated and kept
-        as the best: 0.99 averages over some hundred steps, 0 keeps the weights' own.
+        as the best: 0.99 averages over some hundred steps, though never over more than
+        a twentieth of the run; 0 keeps the weights' own. The statistics of batch
+        normalisation, a moving average already, stay as they are.
     validation_freq : int
         Validate every so many epochs, and after the last.
     max_minutes : float, optional
@@ -368,7 +373,7 @@ def train(
     description = _describe(model, train_data, val_data, loss, **settings)
     pupil = supervise_deeply(model, deep_supervision) if deep_supervision else model
     _compile(pupil, loss, learning_rate, epochs * len(train_data), average)
-    rows = begin_or_go_on(pupil, run_dir, description)
+    rows = begin_or_go_on(pupil, run_dir, description, epochs)
     if len(rows) < epochs:
         bar = _progress_bar(len(rows), epochs, verbose)
         save = functools.partial(

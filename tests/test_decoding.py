@@ -69,3 +69,24 @@ def test_labels_are_added_up_over_the_regions():
     assert decode_probabilities(labels).tolist() == [0, 0]
     found = decode_probabilities(labels, thresholds=[0.5, 0.4, 0.3])
     assert found.tolist() == [1, 0]
+
+
+def test_labels_are_tuned_against_the_decoding_that_they_have():
+    # Background is the likeliest label of the last five voxels, and right, although the
+    # other labels together, whole tumour, have more than one half.
+    probabilities = np.tile([0.02, 0.01, 0.96, 0.01], (10, 1))
+    probabilities[5:] = [0.45, 0.2, 0.15, 0.2]
+    decoding, gain = tune_decoding([(probabilities, np.repeat([2, 0], 5))])
+    assert decoding == {}
+    assert (gain == 1).all(axis=None)
+    # Here the tumour is less likely than background, but far more than elsewhere.
+    hidden = np.tile([0.45, 0.3, 0.05, 0.2], (10, 1))
+    hidden[5:] = [0.98, 0.01, 0.01, 0]
+    decoding, gain = tune_decoding([(hidden, np.repeat([1, 0], 5))])
+    assert decoding["thresholds"][1] < 0.5
+    assert gain.loc["TC"].tolist() == [0, 1]
+
+
+def test_thresholds_may_be_an_array():
+    regions = [[0.9, 0.6, 0.6]]
+    assert decode_probabilities(regions, thresholds=np.full(3, 0.7)).tolist() == [2]

@@ -15,7 +15,7 @@ from brats_utils.inference import (
     predict_case,
     predict_cases,
     predict_probabilities,
-    tune_model,
+    tune_models,
 )
 from brats_utils.model import unet
 from brats_utils.nifti import to_lps
@@ -190,7 +190,7 @@ def test_a_tuned_decoding_is_noted_and_heeded(tmp_path, case):
     description["keras"] = keras.__version__
     write_json(tmp_path / "model.json", description)
     before = predict_case(tmp_path, case)
-    gain = tune_model(tmp_path, [case])
+    gain = tune_models([tmp_path], [[case]])
     assert gain["tuned"].mean() > gain["plain"].mean() + 0.1
     noted = load_model(tmp_path).description["decoding"]
     assert min(noted["thresholds"]) < 0.5

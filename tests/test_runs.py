@@ -13,7 +13,7 @@ def run_dir(tmp_path):
     model = keras.Sequential([keras.Input((20,)), keras.layers.Dense(50)])
     model.compile("adam", "mse")
     model.optimizer.build(model.trainable_variables)
-    runs.begin_or_go_on(model, tmp_path, {"batch_size": 2})
+    runs.begin_or_go_on(model, tmp_path, {"batch_size": 2}, 1)
     return tmp_path
 
 

@@ -183,6 +183,45 @@ def test_E01_deeply_supervised_and_averaged_it_goes_on_bit_for_bit(split, tmp_pa
         run(split, tmp_path / "b", epochs=5, model=tiny_unet(depth=3))
 
 
+def test_a_finished_run_keeps_what_was_noted_beside_its_model(split, tmp_path):
+    run(split, tmp_path, epochs=1)
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**read_json(path), "decoding": {"min_et_voxels": 50}}))
+    run(split, tmp_path, epochs=1)
+    assert read_json(path)["decoding"] == {"min_et_voxels": 50}
+    run(split, tmp_path, epochs=2)  # another model: what was tuned is void
+    assert "decoding" not in read_json(path)
+
+
+def test_a_run_that_notes_no_average_yet_goes_on(finished, split, tmp_path):
+    interrupted(split, tmp_path)
+    path = tmp_path / "last.npz"
+    with np.load(path) as arrays:
+        arrays = dict(arrays)
+    record = json.loads(arrays["record"].item())
+    for name in ("average", "deep_supervision"):
+        assert record["description"].pop(name) == 0
+    np.savez(path, **{**arrays, "record": json.dumps(record)})
+    assert_same_run(tmp_path, run(split, tmp_path)[1], finished)
+    with pytest.raises(ValueError, match="other average .0.0 -> 0.9"):
+        run(split, tmp_path, epochs=5, average=0.9)
+
+
+def test_an_average_does_not_keep_the_first_weights_of_a_short_run(split, tmp_path):
+    # 80 steps: a momentum of 0.999 would leave nine tenths of what training began with.
+    options = {"epochs": 40, "validation_freq": 40}
+    means = [
+        run(split, tmp_path / str(average), average=average, **options)[0].get_weights()
+        for average in (0.0, 0.999)
+    ]
+    first = tiny_unet().get_weights()
+    moved, apart = (
+        np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(one, other, strict=True)))
+        for one, other in ((means[0], first), means)
+    )
+    assert apart < 0.2 * moved
+
+
 def test_the_average_of_the_weights_is_what_is_validated_and_kept(split, tmp_path):
     model, history, *_ = run(split, tmp_path, epochs=1, average=0.9)
     arrays = list(variables(tmp_path).values())
