@@ -34,22 +34,23 @@ def quiet():
     return contextlib.redirect_stdout(sys.stderr)
 
 
-def print_times(title, seconds, *, ours="ours", per=1, unit="s", notes=None):
+def print_times(title, seconds, *, ours="ours", per=1, unit="s", aims=None):
     """Print a table: median, lowest to highest, and how many times ours each takes.
 
-    `per` is what a run does of something: seconds are divided by it.
+    `per` is what a run does of something: seconds are divided by it; `aims` says what
+    is to be reached, by the name of a row.
     """
     print(f"\n### {title}\n")
-    print(f"| | median, {unit} | from … to | times ours | |")
+    print(f"| | median, {unit} | from … to | times ours | aim |")
     print("|---|---|---|---|---|")
     for name, values in seconds.items():
         each = sorted(value / per for value in values)
         pairs = zip(values, seconds[ours], strict=True)
         ratio = median(value / base for value, base in pairs)
-        note = (notes or {}).get(name, "")
+        aim = (aims or {}).get(name, "")
         print(
             f"| {name} | {median(each):.3g} | {each[0]:.3g} … {each[-1]:.3g} "
-            f"| {ratio:.2f} | {note} |"
+            f"| {ratio:.2f} | {aim} |"
         )
 
 

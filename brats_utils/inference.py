@@ -276,7 +276,9 @@ def _predict_brain(
     probabilities, *spread = found if spread else (found,)
     if not np.isfinite(probabilities).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
-    probabilities[~mask[box], -3:] = 0  # no tumour outside the brain
+    probabilities[~mask[box], -3:] = 0  # no tumour outside the brain, nor doubt
+    for values in spread:
+        values[~mask[box]] = 0
     return [probabilities, *spread], (mask, box, affine)
 
 

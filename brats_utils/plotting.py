@@ -326,6 +326,44 @@ def plot_prediction(
     return axes
 
 
+def plot_uncertainty(image, prediction, spread, *, channel=0, index=None, axis=2):
+    """Show a scan with its predicted labels, and where they are not to be trusted.
+
+    Parameters
+    ----------
+    image : (X, Y, Z, C) or (X, Y, Z) array
+        In LPS order.
+    prediction : (X, Y, Z) integer array
+        BraTS label map, values 0, 1, 2 and 4.
+    spread : (X, Y, Z) float array
+        Standard deviation of the probabilities, as `predict_case` returns it: up to
+        0.5, the same colours in every figure.
+    channel : int
+        Which modality to show; the first, FLAIR, by default.
+    index, axis
+        As in `plot_slices`.
+
+    Returns
+    -------
+    axes : array of 2 matplotlib axes
+    """
+    channels, names = _channels(image)
+    if index is None:
+        index = best_slice(prediction, axis)
+    axes = plot_slices(
+        [channels[channel]] * 2,
+        [f"{names[channel]}, prediction", "standard deviation"],
+        segmentations=[prediction, None],
+        index=index,
+        axis=axis,
+    )
+    shown = np.ma.masked_less(_picture(spread, index, axis), 0.05)
+    options = {"aspect": axes[1].get_aspect(), "interpolation": "nearest"}
+    picture = axes[1].imshow(shown, cmap="plasma", vmin=0, vmax=0.5, **options)
+    axes[1].figure.colorbar(picture, ax=axes[1], shrink=0.7)
+    return axes
+
+
 def plot_history(history, axes=None):
     """Show how loss and Dice went from epoch to epoch.
 

@@ -175,6 +175,8 @@ def test_uncertainty_is_written_on_the_scans_grid(tmp_path, case):
     np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), spread)
     np.testing.assert_array_equal(load_labels(tmp_path / "toy.nii.gz")[0], segmentation)
     assert 0 < spread.max() <= 0.5  # the model prefers a side, its mirror the other
+    outside = ~load_case(case)[0].any(axis=-1)
+    assert outside.any() and not spread[outside].any()
     same = predict_case(oracle(), case, flips=True, uncertainty=True)[1]
     assert same.max() < 1e-3  # a voxel alone has no side
 

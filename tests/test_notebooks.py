@@ -89,6 +89,24 @@ def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatc
     for path in reversed(NOTEBOOKS):
         execute(path, tmp_path, monkeypatch, **TINY)
     check_a_trained_model_on_a_folder(tmp_path, monkeypatch)
+    check_folds_by_the_winners_recipe(tmp_path, monkeypatch)
+
+
+def check_folds_by_the_winners_recipe(data, monkeypatch):
+    """Each prepared case is scored by the network of the fold that left it out."""
+    winners = {"RUN": "winners", "FOLDS": "2", "N_CLASSES": "3", "AVERAGE": "0.9"}
+    winners |= {"DEEP_SUPERVISION": "1", "FLIPS": "1"}
+    for name in ("MODEL", "RAW"):
+        monkeypatch.delenv(f"BRATS_{name}", raising=False)
+    execute(NOTEBOOKS[3], data, monkeypatch, **{**TINY, **winners})
+    scores = pd.read_csv(data / "predictions" / "phantom-winners" / "scores.csv")
+    report = pd.read_csv(data / "prepared" / "cases.csv").query("kept")
+    assert sorted(scores["case"]) == sorted(report["case"])
+    runs = sorted((data / "models").glob("phantom-winners-fold*"))
+    notes = [read_json(run / "model.json") for run in runs]
+    assert [len(note["train_cases"]) for note in notes] == [3, 3]
+    assert notes[0]["decoding"] == notes[1]["decoding"]
+    assert notes[0]["deep_supervision"] == 1 and notes[0]["outputs"] == "WT, TC, ET"
 
 
 def check_a_trained_model_on_a_folder(data, monkeypatch):

@@ -17,6 +17,7 @@ from brats_utils.plotting import (  # noqa: E402
     plot_history,
     plot_prediction,
     plot_slices,
+    plot_uncertainty,
 )
 
 
@@ -95,6 +96,18 @@ def test_plot_prediction_tells_errors_apart(toy):
     assert errors.count() == 3
     assert len(axes[0].figure.legends[0].get_texts()) == 6
     assert len(axes[0].images) == 1 and len(axes[1].images) == 2
+
+
+def test_plot_uncertainty_has_one_scale_for_all_figures(toy):
+    image, prediction = toy
+    spread = np.zeros(prediction.shape, np.float32)
+    spread[6, 5, 5] = 0.3
+    axes = plot_uncertainty(image, prediction, spread, index=5)
+    doubt = axes[1].images[1]
+    assert doubt.get_clim() == (0, 0.5)
+    assert doubt.get_array().count() == 1 and drawn(axes[1], 1)[5, 6] == np.float32(0.3)
+    index = best_slice(prediction)
+    assert f"axial {index}" in plot_uncertainty(*toy, spread)[0].texts[0].get_text()
 
 
 def test_plot_prediction_finds_the_slice_where_nothing_is_true(toy):
