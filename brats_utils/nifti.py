@@ -254,11 +254,9 @@ def save_volume(volume, path, *, affine=None, like=None):
     like : nibabel.Nifti1Header, optional
         Whose geometry the file takes, instead of an affine.
     """
-    header = None if like is None else like.copy()
-    if header is not None:
-        affine = header.get_best_affine()
-        header.set_data_dtype(volume.dtype)
-        header.set_slope_inter(1, 0)
-        header["cal_max"] = header["cal_min"] = 0
+    image = nib.Nifti1Image(volume, affine, like)  # which copies the header
+    image.set_data_dtype(volume.dtype)
+    image.header.set_slope_inter(1, 0)
+    image.header["cal_max"] = image.header["cal_min"] = 0
     with atomic_write(path) as temporary:
-        nib.save(nib.Nifti1Image(volume, affine, header), temporary)
+        nib.save(image, temporary)
