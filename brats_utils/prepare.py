@@ -30,13 +30,7 @@ from brats_utils.dataset import (
     read_marker,
     split_dataset,
 )
-from brats_utils.files import (
-    atomic_write,
-    free_gb,
-    sha256,
-    write_json,
-    write_npy,
-)
+from brats_utils.files import atomic_write, free_gb, sha256, write_json, write_npy
 from brats_utils.labels import LABELS, encode_labels, region_volumes_ml
 from brats_utils.nifti import spacing_mm, to_lps
 from brats_utils.transforms import (
