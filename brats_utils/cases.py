@@ -20,12 +20,9 @@ from brats_utils.nifti import (
 MODALITIES = ("flair", "t1ce", "t2")
 ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
 # BraTS 2017-2021 write <id>_t1ce.nii, BraTS 2023 <id>-t1c.nii.
-_NAMES_2020 = {m: m for m in (*ALL_MODALITIES, "seg")}
-_NAMES_2023 = {"t2f": "flair", "t1n": "t1", "t1c": "t1ce", "t2w": "t2", "seg": "seg"}
-_PATTERNS = (
-    (re.compile(r"(.+)_(flair|t1ce|t1|t2|seg)\.nii(\.gz)?", re.I), _NAMES_2020),
-    (re.compile(r"(.+)-(t2f|t1n|t1c|t2w|seg)\.nii(\.gz)?", re.I), _NAMES_2023),
-)
+_KEYS = {f"_{key}": key for key in (*ALL_MODALITIES, "seg")}
+_KEYS |= {"-t2f": "flair", "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-seg": "seg"}
+_NAME = re.compile(rf"(.+)({'|'.join(_KEYS)})\.nii(\.gz)?", re.I)
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,12 @@ def _group_files(root):
     """Return {(folder, id): {key: path}} and {folder: [files of no known name]}."""
     groups, leftovers = {}, {}
     for path in _nifti_files(root):
-        matches = ((p.fullmatch(path.name), names) for p, names in _PATTERNS)
-        match, names = next((pair for pair in matches if pair[0]), (None, None))
+        match = _NAME.fullmatch(path.name)
         if match is None:
             leftovers.setdefault(path.parent, []).append(path)
             continue
         files = groups.setdefault((path.parent, match[1]), {})
-        key = names[match[2].lower()]
+        key = _KEYS[match[2].lower()]
         if key in files:
             raise BratsDataError(
                 f"two files for {key}: {files[key].name} and {path.name}",
