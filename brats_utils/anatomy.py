@@ -160,11 +160,8 @@ def _draw_head(rng, shape):
     cerebrum, lower = _brain(rng, grid, step)
     solid = np.maximum(cerebrum, lower)
     box = ndimage.find_objects((solid > 0).astype(np.uint8))[0]
-    size = [(b.stop - b.start - 1) * factor + 1 for b in box]
-    window = tuple(
-        slice(b.start * factor, b.start * factor + n)
-        for b, n in zip(box, size, strict=True)
-    )
+    window = tuple(slice(b.start * factor, (b.stop - 1) * factor + 1) for b in box)
+    size = [part.stop - part.start for part in window]
     cerebrum, lower, solid, *grid = (v[box] for v in (cerebrum, lower, solid, *grid))
     edge = np.pad(solid > 0, 1)
     edge = ndimage.distance_transform_edt(edge, sampling=step)
