@@ -123,6 +123,7 @@ def read_header(path):
     BratsDataError
         If the file is missing or is no sound NIfTI file.
     """
+    start = b""
     try:
         with open(path, "rb") as file:
             start, size = file.read(2**14), file.seek(0, 2)

@@ -245,3 +245,9 @@ def test_reads_a_file_with_header_extensions(tmp_path, name):
     volume, header, _ = read_volume(tmp_path / name)
     assert header["vox_offset"] > 2000
     np.testing.assert_array_equal(volume, voxels)
+
+
+def test_a_folder_in_a_files_place_is_refused(tmp_path):
+    (tmp_path / "x.nii").mkdir()
+    with pytest.raises(BratsDataError, match="cannot be read"):
+        read_header(tmp_path / "x.nii")
