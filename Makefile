@@ -7,7 +7,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
 
-.PHONY: run test test-all lab lint bench
+.PHONY: run report test test-all lab lint bench
 .DEFAULT_GOAL := run
 
 $(STAMP): requirements.txt pyproject.toml
@@ -26,6 +26,14 @@ run: $(STAMP)
 	  $(NBCONVERT) --CoalesceStreamsPreprocessor.enabled=True $$notebook || exit 1; \
 	done
 	@$(BIN)/nbstripout --keep-output $(NOTEBOOKS)
+
+# Notebook 04 as one page that opens without Jupyter: no code, nothing fetched.
+REPORT := data/report.html
+report: $(STAMP)
+	$(BIN)/jupyter nbconvert --log-level ERROR --to html --no-input \
+	  --HTMLExporter.mathjax_url= --HTMLExporter.require_js_url= \
+	  --output $(abspath $(REPORT)) notebooks/04_train_predict.ipynb
+	@echo $(REPORT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow"

@@ -3,11 +3,12 @@
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from brats_utils.files import read_json
 from brats_utils.labels import LABELS, encode_labels, relabel
 from brats_utils.nifti import (
     BratsDataError,
@@ -22,6 +23,11 @@ ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
 # BraTS 2017-2021 write <id>_t1ce.nii, BraTS 2023 <id>-t1c.nii.
 _KEYS = {f"_{key}": key for key in (*ALL_MODALITIES, "seg")}
 _KEYS |= {"-t2f": "flair", "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-seg": "seg"}
+# The Decathlon's Task01 keeps the four images of a case in one file, in this order.
+_DECATHLON = {"imagesTr": ALL_MODALITIES, "imagesTs": ALL_MODALITIES}
+_DECATHLON["labelsTr"] = ("seg",)
+_DECATHLON_CHANNELS = ["flair", "t1w", "t1gd", "t2w"]
+CONVENTIONS = ("0124", "0123", "0213")
 _NAME = re.compile(rf"(.+)({'|'.join(_KEYS)})\.nii(\.gz)?", re.I)
 
 
@@ -34,17 +40,25 @@ class Case:
     id : str
         Name of the case, `BraTS20_Training_001`.
     images : dict of str to Path
-        A file for each of "flair", "t1", "t1ce" and "t2".
+        A file for each of "flair", "t1", "t1ce" and "t2"; one for all four, if it
+        holds them as its channels in the order flair, t1, t1ce, t2.
     segmentation : Path or None
         The label map; None for a case to be predicted.
-    labels : {"0124", "0123"}
-        Which values the label map holds: enhancing tumour is 4 until 2021, then 3.
+    labels : {"0124", "0123", "0213"}
+        How the label map writes background, necrotic core, oedema and enhancing tumour:
+        BraTS until 2021, BraTS since 2023, the Decathlon.
     """
 
     id: str
     images: dict
     segmentation: Path | None = None
     labels: str = "0124"
+
+    @property
+    def channels(self):
+        """Return how many images a file holds: 4 in the Decathlon's layout, else 1."""
+        stacked = len(set(self.images.values())) < len(self.images)
+        return len(self.images) if stacked else 1
 
 
 def _nifti_files(root):
@@ -63,20 +77,29 @@ def _group_files(root):
     groups, leftovers = {}, {}
     for path in _nifti_files(root):
         match = _NAME.fullmatch(path.name)
-        if match is None:
+        keys = _DECATHLON.get(path.parent.name)
+        if match is None and keys:
+            case_id = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I)
+            files = groups.setdefault((path.parent.parent, case_id), {})
+            files.update(dict.fromkeys(keys, path))
+        elif match is None:
             leftovers.setdefault(path.parent, []).append(path)
-            continue
-        files = groups.setdefault((path.parent, match[1]), {})
-        key = _KEYS[match[2].lower()]
-        if key in files:
-            raise BratsDataError(
-                f"two files for {key}: {files[key].name} and {path.name}",
-                case=match[1],
-                file=path.parent,
-                advice="Keep one of them",
-            )
-        files[key] = path
+        else:
+            files = groups.setdefault((path.parent, match[1]), {})
+            _add_file(files, _KEYS[match[2].lower()], path, match[1])
     return groups, leftovers
+
+
+def _add_file(files, key, path, case_id):
+    """Note a case's file, unless there is another for the same image."""
+    if key in files:
+        raise BratsDataError(
+            f"two files for {key}: {files[key].name} and {path.name}",
+            case=case_id,
+            file=path.parent,
+            advice="Keep one of them",
+        )
+    files[key] = path
 
 
 def _add_odd_segmentations(groups, leftovers):
@@ -127,18 +150,20 @@ def _check_complete(root, groups, leftovers):
 def find_cases(root, *, labels="auto"):
     """Find the BraTS cases in a folder, at any depth.
 
-    Takes `.nii` and `.nii.gz`, and the names of BraTS 2017 to 2021 (`<id>_t1ce`) and
-    2023 (`<id>-t1c`). A segmentation of another name, as that of folder 355 of the
-    Kaggle set, is taken where it is the only file left with "seg" in its name, and a
-    line is printed that says so. Files of other kinds are passed over.
+    Takes `.nii` and `.nii.gz`, the names of BraTS 2017 to 2021 (`<id>_t1ce`) and
+    2023 (`<id>-t1c`), and the folders of the Medical Segmentation Decathlon's Task01
+    (`imagesTr`, `imagesTs`, `labelsTr`). A segmentation of another name, as that of
+    folder 355 of the Kaggle set, is taken where it is the only file left with "seg" in
+    its name, and a line is printed that says so. Files of other kinds are passed over.
 
     Parameters
     ----------
     root : path
         The folder; nothing in it is changed.
-    labels : {"auto", "0124", "0123"}
-        How enhancing tumour is written, 4 or 3. "auto" reads all segmentations and
-        decides for the whole set.
+    labels : {"auto", "0124", "0123", "0213"}
+        How labels are written, see `Case`. "auto" takes the Decathlon's layout as
+        "0213"; otherwise it reads all segmentations and decides for the whole set
+        whether 4 or 3 is enhancing tumour.
 
     Returns
     -------
@@ -149,26 +174,48 @@ def find_cases(root, *, labels="auto"):
     ------
     BratsDataError
         If the folder is missing or holds no case, a case lacks a modality, two cases
-        share an id, or the set holds both label values 3 and 4.
+        share an id, or the set holds both label values 3 and 4, or two layouts.
     """
     root = Path(root)
     if not root.is_dir():
         raise BratsDataError(
             f"there is no folder {root}", advice="Check the path; see data/README.md"
         )
-    if labels not in ("auto", "0124", "0123"):
-        raise ValueError(f"labels is 'auto', '0124' or '0123', not {labels!r}")
+    if labels not in ("auto", *CONVENTIONS):
+        raise ValueError(f"labels is 'auto' or one of {CONVENTIONS}, not {labels!r}")
     groups, leftovers = _group_files(root)
     _check_complete(root, groups, leftovers)
     for (_, case_id), path in _add_odd_segmentations(groups, leftovers).items():
         print(f"{case_id}: taking {path.name} as its segmentation")
-    if labels == "auto":
-        labels = _decide_labels([f["seg"] for f in groups.values() if "seg" in f])
     found = [
-        Case(case_id, {m: files[m] for m in ALL_MODALITIES}, files.get("seg"), labels)
+        Case(case_id, {m: files[m] for m in ALL_MODALITIES}, files.get("seg"))
         for (_, case_id), files in groups.items()
     ]
+    decathlon = _is_decathlon(root, found)
+    if labels == "auto" and decathlon:
+        labels = "0213"
+    elif labels == "auto":
+        labels = _decide_labels([c.segmentation for c in found if c.segmentation])
+    found = [replace(case, labels=labels) for case in found]
     return sorted(found, key=lambda case: case.id)
+
+
+def _is_decathlon(root, cases):
+    """Tell whether a set is the Decathlon's Task01; raise if only a part of it is."""
+    stacked = {case.channels > 1 for case in cases}
+    if len(stacked) > 1:
+        advice = "Keep sets apart"
+        raise BratsDataError(f"two layouts of files in {root}", advice=advice)
+    for path in Path(root).rglob("dataset.json") if True in stacked else ():
+        said = read_json(path).get("modality", {})
+        order = [str(said[key]).lower() for key in sorted(said)]
+        if order not in ([], _DECATHLON_CHANNELS):
+            raise BratsDataError(
+                f"its channels are {order}, not {_DECATHLON_CHANNELS}",
+                file=path,
+                advice="Only the Decathlon's Task01_BrainTumour is known here",
+            )
+    return True in stacked
 
 
 def _decide_labels(paths):
@@ -232,8 +279,8 @@ def load_labels(path, labels="0124"):
     ----------
     path : path
         A NIfTI file of labels.
-    labels : {"0124", "0123"}
-        How the file writes enhancing tumour.
+    labels : {"0124", "0123", "0213"}
+        How the file writes its labels, see `Case`.
 
     Returns
     -------
@@ -275,9 +322,40 @@ def _check_image(volume, path):
 
 
 def _paths(case, modalities):
-    """Return the files of a case: the modalities asked for, and its segmentation."""
-    paths = [case.images[modality] for modality in modalities]
-    return [*paths, case.segmentation] if case.segmentation else paths
+    """Return each file of a case: {path: the modalities asked for; () for labels}."""
+    paths = {}
+    for modality in modalities:
+        path = case.images[modality]
+        paths[path] = (*paths.get(path, ()), modality)
+    return paths | ({case.segmentation: ()} if case.segmentation else {})
+
+
+def short_name(path):
+    """Return what a file is called among those of its case.
+
+    Parameters
+    ----------
+    path : Path
+        An image or a label map of a case.
+
+    Returns
+    -------
+    name : str
+        The file's name; the Decathlon's image and label map differ by folder only.
+    """
+    folder = path.parent.name
+    return f"{folder}/{path.name}" if folder in _DECATHLON else path.name
+
+
+def _images_of(volume, modalities, path):
+    """Return the images (X, Y, Z) that a file holds and that are asked for, checked."""
+    if volume.ndim == 4:
+        images = [volume[..., ALL_MODALITIES.index(m)] for m in modalities]
+    else:
+        images = [volume] * len(modalities)
+    for image in images:
+        _check_image(image, path)
+    return images
 
 
 def _check_grid(header, path, first):
@@ -315,22 +393,21 @@ def read_case(case, modalities=MODALITIES):
     BratsDataError
         As `load_case` does; the message names case and file.
     """
-    volumes, checksums, first = [], {}, None
+    volumes, segmentation, checksums, first = [], None, {}, None
     try:
-        for path in _paths(case, modalities):
-            volume, header, checksums[path.name] = read_volume(path)
+        for path, wanted in _paths(case, modalities).items():
+            volume, header, checksum = read_volume(path, case.channels if wanted else 1)
+            checksums[short_name(path)] = checksum
             first = first or (path, header)
             _check_grid(header, path, first)
-            if path == case.segmentation:
-                volume = _check_labels(volume, path, case.labels)
+            if wanted:
+                volumes += _images_of(volume, wanted, path)
             else:
-                _check_image(volume, path)
-            volumes.append(volume)
+                segmentation = _check_labels(volume, path, case.labels)
     except BratsDataError as error:
         raise error.of(case.id) from None
-    header = first[1] if first else read_header(case.images["flair"])
-    segmentation = volumes.pop() if case.segmentation else None
-    return volumes, segmentation, header.get_best_affine(), checksums
+    affine = first[1].get_best_affine() if first else read_grid(case)[1]
+    return volumes, segmentation, affine, checksums
 
 
 def load_case(case, modalities=MODALITIES):
@@ -387,14 +464,15 @@ def check_cases(cases, *, voxels=True):
     rows = []
     for case in cases:
         first = None
-        for path in _paths(case, ALL_MODALITIES):
+        for path, wanted in _paths(case, ALL_MODALITIES).items():
+            channels = case.channels if wanted else 1
             try:
-                header = read_header(path)
+                header = read_header(path, channels)
                 first = first or (path, header)
-                if voxels and path == case.segmentation:
-                    load_labels(path, case.labels)
+                if voxels and wanted:
+                    _images_of(read_volume(path, channels)[0], wanted, path)
                 elif voxels:
-                    _check_image(read_volume(path)[0], path)
+                    load_labels(path, case.labels)
                 _check_grid(header, path, first)
             except BratsDataError as error:
                 rows.append((case.id, str(path), error.problem, error.advice or ""))
@@ -418,7 +496,7 @@ def read_grid(case):
     spacing_mm : tuple of 3 float
         Voxel size along X, Y and Z.
     """
-    header = read_header(case.images["flair"])
+    header = read_header(case.images["flair"], case.channels)
     affine = header.get_best_affine()
     return header.get_data_shape(), affine, spacing_mm(affine)
 
@@ -441,7 +519,7 @@ def save_segmentation(segmentation, case, path):
         If the shape is not the case's, or a value is no BraTS label.
     """
     segmentation = np.asarray(segmentation)
-    header = read_header(case.images["flair"])
+    header = read_header(case.images["flair"], case.channels)
     if segmentation.shape != header.get_data_shape():
         raise ValueError(
             f"{case.id}: the label map has shape {segmentation.shape}, "

@@ -403,7 +403,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         found = predict_case(models, case, uncertainty=uncertainty, **options)
         if uncertainty:
             found, spread = found
-            header = read_header(case.images["flair"])
+            header = read_header(case.images["flair"], case.channels)
             save_volume(spread, out_dir / "uncertainty" / path.name, like=header)
         save_segmentation(found, case, path)
     return paths

@@ -49,7 +49,7 @@ def _is_gzip(path):
     return Path(path).name.lower().endswith(".gz")
 
 
-def _parse_header(start, path):
+def _parse_header(start, path, channels):
     """Return the header that the first bytes of a volume hold, or say why not."""
 
     def refuse(problem):
@@ -65,12 +65,14 @@ def _parse_header(start, path):
         refuse(f"not a NIfTI file (starts with {start[:12]!r}): {error}")
     if header["magic"] != b"n+1" or len(start) < HEADER_BYTES:
         refuse(f"not a single NIfTI-1 file (starts with {start[:12]!r})")
-    if len(shape) == 4 and shape[3] == 1:
+    if len(shape) == 4 and shape[3] == channels:
         shape = shape[:3]
         header.set_data_shape(shape)
+    elif channels > 1:
+        refuse(f"expected {channels} images in one file, the header says {shape}")
     if len(shape) != 3 or min(shape) < 1:
         refuse(f"expected a 3-D volume, the header says {shape}")
-    if math.prod(shape) > MAX_VOXELS:
+    if math.prod(shape) * channels > MAX_VOXELS:
         refuse(f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
     if dtype.kind not in "iuf":
         refuse(f"expected integer or real voxels, the header says {dtype}")
@@ -81,9 +83,9 @@ def _parse_header(start, path):
     return header
 
 
-def _file_bytes(header):
+def _file_bytes(header, channels):
     """Return how long a file with this header is, uncompressed."""
-    voxels = math.prod(header.get_data_shape())
+    voxels = math.prod(header.get_data_shape()) * channels
     return int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
 
 
@@ -104,7 +106,7 @@ def _unpack(data, expected):
             return contents
 
 
-def read_header(path):
+def read_header(path, channels=1):
     """Read and check the header of a NIfTI file, without its voxels.
 
     Parameters
@@ -112,11 +114,13 @@ def read_header(path):
     path : path
         `.nii` or `.nii.gz`. Of a `.nii` the length is checked too; how much a
         `.nii.gz` holds is only known when it is unpacked.
+    channels : int
+        How many images the file must hold, one after the other.
 
     Returns
     -------
     header : nibabel.Nifti1Header
-        Of three dimensions.
+        Of three dimensions, those of one image.
 
     Raises
     ------
@@ -134,14 +138,15 @@ def read_header(path):
     except (OSError, zlib.error) as error:
         problem = f"cannot be read: {error} (starts with {start[:12]!r})"
         raise BratsDataError(problem, file=path, advice=AGAIN) from None
-    header = _parse_header(start[:HEADER_BYTES], path)
-    if not _is_gzip(path) and size != _file_bytes(header):
-        problem = f"is {size} bytes long; by its header it has {_file_bytes(header)}"
+    header = _parse_header(start[:HEADER_BYTES], path, channels)
+    expected = _file_bytes(header, channels)
+    if not _is_gzip(path) and size != expected:
+        problem = f"is {size} bytes long; by its header it has {expected}"
         raise BratsDataError(problem, file=path, advice=AGAIN)
     return header
 
 
-def read_volume(path):
+def read_volume(path, channels=1):
     """Read a NIfTI file: header, length, gzip checksum and voxels, in this order.
 
     Parameters
@@ -149,10 +154,12 @@ def read_volume(path):
     path : path
         `.nii` or `.nii.gz`. A plain `.nii` has no checksum: of changed bytes among
         its voxels nobody can know.
+    channels : int
+        As in `read_header`.
 
     Returns
     -------
-    volume : (X, Y, Z) array
+    volume : (X, Y, Z) array, or (X, Y, Z, channels)
         As stored, in the file's own type where it is not scaled; read-only.
     header : nibabel.Nifti1Header
     checksum : str
@@ -163,11 +170,11 @@ def read_volume(path):
     BratsDataError
         If the file is missing, damaged, incomplete, or longer than its header says.
     """
-    header = read_header(path)
+    header = read_header(path, channels)
     data = np.fromfile(path, np.uint8)  # numpy's memory: half the time of `bytes`
     data.flags.writeable = False
     checksum = hashlib.sha256(data).hexdigest()
-    expected = _file_bytes(header)
+    expected = _file_bytes(header, channels)
     try:
         contents = _unpack(data, expected) if _is_gzip(path) else data
         if len(contents) != expected:
@@ -176,6 +183,7 @@ def read_volume(path):
         raise BratsDataError(str(error), file=path, advice=AGAIN) from None
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     offset = int(header["vox_offset"])
+    shape = (*shape, channels) if channels > 1 else shape
     volume = np.frombuffer(contents, dtype, math.prod(shape), offset)
     volume = volume.reshape(shape, order="F")
     slope, inter = header.get_slope_inter()

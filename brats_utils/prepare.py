@@ -19,6 +19,7 @@ from brats_utils.cases import (
     check_cases,
     find_cases,
     read_case,
+    short_name,
 )
 from brats_utils.dataset import (
     KINDS,
@@ -65,7 +66,7 @@ LOSS_TO_WARN_OF = 0.05
 def _made_of(case, options):
     """Return what a prepared case depends on: settings, version, its files' state."""
     paths = [*(case.images[m] for m in options["modalities"]), case.segmentation]
-    stats = {path.name: path.stat() for path in paths}
+    stats = {short_name(path): path.stat() for path in paths}
     files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     made_of = {**options, "labels": case.labels, "version": __version__, "files": files}
     return json.loads(json.dumps(made_of))
@@ -321,7 +322,7 @@ def prepare_dataset(
         surrounding `joblib.parallel_config` decides where they run.
     skip_bad : bool
         Leave unsound cases out, with the reason in the report, instead of raising.
-    labels : {"auto", "0124", "0123"}
+    labels : {"auto", "0124", "0123", "0213"}
         As in `find_cases`, which reads all label maps to decide if not told.
 
     Returns

@@ -1,5 +1,3 @@
-import builtins
-
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -13,6 +11,7 @@ from brats_utils.labels import COLOURS, LABELS  # noqa: E402
 from brats_utils.plotting import (  # noqa: E402
     best_slice,
     browse,
+    browse_cases,
     plot_case,
     plot_history,
     plot_prediction,
@@ -158,30 +157,92 @@ def test_plot_history_skips_what_is_missing():
     assert len(plot_history(history.drop(columns="epoch"))[1].lines) == 2
 
 
-def test_browse_shows_a_still_picture_then_a_slider(toy, monkeypatch):
+@pytest.fixture
+def displayed(monkeypatch):
     shown = []
-    monkeypatch.setattr("IPython.display.display", lambda each: shown.append(each))
-    browse(*toy, toy[1])
-    still, box = shown
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setattr("brats_utils.plotting._display_live", shown.append)
+    return shown
+
+
+def controls_of(viewer):
+    """Return the picture and {name: widget} of a viewer."""
+    picture, (plane, index, jump, scan, overlay, opacity) = (
+        viewer.children[0],
+        viewer.children[1].children,
+    )
+    names = {"plane": plane, "index": index, "jump": jump, "scan": scan}
+    return picture, names | {"overlay": overlay, "opacity": opacity}
+
+
+def test_browse_shows_a_still_picture_then_a_viewer(toy, displayed):
+    spread = np.where(toy[1] != 0, np.float32(0.3), np.float32(0))
+    browse(*toy, toy[1], spread)
+    still, viewer = displayed
     assert len(still.axes) == 4 and not plt.get_fignums()
-    slider, picture = box.children
-    assert (slider.value, slider.min, slider.max) == (4, 0, 11)
-    assert not slider.continuous_update
-    before = picture.value
-    assert bytes(before).startswith(b"\x89PNG")
-    slider.value = 5
-    assert bytes(picture.value) != bytes(before)
+    picture, controls = controls_of(viewer)
+    index, overlay = controls["index"], controls["overlay"]
+    assert (index.value, index.max) == (4, 11)
+    assert overlay.options == (
+        *("nothing", "uncertainty", "errors", "truth", "prediction"),
+    )
+    changes = [("index", 5), ("overlay", "nothing"), ("overlay", "uncertainty")]
+    changes += [("opacity", 1.0), ("scan", "T2"), ("plane", 0)]
+    for name, value in changes:
+        before = bytes(picture.value)
+        assert before.startswith(b"\x89PNG")
+        controls[name].value = value
+        assert bytes(picture.value) != before, name
+    assert not plt.get_fignums()
 
 
-def test_browse_without_ipywidgets_is_a_still_picture(toy, monkeypatch):
-    shown, real_import = [], builtins.__import__
+def test_the_still_picture_of_a_spread_is_of_the_spread(toy, displayed):
+    browse(toy[0], prediction=toy[1], spread=np.ones(toy[1].shape, np.float32))
+    titles = [axes.get_title() for axes in displayed[0].axes]
+    assert titles[:2] == ["FLAIR, prediction", "standard deviation"]
 
-    def refuse(name, *args, **keywords):
-        if name == "ipywidgets":
-            raise ImportError(name)
-        return real_import(name, *args, **keywords)
 
-    monkeypatch.setattr("IPython.display.display", lambda figure: shown.append(figure))
-    monkeypatch.setattr(builtins, "__import__", refuse)
+def test_the_viewer_goes_to_the_slice_with_most_tumour(toy, displayed):
+    browse(*toy)
+    _, controls = controls_of(displayed[1])
+    for axis in (0, 1, 2):
+        controls["plane"].value = axis
+        controls["index"].value = 0
+        controls["jump"].click()
+        assert controls["index"].value == best_slice(toy[1], axis)
+        assert controls["index"].max == toy[1].shape[axis] - 1
+
+
+def test_browse_cases_begins_with_the_worst(toy, displayed):
+    scores = pd.Series({"good": 0.9, "bad": 0.1, "fair": 0.5})
+    loaded = []
+
+    def load(case_id):
+        loaded.append(case_id)
+        return *toy, toy[1]
+
+    browse_cases(scores, load)
+    still, box = displayed
+    chooser, viewer = box.children
+    assert [case_id for _, case_id in chooser.options] == ["bad", "fair", "good"]
+    assert set(loaded) == {"bad"} and len(still.axes) == 4
+    chooser.value = "fair"
+    assert loaded[-1] == "fair" and box.children[1] is not viewer
+
+
+def test_a_saved_notebook_holds_a_line_in_the_place_of_widgets(toy, monkeypatch):
+    bundles = []
+    monkeypatch.setattr(
+        "IPython.display.display", lambda each, **_: bundles.append(each)
+    )
+    browse(*toy)
+    live = bundles[1]
+    assert live["text/plain"] == "In a running notebook a slice browser stands here."
+    assert live["application/vnd.jupyter.widget-view+json"]["model_id"]
+
+
+def test_without_ipywidgets_there_is_a_still_picture(toy, displayed, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     browse(toy[0])
-    assert [len(figure.axes) for figure in shown] == [3]
+    browse_cases(pd.Series({"one": 1.0}), lambda case_id: (*toy, None))
+    assert [len(figure.axes) for figure in displayed] == [3, 3]
