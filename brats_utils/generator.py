@@ -75,7 +75,7 @@ class BratsGenerator(keras.utils.PyDataset):
     folder : path
         `data/split/train` or `data/split/val`, as `split_dataset` makes them.
     batch_size : int
-        The last batch of an epoch may be smaller.
+        The last batch of an epoch may be smaller, unless `full_batches`.
     patch_shape : tuple of 3 int, optional
         Voxels along X, Y and Z; where a volume is smaller, zeros (background) are
         added at its end. None gives whole volumes, which must then be of one shape.
@@ -91,6 +91,9 @@ class BratsGenerator(keras.utils.PyDataset):
         Of order, patches and augmentation.
     patches_per_case : int
         How often each case comes in an epoch.
+    full_batches : bool
+        Fill the last batch up with what the epoch began with: several devices divide
+        each batch among them.
     **kwargs
         `workers` and `max_queue_size` of `keras.utils.PyDataset`.
 
@@ -130,6 +133,7 @@ class BratsGenerator(keras.utils.PyDataset):
         cache=False,
         seed=0,
         patches_per_case=1,
+        full_batches=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -144,6 +148,7 @@ class BratsGenerator(keras.utils.PyDataset):
         self.augment = augment
         self.seed = seed
         self.patches_per_case = patches_per_case
+        self.full_batches = full_batches
         self.epoch = 0
         self._cache = {} if cache else None
         self.checksum = sha256(Path(folder) / "cases.csv")
@@ -254,7 +259,9 @@ class BratsGenerator(keras.utils.PyDataset):
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
         epoch, first = self.epoch, index * self.batch_size
-        draws = self.order(epoch)[first : first + self.batch_size]
+        order = self.order(epoch)
+        last = len(order) if not self.full_batches else first + self.batch_size
+        draws = [order[i % len(order)] for i in range(first, last)][: self.batch_size]
         samples = [self._sample(case_id, epoch, draw) for case_id, draw in draws]
         shapes = {labels.shape for _, labels in samples}
         if len(shapes) > 1:

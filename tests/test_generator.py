@@ -111,6 +111,20 @@ def test_D04_every_case_comes_once_an_epoch_with_the_last_partial_batch(
         generator[n_batches]
 
 
+def test_full_batches_are_filled_up_with_what_the_epoch_began_with(split):
+    options = {"patch_shape": (8, 8, 8), "seed": 3, "full_batches": True}
+    for batch_size in (2, 4, 7):  # of five cases
+        data = BratsGenerator(split, batch_size=batch_size, **options)
+        batches = [data[i][0] for i in range(len(data))]
+        assert {len(x) for x in batches} == {batch_size}
+        plain = BratsGenerator(
+            split, batch_size=5, **{**options, "full_batches": False}
+        )
+        expected = plain[0][0]
+        found = np.concatenate(batches)
+        np.testing.assert_array_equal(found, np.resize(expected, found.shape))
+
+
 def test_several_patches_of_a_case_differ(split):
     generator = BratsGenerator(split, patch_shape=(8, 8, 8), patches_per_case=3)
     assert len(generator) == 8  # 15 draws in batches of 2

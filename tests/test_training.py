@@ -1,6 +1,5 @@
 """Training: goes down, stops, goes on bit for bit, refuses what does not belong."""
 
-import importlib.util
 import json
 import os
 import resource
@@ -69,7 +68,7 @@ def data(split, **options):
 def run(split, run_dir, epochs=4, *, model=None, train_data=None, **options):
     model = model or tiny_unet()
     default, val_data = data(split, augment=True)
-    train_data = train_data or default
+    train_data, val_data = train_data or default, options.pop("val_data", val_data)
     options = {"learning_rate": 0.02, "validation_freq": 2, "verbose": False, **options}
     history = train(model, train_data, val_data, run_dir, epochs=epochs, **options)
     return model, history, train_data, val_data
@@ -506,29 +505,82 @@ import keras
 from test_training import WINNERS, data, run, tiny_unet
 split, out = map(Path, sys.argv[1:3])
 losses = []
-for workers in (1, 2):
-    train_data, _ = data(split, augment=True, workers=workers)
-    options = {"model": tiny_unet(depth=3), "train_data": train_data, **WINNERS}
-    history = run(split, out / str(workers), 2, **options)[1]
-    losses.append(history["loss"].tolist())
+for name, options in json.loads(sys.argv[4]).items():
+    n_devices = options.pop("devices", 1)
+    parallel = keras.distribution.DataParallel
+    devices = keras.distribution.list_devices()[:n_devices]
+    assert len(devices) == n_devices
+    keras.distribution.set_distribution(parallel(devices=devices))
+    train_data, val_data = data(split, augment=True, full_batches=True, **options)
+    val_data.full_batches = True
+    how = {"model": tiny_unet(depth=3), "train_data": train_data, **WINNERS}
+    how |= {"val_data": val_data, "validation_freq": 1}
+    history = run(split, out / name, 2, **how)[1]
+    losses.append(history[["loss", "val_loss"]].to_numpy().ravel().tolist())
 print(json.dumps([keras.backend.backend(), losses]))
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax") is None, reason="JAX is not installed"
-)
-def test_jax_trains_alike_with_one_worker_and_two(split, tmp_path):
-    here = Path(__file__).parent
+def run_on_jax(split, out, **runs):
+    """Train on JAX, in a process of its own; return losses for each set of options."""
+    pytest.importorskip("jax", reason="JAX is not installed: pip install jax")
+    flags = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+    flags["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    here = str(Path(__file__).parent)
     result = subprocess.run(
-        [sys.executable, "-c", JAX_RUNS, split, tmp_path, here],
-        env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-c", JAX_RUNS, split, out, here, json.dumps(runs)],
+        env={**os.environ, **flags},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    backend, (one, two) = json.loads(result.stdout.splitlines()[-1])
-    assert backend == "jax" and np.isfinite(one).all() and len(one) == 2
+    backend, losses = json.loads(result.stdout.splitlines()[-1])
+    assert backend == "jax" and np.isfinite(losses).all()
+    return losses
+
+
+def test_jax_trains_alike_with_one_worker_and_two(split, tmp_path):
+    one, two = run_on_jax(split, tmp_path, one={"workers": 1}, two={"workers": 2})
     # Batches left in a queue would come an epoch late with two.
-    assert one == two
+    assert one == two and len(one) == 4
+
+
+def test_jax_trains_alike_on_one_device_and_two(split, tmp_path):
+    runs = {name: {"devices": n, "batch_size": 2} for name, n in (("a", 1), ("b", 2))}
+    one, two = run_on_jax(split, tmp_path, **runs)
+    np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+TORCH_RUN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import keras
+import numpy as np
+from conftest import write_case
+from test_training import data, run, tiny_unet
+from brats_utils.cases import find_cases
+from brats_utils.inference import load_model, predict_case
+split, out = map(Path, sys.argv[1:3])
+assert keras.backend.backend() == "torch"
+history = run(split, out / "run", 1, model=tiny_unet())[1]
+assert np.isfinite(history["loss"]).all()
+write_case(out / "raw", "one")
+(case,) = find_cases(out / "raw")
+found = predict_case(load_model(out / "run"), case)
+print(found.shape, found.dtype)
+"""
+
+
+def test_torch_trains_and_predicts(split, tmp_path):
+    pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch")
+    result = subprocess.run(
+        [sys.executable, "-c", TORCH_RUN, split, tmp_path, str(Path(__file__).parent)],
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.splitlines()[-1] == "(24, 24, 16) uint8"
