@@ -83,13 +83,25 @@ def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatc
     for name in ("RAW", "MODEL"):
         monkeypatch.delenv(f"BRATS_{name}", raising=False)
     for path in NOTEBOOKS:
-        execute(path, tmp_path, monkeypatch, **TINY)
+        notebook = execute(path, tmp_path, monkeypatch, EXPORT="1", **TINY)
+    assert exported_difference(notebook) < 1e-4
     scores = pd.read_csv(next((tmp_path / "predictions").rglob("scores.csv")))
     assert {"case", "dice_WT", "hd95_ET", "mean_iou"} <= set(scores.columns)
     for path in reversed(NOTEBOOKS):
         execute(path, tmp_path, monkeypatch, **TINY)
     check_a_trained_model_on_a_folder(tmp_path, monkeypatch)
     check_folds_by_the_winners_recipe(tmp_path, monkeypatch)
+
+
+def exported_difference(notebook):
+    """Return by how much the exported network's answer differs from the original's."""
+    (text,) = (
+        output["text"]
+        for cell in code_of(notebook)
+        for output in cell.outputs
+        if "model.onnx differs" in output.get("text", "")
+    )
+    return float(re.search(r"at most (\S+)", text)[1])
 
 
 def check_folds_by_the_winners_recipe(data, monkeypatch):
@@ -167,3 +179,40 @@ def test_a_zip_of_real_cases_from_scan_to_label_map(real_cases, tmp_path, monkey
         truth, expected = load_labels(case.segmentation)
         assert segmentation.shape == truth.shape
         assert (affine == expected).all()
+
+
+KAGGLEHUB = """
+def dataset_download(handle):
+    assert handle == "awsaf49/brats20-dataset-training-validation"
+    return {folder!r}
+"""
+
+
+@pytest.mark.notebooks
+def test_the_kaggle_set_is_downloaded_when_asked_for(tmp_path, monkeypatch):
+    write_phantom(tmp_path / "cache", 6, shape=(48, 48, 40))
+    stub = KAGGLEHUB.format(folder=str(tmp_path / "cache"))
+    (tmp_path / "stubs").mkdir()
+    (tmp_path / "stubs" / "kagglehub.py").write_text(stub)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stubs"))
+    before = sorted((tmp_path / "cache").rglob("*"))
+    execute(NOTEBOOKS[0], tmp_path / "data", monkeypatch, DOWNLOAD="1", **TINY)
+    settings = read_json(tmp_path / "data" / "split" / "train" / "settings.json")
+    assert settings["raw"] == str(tmp_path / "cache")
+    assert sorted((tmp_path / "cache").rglob("*")) == before  # Kaggle's is read-only
+    assert not (tmp_path / "data" / "phantom").exists()
+
+
+@pytest.mark.notebooks
+def test_the_notebooks_run_on_jax(tmp_path, monkeypatch):
+    pytest.importorskip("jax", reason="JAX is not installed: pip install jax")
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    for path in NOTEBOOKS:
+        notebook = execute(path, tmp_path, monkeypatch, DEVICES="2", **TINY)
+    text = "".join(
+        output.get("text", "") for cell in code_of(notebook) for output in cell.outputs
+    )
+    assert "on jax" in text
+    assert list((tmp_path / "predictions").rglob("scores.csv"))

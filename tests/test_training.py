@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -550,6 +551,29 @@ def test_jax_trains_alike_on_one_device_and_two(split, tmp_path):
     runs = {name: {"devices": n, "batch_size": 2} for name, n in (("a", 1), ("b", 2))}
     one, two = run_on_jax(split, tmp_path, **runs)
     np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_jax_trains_alike_in_one_process_and_two():
+    pytest.importorskip("jax", reason="JAX is not installed: pip install jax")
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        places = [f"127.0.0.1:{each.getsockname()[1]}" for each in (first, second)]
+    script = Path(__file__).with_name("two_processes.py")
+    losses = []
+    for addresses in (places[:1], places):
+        commands = [
+            [sys.executable, script, ",".join(addresses), str(rank)]
+            for rank in range(len(addresses))
+        ]
+        options = {"env": {**os.environ, "JAX_PLATFORMS": "cpu"}, "text": True}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started = [subprocess.Popen(command, **options) for command in commands]
+        for process in started:
+            out, complaint = process.communicate(timeout=300)
+            assert process.returncode == 0, complaint[-2000:]
+            losses.append(json.loads(out.splitlines()[-1]))
+    assert np.ptp(losses, axis=0).max() < 1e-5 and len(losses) == 3
 
 
 TORCH_RUN = """
