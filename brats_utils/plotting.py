@@ -246,6 +246,20 @@ def _still(image, segmentation, prediction, spread=None, **view):
     return axes[0].figure
 
 
+def _png(channel, layer, colours, opacity, where, view):
+    """Return the picture of one slice, with a layer over it, as PNG."""
+    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    plot_slices([channel], axes=[axes], **where, **view)
+    if layer is not None:
+        _show_layer(axes, take_slice(layer, **where), colours, opacity)
+    if colours:
+        add_legend(figure, colours)
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png")
+        plt.close(figure)
+        return file.getvalue()
+
+
 def _viewer(image, segmentation, prediction, spread=None, *, axis=2, **view):
     """Return the widgets that walk through a case: a picture, what it shows beside."""
     import ipywidgets as widgets
@@ -266,18 +280,9 @@ def _viewer(image, segmentation, prediction, spread=None, *, axis=2, **view):
     shown = widgets.Image(format="png")
 
     def draw(_):
-        figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+        layer = layers[overlay.value]
         where = {"index": index.value, "axis": plane.value}
-        plot_slices([channels[scan.index]], axes=[axes], **where, **view)
-        volume, colours = layers[overlay.value]
-        if volume is not None:
-            _show_layer(axes, take_slice(volume, **where), colours, opacity.value)
-        if colours:
-            add_legend(figure, colours)
-        with io.BytesIO() as file:
-            figure.savefig(file, format="png")
-            shown.value = file.getvalue()
-        plt.close(figure)
+        shown.value = _png(channels[scan.index], *layer, opacity.value, where, view)
 
     def jump_to_tumour(_):
         index.max = image.shape[plane.value] - 1

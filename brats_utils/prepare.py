@@ -19,7 +19,6 @@ from brats_utils.cases import (
     check_cases,
     find_cases,
     read_case,
-    short_name,
 )
 from brats_utils.dataset import (
     KINDS,
@@ -33,6 +32,7 @@ from brats_utils.dataset import (
 )
 from brats_utils.files import atomic_write, free_gb, sha256, write_json, write_npy
 from brats_utils.labels import LABELS, encode_labels, region_volumes_ml
+from brats_utils.layouts import short_name
 from brats_utils.nifti import spacing_mm, to_lps
 from brats_utils.transforms import (
     FIXED_WINDOW,

@@ -16,11 +16,11 @@ VERSIONS = Path(__file__).with_name("colab.txt")
 
 def python_of_colab():
     """Return an interpreter of Colab's version; skip where there is none."""
-    here = Path.home() / ".pyenv" / "versions"
-    found = shutil.which("python3.13") or next(here.glob("3.13*/bin/python"), None)
-    if found is None:
-        pytest.skip("no Python 3.13 here, which Colab has")
-    return found
+    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob("3.13*/bin/python"))
+    for found in [*pyenv, shutil.which("python3.13")]:
+        if found and subprocess.run([found, "-c", ""]).returncode == 0:
+            return found
+    pytest.skip("no Python 3.13 here, which Colab has")
 
 
 @pytest.fixture(scope="module")
