@@ -29,7 +29,7 @@ def colab(tmp_path_factory):
     venv = tmp_path_factory.mktemp("colab") / "venv"
     subprocess.run([python_of_colab(), "-m", "venv", venv], check=True)
     python = venv / "bin" / "python"
-    quiet = ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    quiet = ["-m", "pip", "install", "-q", "--only-binary=:all:"]
     subprocess.run([python, *quiet, "-r", VERSIONS], check=True)
     (site,) = venv.glob("lib/python*/site-packages")
     (site / "google" / "colab").mkdir(parents=True)
