@@ -82,8 +82,9 @@ class BratsGenerator(keras.utils.PyDataset):
     tumour_share : float
         Chance that a patch is centred on a voxel of a tumour label chosen at random,
         as far as the volume's border allows; the others lie anywhere.
-    augment : bool
-        Whether to change patches at random, see `brats_utils.augment`.
+    augment : bool or callable
+        Whether to change patches at random, as `brats_utils.augment.augment` does; or
+        a function like it, `flip` say, that takes its place.
     cache : bool
         Keep the volumes in memory, standardised, instead of reading them again: 4 bytes
         a voxel and channel.
@@ -326,7 +327,8 @@ class BratsGenerator(keras.utils.PyDataset):
         if self.patch_shape is not None and labels.shape != self.patch_shape:
             widths = [(0, n) for n in np.subtract(self.patch_shape, labels.shape)]
             image, labels = np.pad(image, [*widths, (0, 0)]), np.pad(labels, widths)
-        return augment_patch(image, labels, rng) if self.augment else (image, labels)
+        change = augment_patch if self.augment is True else self.augment
+        return change(image, labels, rng) if change else (image, labels)
 
     def _standardise(self, case_id, stored):
         """Return stored values as the network sees them, background exactly 0."""

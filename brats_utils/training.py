@@ -154,7 +154,7 @@ def _describe(model, train_data, val_data, loss, **settings):
         "batch_size": train_data.batch_size,
         "patches_per_case": train_data.patches_per_case,
         "tumour_share": train_data.tumour_share,
-        "augment": train_data.augment,
+        "augment": getattr(train_data.augment, "__name__", train_data.augment),
         "seed": train_data.seed,
         "weights": f"{len(model.weights)} arrays, {model.count_params()} parameters",
         "loss": getattr(loss, "__name__", type(loss).__name__),

@@ -125,6 +125,15 @@ def test_full_batches_are_filled_up_with_what_the_epoch_began_with(split):
         np.testing.assert_array_equal(found, np.resize(expected, found.shape))
 
 
+def test_a_function_takes_the_place_of_the_augmentation(split):
+    def invert(image, labels, rng):
+        return -image, labels
+
+    options = {"batch_size": 5, "seed": 2}
+    plain, changed = (BratsGenerator(split, augment=a, **options) for a in (0, invert))
+    np.testing.assert_array_equal(changed[0][0], -plain[0][0])
+
+
 def test_several_patches_of_a_case_differ(split):
     generator = BratsGenerator(split, patch_shape=(8, 8, 8), patches_per_case=3)
     assert len(generator) == 8  # 15 draws in batches of 2

@@ -17,6 +17,7 @@ import pytest
 from conftest import write_case
 
 from brats_utils import training
+from brats_utils.augment import flip
 from brats_utils.files import read_json
 from brats_utils.generator import BratsGenerator
 from brats_utils.model import unet
@@ -486,6 +487,15 @@ def test_the_precision_follows_the_weakest_gpu(monkeypatch, gpu, answer, policy)
     done = subprocess.CompletedProcess([], 0, stdout=answer)
     monkeypatch.setattr(training.subprocess, "run", lambda *args, **kwargs: done)
     assert training.choose_precision() == policy
+
+
+def test_a_run_notes_by_what_its_patches_were_changed(split, tmp_path):
+    train_data, _ = data(split, augment=flip)
+    run(split, tmp_path / "run", epochs=1, train_data=train_data)
+    assert read_json(tmp_path / "run" / "model.json")["augment"] == "flip"
+    train_data, _ = data(split, augment=True)
+    with pytest.raises(ValueError, match="augment"):
+        run(split, tmp_path / "run", epochs=1, train_data=train_data)
 
 
 def test_no_epochs_are_refused(split, tmp_path):
