@@ -31,6 +31,7 @@ import seed_recipe
 from common import describe_machine, is_there
 from keras import ops
 
+from brats_utils.augment import flip
 from brats_utils.cases import load_case, load_labels
 from brats_utils.dataset import split_dataset
 from brats_utils.decoding import decode_probabilities
@@ -75,9 +76,11 @@ class UntilTime:
 
 
 def ours(train_cases, split, minutes, seed, folder, *, data=None, model=None, **how):
-    """Train as the quick run of notebook 04 does, its cosine planned for the time.
+    """Train as notebook 04 does at its quick size, its cosine planned for the time.
 
-    `data`, `model` and `how` change keywords of the generator, of `unet`, of `train`.
+    With all augmentations and a third of the patches centred, as at full size; "ours,
+    quick" is the quick run itself. `data`, `model` and `how` change keywords of the
+    generator, of `unet`, of `train`.
     """
     options = {"batch_size": 1, "patch_shape": PATCH}
     drawn = {"augment": True, "cache": True, "seed": seed, **options, **(data or {})}
@@ -297,6 +300,7 @@ def segresnet(train_cases, split, minutes, seed, folder):
 
 RECIPES = {
     "ours": ours,
+    "ours, quick": partial(ours, data={"augment": flip, "tumour_share": 0.0}),
     "ours, regions": partial(ours, model={"n_classes": 3}),
     "ours, deep supervision": partial(ours, deep_supervision=2),
     "ours, averaged": partial(ours, average=0.99),
