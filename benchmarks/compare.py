@@ -3,8 +3,8 @@
     python benchmarks/compare.py
 
 The intervals are of a paired bootstrap over the scored cases, each case's score the
-mean of its seeds: the difference ours - peer, so that more is better in Dice and less
-in HD95.
+mean of the seeds that both have: the difference ours - peer, so that more is better in
+Dice and less in HD95. They say how the cases differ, not how two trainings would.
 """
 
 import itertools
@@ -37,20 +37,22 @@ def against_peers(cases):
     rows = []
     for split, group in cases.groupby("split"):
         runs = {
-            run: part.groupby("case")[columns].mean()
+            run: part.set_index(["seed", "case"])[columns]
             for run, part in group.groupby(["minutes", "recipe"])
         }
         for (own_time, own), (time, peer) in itertools.product(runs, runs):
             if own != "ours" or peer == "ours" or time < own_time:
                 continue
-            difference = runs[own_time, own] - runs[time, peer]
-            summary = summarise_scores(difference.dropna(), n_resamples=10_000)
+            difference = (runs[own_time, own] - runs[time, peer]).dropna()
+            seeds = difference.index.unique("seed").size
+            difference = difference.groupby("case").mean()
+            summary = summarise_scores(difference, n_resamples=10_000)
             label = {"split": split, "ours, min": own_time, "less": peer, "min": time}
             spans = {
                 name: f"{row['mean']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
                 for name, row in summary.iterrows()
             }
-            rows.append({**label, "cases": len(difference), **spans})
+            rows.append({**label, "seeds": seeds, "cases": len(difference), **spans})
     return pd.DataFrame(rows)
 
 

@@ -15,6 +15,7 @@ from scipy.sparse.csgraph import connected_components
 from sklearn.model_selection import KFold
 
 from brats_utils.files import read_json, sha256
+from brats_utils.layouts import short_name
 from brats_utils.nifti import BratsDataError
 
 KINDS = ("images", "masks")
@@ -105,7 +106,7 @@ def verify_dataset(prepared):
     """
     prepared, rows = Path(prepared), []
     raw = Path(read_json(prepared / SETTINGS)["raw"])
-    scans = {path.name: path for path in raw.rglob("*.nii*")}
+    scans = {short_name(path): path for path in raw.rglob("*.nii*")}
     for marker in sorted((prepared / MARKERS).glob("*.json")):
         done = read_json(marker)
         noted = {scans[n]: v for n, v in done["checksums"].items() if n in scans}

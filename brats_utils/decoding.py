@@ -135,10 +135,10 @@ def tune_decoding(cases):
     plain = np.mean(plain, axis=0)
     best, tuned = PLAIN, _mean_dice(kept, PLAIN)
     for step in range(len(REGIONS) + 1):
-        for trial in _trials(best, step):
-            found = _mean_dice(kept, trial)
-            if found.mean() > tuned.mean() + LEAST_GAIN:
-                best, tuned = trial, found
+        found = [(_mean_dice(kept, trial), trial) for trial in _trials(best, step)]
+        dice, trial = max(found, key=lambda pair: pair[0].mean())
+        if dice.mean() > tuned.mean() + LEAST_GAIN:
+            best, tuned = trial, dice
     if tuned.mean() <= plain.mean() + LEAST_GAIN:
         best, tuned = {}, plain
     return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))

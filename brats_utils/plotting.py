@@ -66,7 +66,7 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
 def _error_classes(truth, prediction):
     """Return 0 where two label maps agree, else the number of the kind of error."""
     kinds = [truth == prediction, prediction == 0, truth == 0]
-    return np.select(kinds, [0, 1, 2], default=3)
+    return np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
 
 
 def plot_prediction(
@@ -238,7 +238,7 @@ def _still(image, segmentation, prediction, spread=None, **view):
     labels = prediction if segmentation is None else segmentation
     if segmentation is not None and prediction is not None:
         axes = plot_prediction(image, segmentation, prediction, **view)
-    elif spread is not None:
+    elif prediction is not None and spread is not None:
         axes = plot_uncertainty(image, labels, spread, **view)
     else:
         axes = plot_case(image, labels, **view)
@@ -350,6 +350,15 @@ def browse(
         _display_live(_viewer(image, segmentation, prediction, spread, **view))
 
 
+def _close(widget):
+    """Close a widget and all in it: what is left open keeps its volumes in memory."""
+    looks = [getattr(widget, name, None) for name in ("layout", "style")]
+    for part in (*getattr(widget, "children", ()), *filter(None, looks)):
+        _close(part)
+    widget.unobserve_all()
+    widget.close()
+
+
 def browse_cases(scores, load, **view):
     """Show the cases of a table of results, the worst first, each in a browser.
 
@@ -379,6 +388,8 @@ def browse_cases(scores, load, **view):
     chooser, box = Dropdown(description="case", options=options), VBox()
 
     def show(_):
+        for old in box.children[1:]:
+            _close(old)
         box.children = chooser, _viewer(*load(chooser.value), **view)
 
     chooser.observe(show, "value")

@@ -88,6 +88,8 @@ def _check_memory(model, data):
     """Raise if half of the layers' outputs, the least a step keeps, cannot fit."""
     needed_gb = model_table(model, data.input_shape)["activations_mb"]["total"] / 1e3
     needed_gb *= data.batch_size / (4 if "16" in model.layers[1].compute_dtype else 2)
+    parallel = keras.distribution.distribution()
+    needed_gb /= parallel.device_mesh.devices.size if parallel else 1
     if needed_gb > _memory_gb():
         raise MemoryError(f"a step keeps {needed_gb:.1f} of {_memory_gb():.1f} GB")
 

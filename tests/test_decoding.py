@@ -87,6 +87,15 @@ def test_labels_are_tuned_against_the_decoding_that_they_have():
     assert gain.loc["TC"].tolist() == [0, 1]
 
 
+def test_of_two_better_thresholds_the_best_is_taken():
+    # Four false voxels at 0.525, one at 0.775: the last gains less than LEAST_GAIN.
+    likely = np.r_[np.full(1000, 0.95), [0.525, 0.525, 0.525, 0.525, 0.775]]
+    regions = np.stack([likely] * 3, axis=-1)
+    truth = np.r_[np.full(1000, 4), np.zeros(5)].astype(np.uint8)
+    decoding, gain = tune_decoding([(regions, truth)])
+    assert decoding["thresholds"][0] >= 0.8 and gain.loc["WT", "tuned"] == 1
+
+
 def test_thresholds_may_be_an_array():
     regions = [[0.9, 0.6, 0.6]]
     assert decode_probabilities(regions, thresholds=np.full(3, 0.7)).tolist() == [2]

@@ -18,6 +18,7 @@ from brats_utils.cases import (
     rename_odd_segmentation,
     save_segmentation,
 )
+from brats_utils.dataset import verify_dataset
 from brats_utils.inference import predict_cases
 from brats_utils.model import unet
 from brats_utils.phantom import write_phantom
@@ -120,6 +121,12 @@ def test_each_layout_is_prepared_alike(layout, phantoms, tmp_path):
             written = (tmp_path / "out" / kind / f"{case.id}.npy").read_bytes()
             expected = tmp_path / "expected" / kind / f"{phantom.id}.npy"
             assert written == expected.read_bytes()
+    assert verify_dataset(tmp_path / "out").empty
+    with open(found[0].images["t2"], "ab") as file:
+        file.write(b"0")
+    assert set(verify_dataset(tmp_path / "out")["case"]) == {found[0].id}
+    with open(found[0].images["t2"], "rb+") as file:
+        file.truncate(file.seek(0, 2) - 1)
     before = (tmp_path / "out" / "cases.csv").read_bytes()
     prepare_dataset(tmp_path / "raw", tmp_path / "out", **options)
     assert (tmp_path / "out" / "cases.csv").read_bytes() == before

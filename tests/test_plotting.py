@@ -1,3 +1,4 @@
+import ipywidgets
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -181,6 +182,10 @@ def test_the_viewer_goes_to_the_slice_with_most_tumour(toy, displayed):
         assert controls["index"].max == toy[1].shape[axis] - 1
 
 
+def widgets_alive():
+    return len(ipywidgets.widgets.widget._instances)
+
+
 def test_browse_cases_begins_with_the_worst(toy, displayed):
     scores = pd.Series({"good": 0.9, "bad": 0.1, "fair": 0.5})
     loaded = []
@@ -194,8 +199,11 @@ def test_browse_cases_begins_with_the_worst(toy, displayed):
     chooser, viewer = box.children
     assert [case_id for _, case_id in chooser.options] == ["bad", "fair", "good"]
     assert set(loaded) == {"bad"} and len(still.axes) == 4
+    (picture, _), every = viewer.children, widgets_alive()
     chooser.value = "fair"
     assert loaded[-1] == "fair" and box.children[1] is not viewer
+    # What was left open would keep its volumes in memory.
+    assert widgets_alive() == every and picture.comm is None
 
 
 def test_a_saved_notebook_holds_a_line_in_the_place_of_widgets(toy, monkeypatch):
