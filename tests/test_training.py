@@ -576,7 +576,9 @@ def test_jax_trains_alike_in_one_process_and_two():
             [sys.executable, script, ",".join(addresses), str(rank)]
             for rank in range(len(addresses))
         ]
-        options = {"env": {**os.environ, "JAX_PLATFORMS": "cpu"}, "text": True}
+        flags = {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"}
+        flags["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
+        options = {"env": {**os.environ, **flags}, "text": True}
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started = [subprocess.Popen(command, **options) for command in commands]
         for process in started:

@@ -1,17 +1,14 @@
 """One training by several processes, on JAX: the loss is that of a single one.
 
-    python tests/two_processes.py HOST:PORT,HOST:PORT RANK
+    KERAS_BACKEND=jax python tests/two_processes.py HOST:PORT,HOST:PORT RANK
 
 is started on each host with its own rank, 0 and 1; with one address, alone. Each
-process gives its part of every batch; gradients are shared, weights are the same.
+process gives its part of every batch; gradients are shared, weights are the same. On
+CPUs JAX also wants JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo.
 """
 
 import json
-import os
 import sys
-
-os.environ["KERAS_BACKEND"] = "jax"
-os.environ.setdefault("JAX_CPU_COLLECTIVES_IMPLEMENTATION", "gloo")
 
 import keras
 import numpy as np
