@@ -21,13 +21,13 @@ from brats_utils.cases import (
 )
 from brats_utils.decoding import decode_probabilities, tune_decoding
 from brats_utils.files import read_json, write_json
+from brats_utils.model import size_factor
 from brats_utils.nifti import from_lps, read_header, save_volume, spacing_mm, to_lps
 from brats_utils.runs import BEST, SIDECAR
 from brats_utils.transforms import NORMALISATION, brain_box, standardise
 
 SPACING_MM = (1.0, 1.0, 1.0)
 # A U-Net of 6 grids, the deepest in use, halves its input 5 times.
-LARGEST_FACTOR = 32
 
 
 def load_model(path):
@@ -101,17 +101,6 @@ def _heed_description(model, description, path):
     model.description = description
 
 
-def _factor(model):
-    """Return what the sizes of the model's input must be multiples of."""
-    strides = [
-        max(layer.strides)
-        for layer in model.layers
-        if hasattr(layer, "strides") and "Transpose" not in type(layer).__name__
-    ]
-    # Residual nets stride in two layers side by side, and are counted too high.
-    return min(LARGEST_FACTOR, math.prod(strides))
-
-
 def _pad(image, shape):
     """Add zeros, which are background, at the ends of the first three axes."""
     widths = [(0, n - have) for n, have in zip(shape, image.shape, strict=False)]
@@ -154,7 +143,7 @@ def _predict_once(model, image, patch_shape):
     """Return the probabilities of an image: by patches, or in one pass if None."""
     if patch_shape is not None:
         return _slide(model, image, patch_shape)
-    factor = _factor(model)
+    factor = size_factor(model)
     shape = [math.ceil(n / factor) * factor for n in image.shape[:3]]
     probabilities = model.predict_on_batch(_pad(image, shape)[None])[0]
     return probabilities[tuple(slice(n) for n in image.shape[:3])]

@@ -11,6 +11,7 @@ CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
+LARGEST_FACTOR = 32
 
 
 def _rank(input_shape, n_classes, factor, depth):
@@ -312,6 +313,28 @@ def unet_cicek2016(input_shape, *, n_classes=4, padding="same"):
     return keras.Model(inputs, _head(x, n_classes), name="unet_cicek2016")
 
 
+def size_factor(model):
+    """Return what the spatial sizes of a model's input must be multiples of.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A U-Net, its own layers with strides.
+
+    Returns
+    -------
+    factor : int
+        At most 32: residual nets stride in two layers side by side, and would be
+        counted too high.
+    """
+    strides = [
+        max(layer.strides)
+        for layer in model.layers
+        if hasattr(layer, "strides") and "Transpose" not in type(layer).__name__
+    ]
+    return min(LARGEST_FACTOR, math.prod(strides))
+
+
 def _gflop(layer):
     """Return the layer's forward GFLOP a sample; only convolutions count."""
     kernel = getattr(layer, "kernel", None)
@@ -345,13 +368,19 @@ def model_table(model, input_shape=None):
     Raises
     ------
     ValueError
-        If neither the model nor `input_shape` says all the sizes.
+        If neither the model nor `input_shape` says all the sizes, or one does not fit.
     """
     shape = tuple(input_shape or model.input_shape[1:])
     if None in shape:
         raise ValueError(f"the model leaves sizes open, {shape}: give input_shape")
     # The same layers on the given patch, weights not copied: only shapes are read.
-    sized = keras.models.clone_model(model, keras.Input(shape, batch_size=1))
+    try:
+        sized = keras.models.clone_model(model, keras.Input(shape, batch_size=1))
+    except ValueError as error:
+        raise ValueError(
+            f"the model does not take {shape}: each spatial size must be a multiple "
+            f"of {size_factor(model)} ({error})"
+        ) from None
     rows = [
         {
             "stage": layer.name.split("_")[0],

@@ -384,6 +384,7 @@ def _bad_headers(cases):
 def _refuse(bad):
     """Raise one error for all unsound cases, {id: what is wrong}."""
     raise BratsDataError(
-        f"{len(bad)} cases are not sound: " + " | ".join(bad.values()),
-        advice="Mend them, or leave them out with skip_bad=True",
+        f"not sound ({len(bad)}): " + " | ".join(bad.values()).rstrip("."),
+        advice="Mend them, or leave them out by skip_bad=True in prepare_dataset's "
+        "options; check_cases lists all that is wrong, inside the files too",
     )

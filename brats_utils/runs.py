@@ -14,7 +14,8 @@ from brats_utils.files import atomic_write, write_json
 
 BEST, HISTORY, SIDECAR = "best.keras", "history.csv", "model.json"
 STATE, FORMER = "last.npz", "last_but_one.npz"
-ANEW = "Choose another run_dir, or delete that folder to train anew"
+ANEW = "Choose another run_dir (in notebook 04, RUN), or delete it to train anew"
+LONGEST_SHOWN = 40  # characters of a changed setting; a list of cases is longer
 NO_SETTINGS = ("keras", "backend")  # a run may go on with others
 
 
@@ -116,10 +117,11 @@ def begin_or_go_on(model, run_dir, description, epochs):
         raise ValueError(f"{run_dir} holds {BEST}, but no state to go on from. {ANEW}")
     before, rows = record.get("description", {}), record["history"]
     changed = [
-        name if isinstance(value, list) else f"{name} ({before.get(name)} -> {value})"
+        name + (f" ({was} -> {value})" if len(str(value)) < LONGEST_SHOWN else "")
         for name, value in description.items()
         # What an older run does not note it did not have: None, 0 and False alike.
-        if name not in NO_SETTINGS and (before.get(name) or None) != (value or None)
+        if name not in NO_SETTINGS
+        and ((was := before.get(name)) or None) != (value or None)
     ]
     if rows and changed:
         raise ValueError(

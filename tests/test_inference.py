@@ -7,7 +7,6 @@ import pytest
 from conftest import AFFINE, SHAPE, toy_volumes, write_case
 from keras import layers
 
-from brats_utils import inference
 from brats_utils.cases import BratsDataError, find_cases, load_case, load_labels
 from brats_utils.files import write_json
 from brats_utils.inference import (
@@ -17,7 +16,7 @@ from brats_utils.inference import (
     predict_probabilities,
     tune_models,
 )
-from brats_utils.model import unet
+from brats_utils.model import size_factor, unet
 from brats_utils.nifti import to_lps
 from brats_utils.transforms import NORMALISATION
 
@@ -86,7 +85,7 @@ def test_flips_average_mirror_images_into_a_symmetric_answer():
 )
 def test_one_pass_pads_to_what_the_unet_needs(options, factor):
     model = unet((None, None, None, 3), filters=2, **options)
-    assert inference._factor(model) == factor
+    assert size_factor(model) == factor
     image = np.zeros((9, 17, 5, 3), np.float32)
     assert predict_probabilities(model, image).shape == (9, 17, 5, 4)
 

@@ -221,6 +221,13 @@ def test_table_needs_sizes(tiny):
         model_table(tiny)
 
 
+def test_table_says_what_sizes_fit():
+    model = unet(ANY_SIZE, filters=2, depth=3, stem_stride=2)
+    model_table(model, (8, 8, 16, 3))
+    with pytest.raises(ValueError, match=r"\(12, 8, 16, 3\).*multiple of 8"):
+        model_table(model, (12, 8, 16, 3))
+
+
 def test_the_librarys_network_trains_with_our_loss_and_reloads(tmp_path):
     sm3d = pytest.importorskip(
         "segmentation_models_3D", reason="the optional library is not installed"

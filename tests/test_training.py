@@ -312,6 +312,13 @@ def test_E03_another_model_is_refused_and_nothing_changes(finished, split):
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
 
 
+def test_E03_what_differs_is_said_with_its_values(finished, split):
+    larger, _ = data(split, augment=True, patch_shape=(16, 8, 8))
+    told = r"patch_shape \(\[8, 8, 8\] -> \[16, 8, 8\]\).*RUN"
+    with pytest.raises(ValueError, match=told):
+        run(split, finished[0], 5, train_data=larger)
+
+
 def test_E03_other_volumes_of_the_same_cases_are_refused(finished, split, tmp_path):
     for seed in range(1, 5):
         write_case(tmp_path / "raw", f"BraTS20_Training_{seed:03}", seed=10 + seed)
