@@ -27,7 +27,6 @@ from brats_utils.runs import BEST, SIDECAR
 from brats_utils.transforms import NORMALISATION, brain_box, standardise
 
 SPACING_MM = (1.0, 1.0, 1.0)
-# A U-Net of 6 grids, the deepest in use, halves its input 5 times.
 
 
 def load_model(path):

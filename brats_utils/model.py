@@ -11,7 +11,7 @@ CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
-LARGEST_FACTOR = 32
+LARGEST_FACTOR = 32  # a U-Net of 6 grids, the deepest in use, halves 5 times
 
 
 def _rank(input_shape, n_classes, factor, depth):

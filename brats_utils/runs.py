@@ -15,7 +15,7 @@ from brats_utils.files import atomic_write, write_json
 BEST, HISTORY, SIDECAR = "best.keras", "history.csv", "model.json"
 STATE, FORMER = "last.npz", "last_but_one.npz"
 ANEW = "Choose another run_dir (in notebook 04, RUN), or delete it to train anew"
-LONGEST_SHOWN = 40  # characters of a changed setting; a list of cases is longer
+LONGEST_SHOWN = 40  # characters of both values; lists of cases are longer
 NO_SETTINGS = ("keras", "backend")  # a run may go on with others
 
 
@@ -117,7 +117,7 @@ def begin_or_go_on(model, run_dir, description, epochs):
         raise ValueError(f"{run_dir} holds {BEST}, but no state to go on from. {ANEW}")
     before, rows = record.get("description", {}), record["history"]
     changed = [
-        name + (f" ({was} -> {value})" if len(str(value)) < LONGEST_SHOWN else "")
+        name + (f" ({was} -> {value})" if len(f"{was}{value}") < LONGEST_SHOWN else "")
         for name, value in description.items()
         # What an older run does not note it did not have: None, 0 and False alike.
         if name not in NO_SETTINGS

@@ -319,6 +319,20 @@ def test_E03_what_differs_is_said_with_its_values(finished, split):
         run(split, finished[0], 5, train_data=larger)
 
 
+def test_E03_a_list_of_cases_is_not_shown_even_when_it_shrank(
+    finished, split, tmp_path
+):
+    folder = tmp_path / "split"
+    shutil.copytree(split, folder)
+    _, *others = sorted(path.stem for path in (folder / "train" / "images").iterdir())
+    for kind in ("images", "masks"):
+        for case_id in others:
+            (folder / "train" / kind / f"{case_id}.npy").unlink()
+    with pytest.raises(ValueError, match="train_cases") as caught:
+        run(folder, finished[0], epochs=5)
+    assert others[-1] not in str(caught.value)
+
+
 def test_E03_other_volumes_of_the_same_cases_are_refused(finished, split, tmp_path):
     for seed in range(1, 5):
         write_case(tmp_path / "raw", f"BraTS20_Training_{seed:03}", seed=10 + seed)
