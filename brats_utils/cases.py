@@ -71,13 +71,19 @@ def _check_labels(volume, path, labels):
         raise BratsDataError(str(error), file=path, advice=advice) from None
 
 
+def _fits_float32(volume):
+    """Return where a volume is finite, as float32 too: float64 reaches further."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(volume.astype(np.float32, copy=False))
+
+
 def _check_image(volume, path):
     """Raise if one modality is blank, or holds NaN or Inf."""
     problem = None
     if volume.min() == volume.max():
         problem = f"blank modality: every voxel is {volume.flat[0]:g}"
-    elif volume.dtype.kind == "f" and not np.isfinite(volume).all():
-        bad = np.argwhere(~np.isfinite(volume))
+    elif volume.dtype.kind == "f" and not (sound := _fits_float32(volume)).all():
+        bad = np.argwhere(~sound)
         problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
     if problem:
         advice = "Download it again, or leave this case out"
@@ -208,20 +214,27 @@ def check_cases(cases, *, voxels=True):
     import pandas as pd
 
     rows = []
+
+    def note(case, path, check, *arguments):
+        try:
+            return check(*arguments)
+        except BratsDataError as error:
+            rows.append((case.id, str(path), error.problem, error.advice or ""))
+
     for case in cases:
         first = None
         for path, wanted in _paths(case, ALL_MODALITIES).items():
             channels = case.channels if wanted else 1
-            try:
-                header = read_header(path, channels)
-                first = first or (path, header)
-                if voxels and wanted:
-                    _images_of(read_volume(path, channels)[0], wanted, path)
-                elif voxels:
-                    load_labels(path, case.labels)
-                _check_grid(header, path, first)
-            except BratsDataError as error:
-                rows.append((case.id, str(path), error.problem, error.advice or ""))
+            header = note(case, path, read_header, path, channels)
+            if header is None:
+                continue
+            first = first or (path, header)
+            note(case, path, _check_grid, header, path, first)
+            if voxels and not wanted:
+                note(case, path, load_labels, path, case.labels)
+            elif voxels and (read := note(case, path, read_volume, path, channels)):
+                for modality in wanted:
+                    note(case, path, _images_of, read[0], [modality], path)
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
 
 

@@ -226,9 +226,11 @@ def check_submission(folder, cases):
         A row for each: "file", "problem". Empty if the folder is ready.
     """
     rows, expected = [], {f"{case.id}.nii.gz": case for case in cases}
-    there = {path.name: path for path in Path(folder).iterdir() if path.is_file()}
+    entries = list(Path(folder).iterdir())
+    there = {path.name: path for path in entries if path.is_file()}
     rows += [(name, "is missing") for name in expected.keys() - there.keys()]
-    rows += [(name, "is no case's name") for name in there.keys() - expected.keys()]
+    others = {path.name for path in entries} - expected.keys()
+    rows += [(name, "is no case's name") for name in others]
     for name in sorted(there.keys() & expected.keys()):
         shape, affine, _ = read_grid(expected[name])
         try:

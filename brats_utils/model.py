@@ -11,7 +11,6 @@ CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
-LARGEST_FACTOR = 32  # a U-Net of 6 grids, the deepest in use, halves 5 times
 
 
 def _rank(input_shape, n_classes, factor, depth):
@@ -324,15 +323,17 @@ def size_factor(model):
     Returns
     -------
     factor : int
-        At most 32: residual nets stride in two layers side by side, and would be
-        counted too high.
+        Strides with a kernel of 1 voxel do not count: in residual nets they are the
+        shortcuts beside another strided layer.
     """
     strides = [
         max(layer.strides)
         for layer in model.layers
-        if hasattr(layer, "strides") and "Transpose" not in type(layer).__name__
+        if hasattr(layer, "strides")
+        and "Transpose" not in type(layer).__name__
+        and max(getattr(layer, "kernel_size", (0,))) != 1
     ]
-    return min(LARGEST_FACTOR, math.prod(strides))
+    return math.prod(strides)
 
 
 def _gflop(layer):

@@ -165,6 +165,19 @@ def test_every_problem_of_every_case_is_listed_by_one_pass(toy_set):
         assert part in text
 
 
+def test_a_file_with_two_problems_is_listed_twice(toy_set):
+    case = find_cases(toy_set)[0]
+    broken = toy_volumes()[0]["t2"].astype(np.float64)
+    broken[3, 4, 5] = 1e39  # one damaged exponent: finite, but not as float32
+    moved = AFFINE.copy()
+    moved[0, 3] += 5
+    nib.save(nib.Nifti1Image(broken, moved), case.images["t2"])
+    problems = check_cases([case])["problem"].tolist()
+    assert len(problems) == 2
+    assert "grid (affine) differs" in problems[0]
+    assert "1 voxels are NaN or infinite, first [3, 4, 5]" in problems[1]
+
+
 def test_a_damaged_or_cut_gz_is_refused(tmp_path):
     folder = write_case(tmp_path, "BraTS20_Training_001", suffix=".nii.gz")
     path = folder / "BraTS20_Training_001_flair.nii.gz"

@@ -180,6 +180,7 @@ def rewrite(path, *, dtype=np.uint8, affine=conftest.AFFINE, change=0):
     [
         (lambda path: path.unlink(), "is missing"),
         (lambda path: path.rename(path.with_name("1.nii.gz")), "is no case's name"),
+        (lambda path: (path.parent / "1.nii.gz").mkdir(), "is no case's name"),
         (lambda path: rewrite(path, change=3), "3 in 1 voxels"),
         (lambda path: rewrite(path, dtype=np.float32), "float32, not uint8"),
         (lambda path: rewrite(path, affine=np.eye(4)), "another affine"),

@@ -67,7 +67,8 @@ def test_a_batch_is_standardised_and_background_is_exactly_zero(split):
 def test_every_half_is_widened_exactly():
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     finite = every[np.isfinite(every)]
-    for halves in (finite, every, every[-9:]):  # the last are NaN
+    normal = finite[(finite == 0) | (abs(finite) >= np.finfo(np.float16).tiny)]
+    for halves in (normal, finite, every, every[-9:]):  # the last are NaN
         found = np.empty(halves.shape, np.float32)
         _widen(halves, out=found)
         np.testing.assert_array_equal(found, halves.astype(np.float32))
@@ -216,6 +217,10 @@ def test_the_cache_gives_the_same_batches(split):
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_keras_gets_the_same_batches_with_any_number_of_threads(split, workers):
+    for path in (split / "images").glob("*.npy"):
+        image = np.load(path)
+        image[2:-2, 2:12] = 3e-5  # subnormal: TensorFlow's threads take those as 0
+        np.save(path, image)
     generator = BratsGenerator(
         split, patch_shape=(8, 8, 8), augment=True, workers=workers, max_queue_size=2
     )

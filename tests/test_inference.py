@@ -81,7 +81,12 @@ def test_flips_average_mirror_images_into_a_symmetric_answer():
 
 
 @pytest.mark.parametrize(
-    "options, factor", [({"depth": 2}, 2), ({"depth": 3, "stem_stride": 2}, 8)]
+    "options, factor",
+    [
+        ({"depth": 2}, 2),
+        ({"depth": 3, "stem_stride": 2}, 8),
+        ({"depth": 6, "stem_stride": 2}, 64),
+    ],
 )
 def test_one_pass_pads_to_what_the_unet_needs(options, factor):
     model = unet((None, None, None, 3), filters=2, **options)

@@ -4,7 +4,13 @@ import pytest
 
 from brats_utils.losses import dice_focal_loss
 from brats_utils.metrics import RegionDice
-from brats_utils.model import model_table, supervise_deeply, unet, unet_cicek2016
+from brats_utils.model import (
+    model_table,
+    size_factor,
+    supervise_deeply,
+    unet,
+    unet_cicek2016,
+)
 
 ANY_SIZE = (None, None, None, 3)
 
@@ -235,6 +241,7 @@ def test_the_librarys_network_trains_with_our_loss_and_reloads(tmp_path):
     network = sm3d.Unet(
         "resnet18", input_shape=(32, 32, 32, 3), classes=4, encoder_weights=None
     )
+    assert size_factor(network) == 32
     network.compile("adam", dice_focal_loss, jit_compile=False)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 32, 32, 32, 3)).astype("float32")

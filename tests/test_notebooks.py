@@ -3,6 +3,7 @@
 import re
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbclient
 import nbformat
@@ -158,6 +159,31 @@ def test_a_wrong_folder_is_an_error_and_never_replaced_by_phantoms(
 
 
 @pytest.mark.notebooks
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        (("one,True,", "two,False,small", "six,False,not sound: cut"), ["two"]),
+        (("one,True,", "two,True,"), []),
+    ],
+)
+def test_cases_left_out_as_not_sound_are_not_predicted(tmp_path, rows, expected):
+    (tmp_path / "prepared").mkdir()
+    table = "\n".join(("case,kept,reason", *rows))
+    (tmp_path / "prepared" / "cases.csv").write_text(table)
+    cells = code_of(nbformat.read(NOTEBOOKS[3], as_version=4))
+    (source,) = (cell.source for cell in cells if "report_path" in cell.source)
+    scores = pd.DataFrame({"case": ["two"], "dice_WT": [1.0]})
+    names = {
+        "scans": {i: SimpleNamespace(segmentation=i) for i in ("one", "two", "six")},
+        "inference": SimpleNamespace(predict_cases=lambda *args, **options: None),
+        "evaluation": SimpleNamespace(score_cases=lambda folder, cases: scores),
+        **{"DATA": tmp_path, "MODEL": None, "FLIPS": False, "pd": pd},
+        **{"models": [], "out_dir": tmp_path},
+    }
+    exec(source, names)  # this one cell, where prediction would raise on "six"
+    assert [case.segmentation for case in names["dropped"]] == expected
+
+
 def test_scans_without_labels_are_sent_to_notebook_04(tmp_path, monkeypatch):
     write_phantom(tmp_path / "raw", 0, without_segmentation=1, shape=(48, 48, 40))
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="notebook 04"):
