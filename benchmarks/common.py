@@ -1,4 +1,4 @@
-"""What the benchmarks share: runs in turn, medians with their spread, peak memory."""
+"""Shared by the benchmarks: interleaved runs, medians with their range, peak memory."""
 
 import contextlib
 import importlib.util
@@ -13,10 +13,20 @@ REPEATS = 5
 
 
 def in_turn(works, repeats=REPEATS):
-    """Run each of {name: call} once unmeasured, then all in turn, `repeats` times.
+    """Time several functions in turn, so that a slow moment of the machine hits all.
 
-    Returns {name: seconds of each run}: what slows the machine down for a while slows
-    all of them.
+    Each is called once to warm up, then `repeats` times.
+
+    Parameters
+    ----------
+    works : dict of str to function
+        Called without arguments.
+    repeats : int
+
+    Returns
+    -------
+    seconds : dict of str to list of float
+        The duration of each run.
     """
     seconds = {name: [] for name in works}
     with quiet():
@@ -30,15 +40,26 @@ def in_turn(works, repeats=REPEATS):
 
 
 def quiet():
-    """Keep progress bars and remarks out of the tables: send them to stderr."""
+    """Send progress bars and other output to stderr, to keep them out of the tables."""
     return contextlib.redirect_stdout(sys.stderr)
 
 
 def print_times(title, seconds, *, ours="ours", per=1, unit="s", aims=None):
-    """Print a table: median, lowest to highest, and how many times ours each takes.
+    """Print a table of the median, the range, and the ratio to our own time.
 
-    `per` is what a run does of something: seconds are divided by it; `aims` says what
-    is to be reached, by the name of a row.
+    Parameters
+    ----------
+    title : str
+    seconds : dict of str to list of float
+        From `in_turn`; a row each.
+    ours : str
+        The row that the others are compared with.
+    per : int
+        The number of cases or samples in a run; times are given for one of them.
+    unit : str
+        Of the median, in the heading.
+    aims : dict of str to str, optional
+        The target of a row, in words.
     """
     print(f"\n### {title}\n")
     print(f"| | median, {unit} | from … to | times ours | aim |")
@@ -55,17 +76,17 @@ def print_times(title, seconds, *, ours="ours", per=1, unit="s", aims=None):
 
 
 def print_rows(title, rows):
-    """Print a table of {name: (value, what must be reached)}."""
+    """Print a table of {name: (value, target)}."""
     print(f"\n### {title}\n\n| | found | aim |\n|---|---|---|")
     for name, (value, aim) in rows.items():
         print(f"| {name} | {value} | {aim} |")
 
 
 def is_there(package):
-    """Say whether a peer is installed; print that it is left out where it is not."""
+    """Return whether a package to compare with is installed; print a line if not."""
     found = importlib.util.find_spec(package) is not None
     if not found:
-        print(f"\n{package} is not installed and left out")
+        print(f"\n{package} is not installed; its rows are left out")
     return found
 
 
@@ -78,15 +99,15 @@ def in_new_process(code, *arguments):
 
 
 def peak_mb():
-    """Return the most memory that this process has held, in 10⁶ bytes (Linux)."""
-    # Not getrusage: a child begins there with its parent's peak.
+    """Return the peak memory of this process, in 10⁶ bytes (Linux)."""
+    # getrusage would not do: a child process starts with the peak of its parent.
     with open("/proc/self/status", encoding="ascii") as file:
         (peak,) = (line.split()[1] for line in file if line.startswith("VmHWM"))
     return int(peak) * 1024 / 1e6
 
 
 def describe_machine():
-    """Return a line on processor, cores, memory and versions."""
+    """Return a line with the processor, cores, memory and versions."""
     import keras
     import numpy as np
 

@@ -1,10 +1,11 @@
-"""Print the tables of recipes.py: each run, and ours against each peer, case by case.
+"""Print the results of recipes.py: each run, and ours compared with each peer.
 
     python benchmarks/compare.py
 
-The intervals are of a paired bootstrap over the scored cases, each case's score the
-mean of the seeds that both have: the difference ours - peer, so that more is better in
-Dice and less in HD95. They say how the cases differ, not how two trainings would.
+The second table holds the difference ours - peer, so positive is better for Dice and
+negative for HD95. Scores are paired by case, after averaging over the seeds that both
+have. The interval is a bootstrap over cases: it shows how much the difference varies
+between cases, not between repeated trainings.
 """
 
 import itertools
@@ -29,7 +30,7 @@ def print_table(title, table):
 
 
 def against_peers(cases):
-    """Return a row for each split and recipe that had as long as ours, or longer."""
+    """Return a row for each recipe of a split that trained at least as long as ours."""
     cases = cases.replace({"split": r"fold\d+ .*"}, {"split": "folds"}, regex=True)
     columns = [f"{what}_{region}" for what in ("dice", "hd95") for region in REGIONS]
     cases["dice_mean"] = cases[columns[:3]].mean(axis=1)
@@ -47,7 +48,7 @@ def against_peers(cases):
             seeds = difference.index.unique("seed").size
             difference = difference.groupby("case").mean()
             summary = summarise_scores(difference, n_resamples=10_000)
-            label = {"split": split, "ours, min": own_time, "less": peer, "min": time}
+            label = {"split": split, "ours, min": own_time, "minus": peer, "min": time}
             spans = {
                 name: f"{row['mean']:+.3g} [{row['low']:+.3g}, {row['high']:+.3g}]"
                 for name, row in summary.iterrows()
@@ -61,9 +62,9 @@ def main():
     results = project_root(Path(__file__).parent) / "benchmarks/results"
     lines = pd.read_csv(results / "recipes.csv").drop(columns=["machine"])
     lines = lines.round(3).sort_values(RUN)
-    print_table("Whole scans never trained on, against the clock", lines)
+    print_table("Scores of whole validation scans after a given training time", lines)
     rows = against_peers(pd.read_csv(results / "recipes_cases.csv"))
-    print_table("Ours less the others, with 95 % intervals", rows)
+    print_table("Ours minus the others, with 95 % intervals", rows)
 
 
 if __name__ == "__main__":

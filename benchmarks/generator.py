@@ -1,8 +1,8 @@
-"""Batches: ours, the tutorial recipe's generator and MONAI's CacheDataset in turn.
+"""Batches from our generator, the tutorial recipe's and MONAI's CacheDataset.
 
 Whole volumes of 128 x 128 x 128 and augmented patches of 96 x 96 x 96, batch 2, one
-thread each. MONAI's keeps standardised float32 volumes in memory, ours float16 on disk
-or, cached, in memory.
+thread each. MONAI keeps standardised float32 volumes in memory; ours reads float16 from
+the disk or, with `cache=True`, keeps the same in memory as MONAI.
 """
 
 import os
@@ -21,29 +21,31 @@ from brats_utils.losses import dice_cross_entropy_loss
 from brats_utils.model import unet
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
+from brats_utils.split import split_dataset
 
-N_CASES, PATCH = 6, (96, 96, 96)
+N_WRITTEN, N_CASES = 8, 6  # patients, and those of the training side
+PATCH = (96, 96, 96)
 CHANCE = 0.15  # of each intensity change, as in `brats_utils.augment`
 
 
 def draw(dataset):
-    """Take all batches of a Keras data set once."""
+    """Take each batch of a Keras data set once."""
     for index in range(len(dataset)):
         dataset[index]
 
 
 def forget(folder):
-    """Take a folder's files out of the system's memory: they are read from the disk."""
+    """Drop a folder's volumes from the system's file cache."""
     for path in folder.rglob("*.npy"):
         with open(path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def monai_loader(prepared, patches):
-    """Return MONAI's loader over the same volumes, standardised, in memory."""
+def monai_loader(side, patches):
+    """Return MONAI's loader of the same standardised volumes, kept in memory."""
     from monai import data, transforms
 
-    whole = BratsGenerator(prepared, batch_size=1)
+    whole = BratsGenerator(side, batch_size=1)
     volumes = [
         {"image": np.moveaxis(x[0], -1, 0), "label": np.moveaxis(y[0], -1, 0)}
         for x, y in (whole[i] for i in range(len(whole)))
@@ -63,31 +65,28 @@ def monai_loader(prepared, patches):
     return data.DataLoader(dataset, batch_size=2, num_workers=0)
 
 
-def whole_volumes(prepared, recipe_folder, case_ids):
-    """Print the rows on whole volumes."""
-    recipe = seed_recipe.batches(recipe_folder, case_ids)
-    ours = {cached: BratsGenerator(prepared, cache=cached) for cached in (False, True)}
+def whole_volumes(side, recipe_folder):
+    """Print the tables on whole volumes."""
+    ours = {cached: BratsGenerator(side, cache=cached) for cached in (False, True)}
+    recipe = seed_recipe.batches(recipe_folder, ours[True].case_ids)
     works = {
         "ours, from disk": lambda: draw(ours[False]),
         "ours, cached": lambda: draw(ours[True]),
         "tutorial recipe": lambda: [next(recipe) for _ in range(N_CASES // 2)],
     }
     if is_there("monai"):
-        loader = monai_loader(prepared, patches=False)
+        loader = monai_loader(side, patches=False)
         works["MONAI CacheDataset"] = lambda: list(loader)
     options = {"ours": "ours, from disk", "per": N_CASES, "unit": "s a sample"}
-    aims = {
-        "ours, cached": "MONAI's ≥ 0.8 times this",
-        "tutorial recipe": "≥ 6",
-    }
+    aims = {"ours, cached": "MONAI ≥ 0.8 times this", "tutorial recipe": "≥ 6"}
     options["aims"] = aims
     title = "Whole volumes of 128³, batch 2"
-    print_times(f"{title}, files in the system's memory", in_turn(works, 9), **options)
-    # As it is when a set is larger than memory: 369 cases of the recipe's are 43 GB.
+    print_times(f"{title}, files in the system's cache", in_turn(works, 9), **options)
+    # The case of a data set larger than memory: the recipe's 369 cases take 43 GB.
     works = {name: works[name] for name in ("ours, from disk", "tutorial recipe")}
 
     def cold(work):
-        forget(prepared)
+        forget(side)
         forget(recipe_folder)
         work()
 
@@ -95,11 +94,11 @@ def whole_volumes(prepared, recipe_folder, case_ids):
     print_times(f"{title}, from the disk itself", in_turn(works, 5), **options)
 
 
-def patches(prepared):
-    """Print the rows on augmented patches, and whether memory grows."""
+def patches(side):
+    """Print the tables on augmented patches, and whether memory grows."""
     options = {"patch_shape": PATCH, "augment": True}
     data = {
-        cached: BratsGenerator(prepared, cache=cached, **options)
+        cached: BratsGenerator(side, cache=cached, **options)
         for cached in (False, True)
     }
     works = {
@@ -107,10 +106,10 @@ def patches(prepared):
         "ours, from disk": lambda: draw(data[False]),
     }
     if is_there("monai"):
-        loader = monai_loader(prepared, patches=True)
+        loader = monai_loader(side, patches=True)
         works["MONAI CacheDataset"] = lambda: list(loader)
     title = "Patches of 96³ with flips, brightness, contrast, noise, batch 2"
-    # MONAI's has neither turns, gamma nor lost detail: ours do without, too.
+    # MONAI's tutorial does not rotate, change gamma or blur, so ours does not here.
     with (
         mock.patch("brats_utils.augment.TURN_CHANCE", 0),
         mock.patch("brats_utils.augment.DETAIL_CHANCE", 0),
@@ -128,12 +127,10 @@ def patches(prepared):
     print_rows("Memory over 1,000 batches", {"grown by": (grown, "flat")})
 
 
-def starvation(prepared):
-    """Print how long training waits for its batches, drawn by a thread beside it."""
-    data = BratsGenerator(
-        prepared, batch_size=1, patch_shape=PATCH, augment=True, cache=True
-    )
-    data.patches_per_case = 6
+def starvation(side):
+    """Print how long training waits for batches that another thread draws."""
+    options = {"patch_shape": PATCH, "augment": True, "patches_per_case": 6}
+    data = BratsGenerator(side, batch_size=1, cache=True, **options)
     model = unet((*PATCH, len(data.modalities)), stem_stride=2)
     model.compile("adam", dice_cross_entropy_loss, jit_compile=False)
     first = data[0]
@@ -161,19 +158,20 @@ def starvation(prepared):
 
 
 def main():
-    """Print the rows on the generator."""
+    """Print the tables on the generator."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with quiet():
-            cases = write_phantom(folder / "raw", N_CASES)
+            cases = write_phantom(folder / "raw", N_WRITTEN)
             (folder / "recipe").mkdir()
             for case in cases:
                 seed_recipe.prepare(case, folder / "recipe")
             prepare_dataset(folder / "raw", folder / "prepared", min_labelled=0)
-        case_ids = [case.id for case in cases]
-        whole_volumes(folder / "prepared", folder / "recipe", case_ids)
-        patches(folder / "prepared")
-        starvation(folder / "prepared")
+            split_dataset(folder / "prepared", folder / "split")
+        side = folder / "split" / "train"
+        whole_volumes(side, folder / "recipe")
+        patches(side)
+        starvation(side)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How long the package takes to import, in fresh interpreters, and what it brings."""
+"""Time to import the package in a new interpreter, and whether that imports Keras."""
 
 from statistics import median
 
@@ -11,11 +11,13 @@ __import__(sys.argv[1])
 print(time.perf_counter() - start, "keras" in sys.modules)
 """
 
+AIMS_S = {"brats_utils": 0.1, "brats_utils.cases": 0.6}
+
 
 def main():
-    """Print the rows on importing."""
+    """Print the table on importing."""
     rows = {}
-    for module, aim in (("brats_utils", 0.1), ("brats_utils.cases", 0.6)):
+    for module, aim in AIMS_S.items():
         found = [in_new_process(CODE, module).split() for _ in range(REPEATS)]
         seconds = median(float(each[0]) for each in found)
         brought = "imports Keras" if found[0][1] == "True" else "without Keras"

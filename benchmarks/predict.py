@@ -1,28 +1,31 @@
-"""A whole scan by the tutorial recipe's U-Net: in one pass, and by windows, in turn.
+"""Predict a whole scan with the tutorial recipe's U-Net, in one pass and in windows.
 
-One pass takes the brain's box whole. The windows are of 128 x 128 x 128, half a window
-apart, over the same box or the whole grid. Where there is a trained network (`python
-benchmarks/recipes.py --recipes repaired --minutes 20 --seeds 1 --keep data/models`)
-the Dice of both ways on the validation cases of the split is printed, too.
+One pass takes the whole box of the brain. Windows are of 128 x 128 x 128, half a window
+apart, over the same box or over the whole grid. With a trained network, which `python
+benchmarks/recipes.py --recipes repaired --minutes 20 --seeds 1 --keep data/models`
+writes, the Dice of both on the validation cases of the split is printed as well.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-import keras
 import numpy as np
 import pandas as pd
 import seed_recipe
 from common import in_new_process, in_turn, print_rows, print_times
 
 from brats_utils.cases import find_cases, load_case
-from brats_utils.decoding import decode_probabilities
 from brats_utils.evaluation import score_case
 from brats_utils.files import project_root
-from brats_utils.inference import predict_case, predict_probabilities
+from brats_utils.inference import (
+    decode_probabilities,
+    load_model,
+    predict_case,
+    predict_probabilities,
+)
 from brats_utils.phantom import write_phantom
-from brats_utils.transforms import brain_box, scale_volume, standardise
+from brats_utils.volumes import bounding_box, scale_volume, standardise
 
 WINDOW = (128, 128, 128)
 ONE_PASS, WINDOWS = "one pass over the brain's box", "windows over the brain's box"
@@ -39,14 +42,14 @@ print(f"{peak_mb() / 1000:.1f}")
 
 
 def compare_dice(model, cases):
-    """Print the mean Dice of one pass and of windows, and how far they differ."""
+    """Print the mean Dice of one pass and of windows, and their difference."""
     rows = []
     for case in cases:
         image, truth, _ = load_case(case)
         volumes = [scale_volume(image[..., c]) for c in range(image.shape[-1])]
-        box = brain_box(image)
+        box = bounding_box(image.any(axis=-1))
         for way, shape in ((ONE_PASS, None), (WINDOWS, WINDOW)):
-            found = predict_probabilities(
+            found, _ = predict_probabilities(
                 model, np.stack(volumes, -1)[box], patch_shape=shape
             )
             segmentation = np.zeros(truth.shape, np.uint8)
@@ -62,7 +65,7 @@ def compare_dice(model, cases):
 
 
 def main():
-    """Print the rows on prediction."""
+    """Print the tables on prediction."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     data = project_root(Path(__file__).parent) / "data"
     path = data / "models/repaired-20-1.keras"
@@ -71,11 +74,10 @@ def main():
     options = parser.parse_args()
     model = seed_recipe.tutorial_unet((None, None, None, 3))
     if options.model.exists():
-        trained = keras.saving.load_model(options.model, compile=False)
-        model.set_weights(trained.get_weights())
+        model.set_weights(load_model(options.model).model.get_weights())
         compare_dice(model, seed_recipe.split_cases(options.split)[1])
     else:
-        print(f"\n{options.model} is not there: how far one pass differs is left out")
+        print(f"\nThere is no {options.model}; the comparison of Dice is left out")
     with tempfile.TemporaryDirectory() as folder:
         write_phantom(folder, 1)
         (case,) = find_cases(folder, labels="0124")
@@ -89,7 +91,7 @@ def main():
         }
         seconds = in_turn(works, 3)
         aims = {WINDOWS: "≥ 4", "windows over the whole grid": "≥ 10"}
-        title = "Predict a whole scan, reading included"
+        title = "Predict a whole scan, including reading it"
         print_times(title, seconds, ours=ONE_PASS, aims=aims)
         memory = in_new_process(RSS, folder)
         rows = {"peak memory of one pass, GB": (memory, "≤ 3")}

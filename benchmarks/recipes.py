@@ -1,19 +1,21 @@
-"""Recipes against the clock: same cases, same time, same official scores.
+"""Train several recipes for the same time on the same cases, and score them.
 
     python benchmarks/recipes.py --phantoms 52 --minutes 5
     python benchmarks/recipes.py --minutes 20 --recipes tutorial repaired segresnet
     python benchmarks/recipes.py --split data/folds/fold* --seeds 0
 
-Each trains on the training cases of a split (of data/split, from notebook 01, if none
-is named), predicts its validation cases as whole scans, and adds a line to
-benchmarks/results/recipes.csv, and one for each case to recipes_cases.csv; what is
-there is not run again. compare.py prints both. The clock runs while a recipe trains:
-planning and scoring do not count; ours pays for its checksums, states and validation
-within it, and ends with an epoch, up to 7 % late (`train_s` is the time it took). A
-recipe is one function; those named "ours, ..." change one thing of it. Sizes are for
-two cores: patches of 96 x 96 x 96 where the original takes larger ones, its own window
-for the tutorial recipe. Peers keep their published learning rates, which were chosen
-for longer runs; ours was chosen for short ones.
+Each recipe trains on the training cases of a split (data/split from notebook 01 by
+default), predicts the validation cases as whole scans, and adds a row to
+benchmarks/results/recipes.csv and one for each case to recipes_cases.csv. Runs that are
+in the table already are skipped. compare.py prints both tables.
+
+The clock runs while a recipe trains, without planning and scoring. For ours it includes
+checksums, checkpoints and validation; ours stops after an epoch, up to 7 % late
+(`train_s` is the time it took). Each recipe is one function; those named "ours, ..."
+change one thing of it. Sizes are for two cores: patches of 96 x 96 x 96 where the
+original has larger ones, and its own window for the tutorial recipe. Peers keep their
+published learning rates, which were chosen for longer runs; ours was chosen for short
+ones.
 """
 
 import argparse
@@ -34,37 +36,33 @@ import seed_recipe
 from common import describe_machine, is_there
 from keras import ops
 
-from brats_utils.cases import load_case, load_labels
-from brats_utils.dataset import split_dataset
-from brats_utils.decoding import decode_probabilities
+from brats_utils.cases import MODALITIES, load_case, load_labels
 from brats_utils.evaluation import score_case
-from brats_utils.files import atomic_write, project_root, read_json
+from brats_utils.files import atomic_write, project_root
 from brats_utils.generator import BratsGenerator
-from brats_utils.inference import predict_case
+from brats_utils.inference import decode_probabilities, predict_case
 from brats_utils.labels import REGIONS, encode_labels
 from brats_utils.losses import batch_dice_cross_entropy_loss
 from brats_utils.model import supervise_deeply, unet
 from brats_utils.nifti import spacing_mm
 from brats_utils.phantom import write_phantom
-from brats_utils.prepare import prepare_dataset, scale_volume
-from brats_utils.runs import save_model
+from brats_utils.prepare import prepare_dataset
+from brats_utils.split import split_dataset
 from brats_utils.training import train
-from brats_utils.transforms import brain_box, standardise
+from brats_utils.volumes import bounding_box, scale_volume, standardise
 
 PATCH = (96, 96, 96)
-MODALITIES = ("flair", "t1ce", "t2")
-TRAIN_VAL = ("train", "val")
 
 
-class UntilTime:
-    """Count steps until the minutes are over; the time begins with the first."""
+class StepClock:
+    """Count training steps until the time is up; it starts with the first step."""
 
     def __init__(self, minutes):
         self.limit_s, self.steps, self.start = 60 * minutes, 0, None
         self.elapsed_s = 0.0
 
-    def go_on(self):
-        """Say whether there is time for another step."""
+    def next_step(self):
+        """Count a step and return True, or return False if the time is up."""
         self.start = self.start or time.monotonic()
         self.elapsed_s = time.monotonic() - self.start
         if self.elapsed_s > self.limit_s:
@@ -73,25 +71,25 @@ class UntilTime:
         return True
 
     def cosine(self):
-        """Return what falls from 1 to 0 along a cosine while the time goes."""
+        """Return a factor that decays from 1 to 0 along a cosine over the time."""
         return 0.5 + 0.5 * math.cos(math.pi * min(1, self.elapsed_s / self.limit_s))
 
 
 def ours(train_cases, split, minutes, seed, folder, *, data=None, model=None, **how):
-    """Train as notebook 04 does at its quick size, its cosine planned for the time.
+    """Train as notebook 04 does in its quick run, with a cosine over the given time.
 
-    With all augmentations and a third of the patches centred, as at full size. `data`,
-    `model` and `how` change keywords of the generator, of `unet`, of `train`.
+    With all augmentations and a third of the patches centred on tumour, as in the full
+    run. `data`, `model` and `how` are keywords of the generator, `unet` and `train`.
     """
     options = {"batch_size": 1, "patch_shape": PATCH}
-    drawn = {"augment": True, "cache": True, "seed": seed, **options, **(data or {})}
-    data = BratsGenerator(split / "train", **drawn)
-    data.patches_per_case = max(1, 36 // len(train_cases))
+    drawn = {"augment": True, "cache": True, "seed": seed, **(data or {})}
+    drawn["patches_per_case"] = max(1, 36 // len(train_cases))
+    data = BratsGenerator(split / "train", **options, **drawn)
     val = BratsGenerator(split / "val", tumour_share=1.0, **options)
     model = unet((None, None, None, 3), **{"stem_stride": 2, **(model or {})})
     epochs = plan_epochs(model, data, minutes, how.get("deep_supervision", 0))
-    clock = UntilTime(minutes)
-    clock.go_on()
+    clock = StepClock(minutes)
+    clock.next_step()
     history = train(
         model,
         data,
@@ -104,13 +102,13 @@ def ours(train_cases, split, minutes, seed, folder, *, data=None, model=None, **
         verbose=False,
         **{"loss": batch_dice_cross_entropy_loss, **how},
     )
-    clock.go_on()
+    clock.next_step()
     clock.steps = len(history) * len(data)
     return clock, lambda case: predict_case(model, case, patch_shape=PATCH)
 
 
 def plan_epochs(model, data, minutes, levels):
-    """Return how many epochs fit into the time, by steps of a copy of the model."""
+    """Return how many epochs fit into the time, from timing steps of a model copy."""
     copy = keras.models.clone_model(model)
     copy = supervise_deeply(copy, levels) if levels else copy
     copy.compile("adamw", batch_dice_cross_entropy_loss, jit_compile=False)
@@ -124,7 +122,7 @@ def plan_epochs(model, data, minutes, levels):
 
 
 def tutorial(train_cases, split, minutes, seed, folder):
-    """Train the tutorial recipe as it stands."""
+    """Train the tutorial recipe unchanged."""
     shares = {case.id: seed_recipe.prepare(case, folder) for case in train_cases}
     kept = [case_id for case_id, share in shares.items() if share > 0.01]
     model, clock = seed_recipe.train_tutorial(folder, kept, minutes)
@@ -139,7 +137,7 @@ def tutorial(train_cases, split, minutes, seed, folder):
 
 
 def _window_of(case):
-    """Return image and labels of the tutorial recipe's window, scaled by volume."""
+    """Return a case's image and labels in the recipe's window, each volume scaled."""
     image, segmentation, _ = load_case(case, MODALITIES)
     volumes = [scale_volume(image[..., c]) for c in range(len(MODALITIES))]
     image = seed_recipe.cut_window(np.stack(volumes, axis=-1))
@@ -147,20 +145,20 @@ def _window_of(case):
 
 
 def repaired(train_cases, split, minutes, seed, folder):
-    """Train the tutorial recipe with volumes scaled whole, Adam at 1e-3, shuffled."""
+    """Train the tutorial recipe with whole volumes scaled, shuffled, Adam at 1e-3."""
     data = [_window_of(case) for case in train_cases]
     model = seed_recipe.tutorial_unet()
     loss = seed_recipe.tutorial_loss
     model.compile(keras.optimizers.Adam(1e-3), loss, jit_compile=False)
-    rng, clock, order = np.random.default_rng(seed), UntilTime(minutes), []
-    while clock.go_on():
+    rng, clock, order = np.random.default_rng(seed), StepClock(minutes), []
+    while clock.next_step():
         while len(order) < seed_recipe.BATCH_SIZE:
             order += rng.permutation(len(data)).tolist()
         chosen = [data[order.pop()] for _ in range(seed_recipe.BATCH_SIZE)]
         x = np.stack([image for image, _ in chosen])
         y = np.stack([np.eye(4, dtype="float32")[labels] for _, labels in chosen])
         model.train_on_batch(x, y)
-    save_model(model, folder / "best.keras")
+    model.save(folder / "best.keras")
 
     def predict(case):
         image, _ = _window_of(case)
@@ -170,16 +168,45 @@ def repaired(train_cases, split, minutes, seed, folder):
     return clock, predict
 
 
+def _brain_of(case):
+    """Return a scan's brain (X, Y, Z, C), its box, and the label map of the scan.
+
+    The box is at least as large as a patch.
+    """
+    image, segmentation, _ = load_case(case, MODALITIES)
+    box = []
+    sides = bounding_box(image.any(axis=-1)), segmentation.shape, PATCH
+    for part, size, least in zip(*sides, strict=True):
+        start = min(part.start, size - max(least, part.stop - part.start))
+        box.append(slice(start, max(part.stop, start + least)))
+    return image[tuple(box)], tuple(box), segmentation
+
+
+def _brain_and_regions(case):
+    """Return a scan's brain (X, Y, Z, C) and its WT, TC and ET (X, Y, Z, 3)."""
+    brain, box, segmentation = _brain_of(case)
+    regions = [np.isin(segmentation[box], values) for values in REGIONS.values()]
+    return brain, np.stack(regions, axis=-1)
+
+
+def _decode(probabilities, box, shape):
+    """Return the label map of a whole scan from the regions' probabilities in a box."""
+    segmentation = np.zeros(shape, np.uint8)
+    segmentation[box] = decode_probabilities(probabilities)
+    return segmentation
+
+
 def medicai(train_cases, split, minutes, seed, folder):
     """Train keras.io's BraTS example of medicai: its loss, optimiser and transforms.
 
-    With medicai's UNet: its SwinUNETR takes five times as long a step on two cores.
+    With medicai's UNet, because a step of its SwinUNETR takes five times as long on two
+    cores.
     """
     from medicai.losses import BinaryDiceCELoss
     from medicai.models import UNet
     from medicai.utils.inference import SlidingWindowInference
 
-    data = [_regions_of(case) for case in train_cases]
+    data = [_brain_and_regions(case) for case in train_cases]
     model = UNet(
         encoder_name="resnet18",
         input_shape=(*PATCH, len(MODALITIES)),
@@ -189,80 +216,65 @@ def medicai(train_cases, split, minutes, seed, folder):
     optimizer = keras.optimizers.AdamW(1e-4, weight_decay=1e-5)
     loss = BinaryDiceCELoss(from_logits=True, num_classes=len(REGIONS))
     model.compile(optimizer, loss, jit_compile=False)
-    rng, clock, order = np.random.default_rng(seed), UntilTime(minutes), []
-    while clock.go_on():
+    rng, clock, order = np.random.default_rng(seed), StepClock(minutes), []
+    while clock.next_step():
         order = order or rng.permutation(len(data)).tolist()
-        image, regions = data[order.pop()]
-        corner = [
-            rng.integers(0, n - m + 1)
-            for n, m in zip(regions.shape, PATCH, strict=False)
-        ]
-        box = tuple(slice(i, i + n) for i, n in zip(corner, PATCH, strict=True))
-        axes = tuple(axis for axis in range(3) if rng.random() < 0.5)
-        # The example standardises after cropping: a patch by its own mean and SD.
-        x = np.flip(standardise(image[box]), axes) + rng.uniform(-0.1, 0.1)
-        y = np.flip(regions[box], axes).astype(np.float32)
-        model.train_on_batch(np.ascontiguousarray(x)[None], y[None])
+        x, y = _draw_patch(*data[order.pop()], rng)
+        model.train_on_batch(x[None], y[None])
     slide = SlidingWindowInference(model, len(REGIONS), PATCH, 1, overlap=0.5)
 
     def predict(case):
-        image, labels, _ = load_case(case, MODALITIES)
-        box = _box_of(image)
-        with contextlib.redirect_stderr(io.StringIO()):  # its bar
-            logits = ops.convert_to_numpy(slide(standardise(image[box])[None]))[0]
-        segmentation = np.zeros_like(labels)
-        segmentation[box] = decode_probabilities(1 / (1 + np.exp(-logits)))
-        return segmentation
+        brain, box, segmentation = _brain_of(case)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            logits = ops.convert_to_numpy(slide(standardise(brain)[None]))[0]
+        return _decode(1 / (1 + np.exp(-logits)), box, segmentation.shape)
 
     return clock, predict
 
 
-def _box_of(image):
-    """Return the brain's box, widened where it is smaller than a patch."""
-    widened = []
-    for part, size, least in zip(brain_box(image), image.shape, PATCH, strict=False):
-        start = min(part.start, size - max(least, part.stop - part.start))
-        widened.append(slice(start, max(part.stop, start + least)))
-    return tuple(widened)
+def _draw_patch(image, regions, rng):
+    """Return a random patch, flipped and shifted as medicai's example does."""
+    sizes = zip(regions.shape, PATCH, strict=False)
+    corner = [rng.integers(0, n - m + 1) for n, m in sizes]
+    box = tuple(slice(i, i + n) for i, n in zip(corner, PATCH, strict=True))
+    axes = tuple(axis for axis in range(3) if rng.random() < 0.5)
+    # The example standardises after cropping: each patch by its own mean and SD.
+    x = np.flip(standardise(image[box]), axes) + rng.uniform(-0.1, 0.1)
+    y = np.flip(regions[box], axes).astype(np.float32)
+    return np.ascontiguousarray(x), y
 
 
-def _regions_of(case):
-    """Return image (X, Y, Z, C) and regions (X, Y, Z, 3) of the brain's box."""
-    image, labels, _ = load_case(case, MODALITIES)
-    box = _box_of(image)
-    regions = [np.isin(labels[box], values) for values in REGIONS.values()]
-    return image[box], np.stack(regions, axis=-1)
+def _channels_first(brain):
+    """Return a standardised brain (C, X, Y, Z)."""
+    return np.moveaxis(standardise(brain), -1, 0)
 
 
-def _brain_of(case):
-    """Return the standardised brain (C, X, Y, Z), its box and the scan's labels."""
-    image, segmentation, _ = load_case(case, MODALITIES)
-    box = brain_box(image)
-    return np.moveaxis(standardise(image[box]), -1, 0), box, segmentation
+def _segresnet_data(train_cases):
+    """Return MONAI's samples of the training cases, and the transforms of a sample."""
+    from monai import transforms
+
+    data = []
+    for brain, regions in map(_brain_and_regions, train_cases):
+        label = np.moveaxis(regions, -1, 0).astype(np.float32)
+        data.append({"image": _channels_first(brain), "label": label})
+    keys = ["image", "label"]
+    steps = [
+        transforms.RandSpatialCropd(keys, PATCH, random_size=False),
+        *(transforms.RandFlipd(keys, 0.5, axis) for axis in range(3)),
+        transforms.RandScaleIntensityd("image", factors=0.1, prob=1.0),
+        transforms.RandShiftIntensityd("image", offsets=0.1, prob=1.0),
+        transforms.ToTensord(keys),
+    ]
+    return data, transforms.Compose(steps)
 
 
 def segresnet(train_cases, split, minutes, seed, folder):
     """Train MONAI's BraTS tutorial: SegResNet, its loss, optimiser and transforms."""
     import torch
-    from monai import inferers, losses, networks, transforms, utils
+    from monai import inferers, losses, networks, utils
 
     utils.set_determinism(seed)
-    data = []
-    for case in train_cases:
-        brain, box, labels = _brain_of(case)
-        regions = [np.isin(labels[box], values) for values in REGIONS.values()]
-        data.append({"image": brain, "label": np.stack(regions).astype(np.float32)})
-    keys = ["image", "label"]
-    change = transforms.Compose(
-        [
-            transforms.SpatialPadd(keys, PATCH),
-            transforms.RandSpatialCropd(keys, PATCH, random_size=False),
-            *(transforms.RandFlipd(keys, 0.5, axis) for axis in range(3)),
-            transforms.RandScaleIntensityd("image", factors=0.1, prob=1.0),
-            transforms.RandShiftIntensityd("image", offsets=0.1, prob=1.0),
-            transforms.ToTensord(keys),
-        ]
-    )
+    data, change = _segresnet_data(train_cases)
     net = networks.nets.SegResNet(
         init_filters=16,
         in_channels=len(MODALITIES),
@@ -275,8 +287,8 @@ def segresnet(train_cases, split, minutes, seed, folder):
         smooth_nr=0, smooth_dr=1e-5, squared_pred=True, to_onehot_y=False, sigmoid=True
     )
     optimizer = torch.optim.Adam(net.parameters(), 1e-4, weight_decay=1e-5)
-    rng, clock, order = np.random.default_rng(seed), UntilTime(minutes), []
-    while clock.go_on():
+    rng, clock, order = np.random.default_rng(seed), StepClock(minutes), []
+    while clock.next_step():
         order = order or rng.permutation(len(data)).tolist()
         sample = change(data[order.pop()])
         optimizer.param_groups[0]["lr"] = 1e-4 * clock.cosine()
@@ -286,15 +298,12 @@ def segresnet(train_cases, split, minutes, seed, folder):
     net.eval()
 
     def predict(case):
-        brain, box, _ = _brain_of(case)
+        brain, box, segmentation = _brain_of(case)
+        image = torch.from_numpy(_channels_first(brain))[None]
         with torch.no_grad():
-            found = inferers.sliding_window_inference(
-                torch.from_numpy(brain)[None], PATCH, 1, net, overlap=0.5
-            )
+            found = inferers.sliding_window_inference(image, PATCH, 1, net, overlap=0.5)
         probabilities = np.moveaxis(torch.sigmoid(found)[0].numpy(), 0, -1)
-        segmentation = np.zeros(load_labels(case.segmentation)[0].shape, np.uint8)
-        segmentation[box] = decode_probabilities(probabilities)
-        return segmentation
+        return _decode(probabilities, box, segmentation.shape)
 
     return clock, predict
 
@@ -311,18 +320,16 @@ RECIPES = {
     "segresnet": segresnet,
     "medicai": medicai,
 }
-
-
 NEEDS = {"segresnet": "monai", "medicai": "medicai"}
 
 
 def run(name, split, minutes, seed, keep=None):
-    """Train one recipe, score it; return its line of the table and a row a case."""
+    """Train and score a recipe; return its row of the table and those of its cases."""
     train_cases, val_cases = seed_recipe.split_cases(split)
     keras.utils.set_random_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        work = RECIPES[name](train_cases, split, minutes, seed, Path(folder))
-        clock, predict = work
+        recipe = RECIPES[name]
+        clock, predict = recipe(train_cases, split, minutes, seed, Path(folder))
         scores = []
         for case in val_cases:
             truth, affine = load_labels(case.segmentation, case.labels)
@@ -338,17 +345,19 @@ def run(name, split, minutes, seed, keep=None):
 
 
 def name_of(split):
-    """Return what a split is called in the tables: its scans, its name, its sizes."""
-    raw = Path(read_json(split / "val" / "settings.json")["raw"]).name
-    sizes = [len(list((split / part / "masks").glob("*.npy"))) for part in TRAIN_VAL]
-    return f"{raw}/{split.name} {sizes[0]}/{sizes[1]}"
+    """Return what the tables call a split: its scans, its folder and its sizes."""
+    train_data, val_data = (BratsGenerator(split / side) for side in ("train", "val"))
+    raw = Path(train_data.settings["raw"]).name
+    sizes = f"{len(train_data.case_ids)}/{len(val_data.case_ids)}"
+    return f"{raw}/{split.name} {sizes}"
 
 
 def write_phantoms(n_cases, data):
-    """Return a split of n phantoms, written, prepared and split if not there yet.
+    """Write, prepare and split phantoms in a folder, if not done yet; return the split.
 
-    Their seed is not that of the notebooks, on whose phantoms the rates and sizes of
-    "ours" were chosen. By the rows "ours, ..." the quick run of notebook 04 was.
+    Their seed is not that of the notebooks' phantoms, on which the learning rate and
+    sizes of "ours" were chosen. The rows "ours, ..." did decide about the quick run of
+    notebook 04.
     """
     split = data / "split"
     if not split.exists():
@@ -360,19 +369,21 @@ def write_phantoms(n_cases, data):
 
 
 def append(rows, path):
-    """Add rows to a table of results, whole or not at all."""
+    """Add rows to a table of results, atomically."""
     former = [pd.read_csv(path)] if path.exists() else []
     with atomic_write(path) as temporary:
         pd.concat([*former, rows]).to_csv(temporary, index=False)
 
 
 def main():
-    """Run what is not in the table yet."""
+    """Run the recipes that are not in the table yet."""
     root = project_root(Path(__file__).parent)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
     parser.add_argument("--split", type=Path, nargs="+", default=[root / "data/split"])
-    parser.add_argument("--phantoms", type=int, help="write so many, and split those")
+    parser.add_argument(
+        "--phantoms", type=int, help="number of patients to write and split"
+    )
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--keep", type=Path, help="folder for the trained Keras models")

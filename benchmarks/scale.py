@@ -1,4 +1,4 @@
-"""Prepare 50, 100 and 200 small cases: time a case and memory must not grow."""
+"""Prepare 50, 100 and 200 small cases: time per case and memory should not grow."""
 
 import tempfile
 from pathlib import Path
@@ -20,7 +20,7 @@ print("\\n", (time.perf_counter() - start) / len(cases), peak_mb())
 
 
 def main():
-    """Print the rows on scale."""
+    """Print the table on larger data sets."""
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -28,8 +28,8 @@ def main():
         for n in (50, 100, 200):
             out = in_new_process(CODE, folder / "raw", n, folder / f"out{n}")
             seconds, memory = map(float, out.split()[-2:])
-            found = f"{1000 * seconds:.0f} ms a case, {memory:.0f} MB at most"
-            rows[f"{n} cases of 120 x 120 x 78"] = (found, "as before")
+            found = f"{1000 * seconds:.0f} ms a case, {memory:.0f} MB peak"
+            rows[f"{n} cases of 120 x 120 x 78"] = (found, "the same for each")
     print_rows("Prepare many cases, two jobs", rows)
 
 

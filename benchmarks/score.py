@@ -1,6 +1,6 @@
-"""Score a case: all of the challenge's scores by ours, HD95 alone by medpy, in turn.
+"""Score a case: all scores of the challenge with ours, HD95 alone with medpy.
 
-The prediction is the truth of a phantom with a soft error at its surface.
+The prediction is the truth of a phantom with random errors at the surfaces.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from brats_utils.phantom import write_phantom
 
 
 def blur(truth, seed=0):
-    """Return a label map like the truth, wrong here and there at every surface."""
+    """Return a label map like the truth, with random errors at every surface."""
     rng = np.random.default_rng(seed)
     noise = gaussian_filter(rng.standard_normal(truth.shape, np.float32), 2)
     shares = [
@@ -27,7 +27,7 @@ def blur(truth, seed=0):
 
 
 def main():
-    """Print the rows on scoring."""
+    """Print the tables on scoring."""
     with tempfile.TemporaryDirectory() as folder:
         (case,) = write_phantom(folder, 1)
         truth, _ = load_labels(case.segmentation)

@@ -1,14 +1,14 @@
-"""The widely copied tutorial recipe, restated with its bugs: the baseline to beat.
+"""The widely copied tutorial recipe, rewritten with its bugs: the baseline to beat.
 
 Trains it for a given time on the training cases of data/split, predicts the validation
-cases, and scores them on whole scans, as notebook 04 scores ours:
+cases, and scores whole scans, as notebook 04 does with ours:
 
     python benchmarks/seed_recipe.py --split data/split --minutes 7
 
-Left as the recipe has it: each axial slice is scaled on its own; the window is fixed;
-volumes and one-hot masks are stored in float64; the order never changes; the class
-weights leave 0.75 of loss under a perfect prediction. Not as it has it, in its favour:
-cases come from our split and are paired by id; no time goes to validation.
+Kept from the recipe: each axial slice is scaled separately; the window is fixed;
+volumes and one-hot masks are stored in float64; the order never changes; with its class
+weights a perfect prediction has a loss of 0.75. Changed in its favour: cases come from
+our split and are paired by id, and no time is spent on validation.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from sklearn.preprocessing import MinMaxScaler
 
 from brats_utils.cases import find_cases, load_labels
 from brats_utils.evaluation import score_case
-from brats_utils.files import project_root, read_json
+from brats_utils.files import project_root
+from brats_utils.generator import BratsGenerator
 from brats_utils.labels import REGIONS, decode_labels, encode_labels
 
 WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
@@ -34,7 +35,7 @@ BATCH_SIZE = 2
 
 
 def scale_slicewise(volume):
-    """Scale (X, Y, Z) as the recipe does: each column, an axial slice, to [0, 1]."""
+    """Scale (X, Y, Z) as the recipe does: each axial slice, a column, to [0, 1]."""
     flat = volume.reshape(-1, volume.shape[-1])
     return MinMaxScaler().fit_transform(flat).reshape(volume.shape)
 
@@ -49,14 +50,14 @@ def cut_window(volume):
 
 
 def paste_window(labels):
-    """Return a whole scan's label map, 0/1/2/4, from the window's labels 0..3."""
+    """Return the label map of a whole scan, 0/1/2/4, from the window's labels 0..3."""
     whole = np.zeros(SHAPE, np.uint8)
     whole[WINDOW] = decode_labels(labels)
     return whole
 
 
 def prepare(case, folder):
-    """Write image and one-hot mask of a case; return the labelled share of the mask."""
+    """Save a case's image and one-hot mask; return the labelled share of the mask."""
     volumes = [
         scale_slicewise(nib.load(case.images[modality]).get_fdata())
         for modality in ("flair", "t1ce", "t2")
@@ -69,7 +70,7 @@ def prepare(case, folder):
 
 
 def batches(folder, case_ids):
-    """Yield (image, mask) batches for ever, always in the same order."""
+    """Yield (images, masks) without end, always in the same order."""
     while True:
         for start in range(0, len(case_ids), BATCH_SIZE):
             chosen = case_ids[start : start + BATCH_SIZE]
@@ -111,25 +112,25 @@ def tutorial_loss(y_true, y_pred):
 
 
 class Clock(keras.callbacks.Callback):
-    """Stop training after the first batch past the time; count the batches."""
+    """Count the batches, and stop training after the first one past the time limit."""
 
     def __init__(self, minutes):
         super().__init__()
         self.limit_s, self.steps, self.elapsed_s = 60 * minutes, 0, 0.0
 
     def on_train_begin(self, logs=None):
-        """Start the time: building the training function counts, preparing does not."""
+        """Start the clock: tracing the training function counts, preparing does not."""
         self.start = time.monotonic()
 
     def on_train_batch_end(self, batch, logs=None):
-        """Look at the time."""
+        """Count the batch and compare with the limit."""
         self.steps += 1
         self.elapsed_s = time.monotonic() - self.start
         self.model.stop_training = self.elapsed_s >= self.limit_s
 
 
 def train_tutorial(folder, case_ids, minutes):
-    """Return the recipe's model after `minutes` of training, and the clock."""
+    """Return the recipe's model, trained for some minutes, and the clock."""
     model = tutorial_unet()
     model.compile(keras.optimizers.Adam(1e-4), tutorial_loss, jit_compile=False)
     clock = Clock(minutes)
@@ -145,7 +146,7 @@ def train_tutorial(folder, case_ids, minutes):
 
 
 def score(model, cases, folder):
-    """Return the official scores on whole scans, a row a case and their mean."""
+    """Return the official scores of whole scans: a row for each case, and the mean."""
     rows = {}
     for case in cases:
         image = np.load(folder / f"image_{case.id}.npy")
@@ -160,16 +161,12 @@ def score(model, cases, folder):
 
 
 def split_cases(split):
-    """Return the training and the validation cases of our split, by file name."""
-    if not (split / "val" / "settings.json").exists():
-        raise SystemExit(f"there is no split in {split}; run notebook 01 first")
-    settings = read_json(split / "val" / "settings.json")
-    cases = find_cases(settings["raw"], labels=settings["labels"])
-    cases = {case.id: case for case in cases}
-    return [
-        [cases[path.stem] for path in sorted((split / part / "masks").glob("*.npy"))]
-        for part in ("train", "val")
-    ]
+    """Return the raw cases of both sides of our split, training first."""
+    sides = [BratsGenerator(split / side) for side in ("train", "val")]
+    settings = sides[0].settings
+    found = find_cases(settings["raw"], labels=settings["labels"])
+    cases = {case.id: case for case in found}
+    return [[cases[case_id] for case_id in side.case_ids] for side in sides]
 
 
 def main():

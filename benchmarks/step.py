@@ -1,7 +1,7 @@
-"""One training step of the tutorial recipe's U-Net, in Keras and in torch, in turn.
+"""A training step of the tutorial recipe's U-Net, in Keras and in torch.
 
-96 x 96 x 96 voxels, batch 2, float32. The limit is the machine's own rate at a matrix
-product, measured beside it; the backward pass counts as two forward ones.
+96 x 96 x 96 voxels, batch 2, float32. The peak is what the same machine reaches in a
+matrix product; the backward pass counts as two forward passes.
 """
 
 from statistics import median
@@ -57,7 +57,7 @@ def torch_net():
 
 
 def torch_step():
-    """Return a call that makes one step in torch."""
+    """Return a function that takes one step in torch."""
     import torch
 
     net = torch_net()
@@ -74,7 +74,7 @@ def torch_step():
 
 
 def keras_step(loss):
-    """Return a call that makes one step in Keras."""
+    """Return a function that takes one step in Keras."""
     model = seed_recipe.tutorial_unet((*SHAPE, 3))
     model.compile(keras.optimizers.Adam(1e-4), loss, jit_compile=False)
     rng = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def keras_step(loss):
 
 
 def main():
-    """Print the rows on a training step."""
+    """Print the tables on a training step."""
     matrix = keras.random.normal((N, N))
 
     def product():
@@ -109,7 +109,7 @@ def main():
         "a step, GFLOP/s": (f"{rate:.0f}", ""),
         "share of the peak": (f"{rate / peak:.0%}", "≥ 70 %"),
     }
-    print_rows("How near to the machine's peak", rows)
+    print_rows("Share of the machine's peak", rows)
 
 
 if __name__ == "__main__":

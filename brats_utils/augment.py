@@ -1,44 +1,41 @@
-"""Random changes of a patch that keep its meaning: flips, turns, other scanners."""
+"""Random changes of a patch that keep its meaning: flips, rotations, other scanners."""
 
 import numpy as np
-from scipy import ndimage
+from scipy.ndimage import affine_transform, gaussian_filter, zoom
 
-# Chances and strengths after nnU-Net's for BraTS (arXiv:2011.00848).
-FLIP_CHANCE = 0.5
+# Probabilities and ranges follow nnU-Net for BraTS (arXiv:2011.00848).
 TURN_CHANCE = 0.2
 TURN_DEGREES = 30.0
 ZOOM = (0.7, 1.4)
 INTENSITY_CHANCE = 0.15
-BRIGHTNESS = (0.75, 1.25)
-CONTRAST = (0.75, 1.25)
+BRIGHTNESS = CONTRAST = (0.75, 1.25)
 GAMMA = (0.7, 1.5)
 NOISE_SD = 0.1
-DETAIL_CHANCE = 0.1  # of each channel, as half of the channels of every fifth patch
+DETAIL_CHANCE = 0.1  # per channel; nnU-Net: half of the channels of every fifth patch
 BLUR_SD = (0.5, 1.0)  # voxels
 RESOLUTION = (0.5, 1.0)
+GRID = {"mode": "nearest", "grid_mode": True}  # voxels are cubes, not points
 
 
 def flip(image, labels, rng):
-    """Mirror each axis with a chance of one half.
+    """Mirror each axis with a probability of one half.
 
     Parameters
     ----------
     image : (X, Y, Z, C) array
-        Any values.
     labels : (X, Y, Z) array
-        On the same grid.
     rng : numpy.random.Generator
 
     Returns
     -------
-    image, labels : views, no voxel copied
+    image, labels : views of the same shapes
     """
-    axes = tuple(axis for axis in range(3) if rng.random() < FLIP_CHANCE)
+    axes = tuple(axis for axis in range(3) if rng.random() < 0.5)
     return np.flip(image, axes), np.flip(labels, axes)
 
 
 def _rotation(degrees):
-    """Return the (3, 3) matrix that turns by three angles about the three axes."""
+    """Return the (3, 3) matrix of rotations by three angles about the three axes."""
     matrix = np.eye(3)
     for axis, angle in enumerate(np.radians(degrees)):
         first, second = (a for a in range(3) if a != axis)
@@ -50,43 +47,38 @@ def _rotation(degrees):
 
 
 def turn_and_zoom(image, labels, rng):
-    """Turn by up to 30 degrees about each axis, and zoom by 0.7 to 1.4.
+    """Rotate by up to 30 degrees about each axis, and zoom by a factor of 0.7 to 1.4.
 
     Parameters
     ----------
     image : (X, Y, Z, C) float32 array
-        Interpolated linearly; zeros come in from outside.
+        Interpolated linearly, with zeros outside.
     labels : (X, Y, Z) integer array
-        Takes the nearest voxel's.
+        Takes the value of the nearest voxel.
     rng : numpy.random.Generator
 
     Returns
     -------
     image, labels : arrays of the same shapes and types
     """
-    degrees = rng.uniform(-TURN_DEGREES, TURN_DEGREES, 3)
-    matrix = _rotation(degrees) / rng.uniform(*ZOOM)
+    matrix = _rotation(rng.uniform(-TURN_DEGREES, TURN_DEGREES, 3)) / rng.uniform(*ZOOM)
     middle = (np.array(labels.shape) - 1) / 2
     offset = middle - matrix @ middle
-    # No spline is fitted below order 2: the prefilter would only copy.
-    place = {"matrix": matrix, "offset": offset, "prefilter": False}
-    channels = [
-        ndimage.affine_transform(channel, order=1, **place)
-        for channel in np.moveaxis(image, -1, 0)
-    ]
-    turned = np.stack(channels, axis=-1)  # (X, Y, Z, C)
-    return turned, ndimage.affine_transform(labels, order=0, **place)
+    channels = np.moveaxis(image, -1, 0)
+    turned = [affine_transform(c, matrix, offset, order=1) for c in channels]
+    labels = affine_transform(labels, matrix, offset, order=0)
+    return np.stack(turned, axis=-1), labels
 
 
 def change_intensities(image, rng):
-    """Change brightness, contrast, gamma and noise of each channel, each by chance.
+    """Change brightness, contrast, gamma and noise of each channel at random.
 
-    Background, exactly 0, stays so: a scanner does not change where there is no head.
+    The background, where the value is exactly 0, is not changed.
 
     Parameters
     ----------
     image : (X, Y, Z, C) float32 array
-        Standardised; not changed.
+        Standardised. It is not modified in place.
     rng : numpy.random.Generator
 
     Returns
@@ -96,22 +88,19 @@ def change_intensities(image, rng):
     image = np.array(image)
     for channel in np.moveaxis(image, -1, 0):
         chances = rng.random(4) < INTENSITY_CHANCE
-        if not chances.any():
+        if not (chances.any() and channel.any()):
             continue
         brain = channel != 0
         values = channel[brain]
-        if not values.size:
-            continue
         if chances[0]:
             values = values * np.float32(rng.uniform(*BRIGHTNESS))
         if chances[1]:
             mean = values.mean()
             values = (values - mean) * np.float32(rng.uniform(*CONTRAST)) + mean
         if chances[2]:
-            low, high = values.min(), values.max()
-            share = (values - low) / max(high - low, 1e-6)
+            low, span = values.min(), np.ptp(values)
             gamma = np.float32(np.exp(rng.uniform(*np.log(GAMMA))))
-            values = share**gamma * (high - low) + low
+            values = ((values - low) / max(span, 1e-6)) ** gamma * span + low
         if chances[3]:
             noise = rng.standard_normal(values.size, np.float32)
             values = values + np.float32(rng.uniform(0, NOISE_SD)) * noise
@@ -120,12 +109,12 @@ def change_intensities(image, rng):
 
 
 def lose_detail(image, rng):
-    """Blur channels, or show them as if scanned more coarsely, each by chance.
+    """Blur channels or reduce their resolution at random.
 
     Parameters
     ----------
     image : (X, Y, Z, C) float32 array
-        Standardised, background exactly 0, and so it stays; not changed.
+        Standardised. The background, exactly 0, stays 0. It is not modified in place.
     rng : numpy.random.Generator
 
     Returns
@@ -137,28 +126,26 @@ def lose_detail(image, rng):
         blurred, coarse = rng.random(2) < DETAIL_CHANCE
         changed = channel
         if blurred:
-            changed = ndimage.gaussian_filter(changed, rng.uniform(*BLUR_SD))
+            changed = gaussian_filter(changed, rng.uniform(*BLUR_SD))
         if coarse:
-            grid = {"mode": "nearest", "grid_mode": True}
-            few = ndimage.zoom(changed, rng.uniform(*RESOLUTION), order=0, **grid)
-            back = np.divide(channel.shape, few.shape)
-            changed = ndimage.zoom(few, back, order=1, **grid)
+            few = zoom(changed, rng.uniform(*RESOLUTION), order=0, **GRID)
+            changed = zoom(few, np.divide(channel.shape, few.shape), order=1, **GRID)
         if blurred or coarse:
             channel[...] = changed * (channel != 0)
     return image
 
 
 def augment(image, labels, rng):
-    """Change a patch at random: flips always, the rest by chance.
+    """Augment a patch at random: flips always, the other changes with some probability.
 
     Parameters
     ----------
     image : (X, Y, Z, C) float32 array
-        Standardised, background exactly 0; not changed.
+        Standardised, background exactly 0. It is not modified in place.
     labels : (X, Y, Z) integer array
-        Values 0 to 3; not changed.
+        Values 0 to 3.
     rng : numpy.random.Generator
-        The same generator state gives the same change.
+        The same state of the generator gives the same result.
 
     Returns
     -------

@@ -4,53 +4,38 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
+from scipy.stats import bootstrap
 
-from brats_utils.cases import load_labels, read_grid
-from brats_utils.labels import ENCODED_REGIONS, LABELS, encode_labels
-from brats_utils.nifti import BratsDataError, read_header
-from brats_utils.transforms import bounding_box
+from brats_utils.cases import file_states, load_labels
+from brats_utils.files import read_manifest
+from brats_utils.labels import ENCODED_REGIONS, encode_labels
+from brats_utils.nifti import spacing_mm as spacing_of
+from brats_utils.volumes import bounding_box, dice
 
 # The diagonal of BraTS's 240×240×155 mm grid: the official HD95 where only one of
 # prediction and truth holds the region.
 MISSED_REGION_MM = float(np.sqrt(240**2 + 240**2 + 155**2))
-MANY_SURFACE_VOXELS = 400_000
 
 
-def _ratio(hits, total, others):
-    """Return hits / total; where total is 0, 1.0 if `others` is 0 too, else 0.0."""
-    return float(hits / total) if total else float(others == 0)
+def _surface_mm(mask, spacing_mm):
+    """Return the positions (n, 3) of the voxels with a face neighbour outside."""
+    return np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing_mm, float)
 
 
-def _surface(mask):
-    """Return the mask of the voxels with a face neighbour outside `mask`."""
-    padded = np.pad(mask, 1)
-    core = mask.copy()
-    for axis in range(3):
-        for start in (0, 2):
-            window = [slice(1, -1)] * 3
-            window[axis] = slice(start, start + mask.shape[axis])
-            core &= padded[tuple(window)]
-    return mask & ~core
-
-
-def _nearest_mm(start, goal, spacing_mm):
-    """Return the distance from each voxel of mask `start` to the nearest of `goal`."""
-    # The tree wins on tumours, the transform on the noise of an untrained model.
-    if start.sum() + goal.sum() > MANY_SURFACE_VOXELS:
-        return distance_transform_edt(~goal, sampling=spacing_mm)[start]
-    spacing_mm = np.asarray(spacing_mm, float)
-    tree = KDTree(np.argwhere(goal) * spacing_mm, balanced_tree=False)
-    return tree.query(np.argwhere(start) * spacing_mm)[0]
+def _nearest_mm(points, others):
+    """Return the distance from each point to the nearest of the others."""
+    # A tree that is built quickly: a noisy map has a million surface voxels.
+    return KDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]
 
 
 def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     """Return the 95th percentile of the distances between two surfaces, in mm.
 
-    The distances from each surface voxel to the nearest one of the other surface, both
-    ways, are pooled before the percentile is taken, as medpy does. A surface voxel is
-    one with a face neighbour outside the mask or the array.
+    The distances from each surface voxel to the nearest one of the other surface, in
+    both directions, are pooled before the percentile is taken, as in medpy. A surface
+    voxel is one with a face neighbour outside the mask or outside the array.
 
     Parameters
     ----------
@@ -62,7 +47,7 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     Returns
     -------
     distance : float
-        0.0 if both masks are empty; `MISSED_REGION_MM`, 373.12866, if one is.
+        0.0 if both masks are empty and `MISSED_REGION_MM`, 373.12866, if one is.
 
     Examples
     --------
@@ -71,50 +56,43 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     >>> hd95(mask, np.roll(mask, 3, axis=0), spacing_mm=(2, 1, 1))
     6.0
     """
-    prediction, truth = np.asarray(prediction, bool), np.asarray(truth, bool)
-    if not prediction.any() or not truth.any():
-        return MISSED_REGION_MM if prediction.any() or truth.any() else 0.0
-    box = bounding_box(prediction | truth)
-    ours, theirs = _surface(prediction[box]), _surface(truth[box])
-    there = _nearest_mm(ours, theirs, spacing_mm)
-    back = _nearest_mm(theirs, ours, spacing_mm)
-    return float(np.percentile(np.concatenate([there, back]), 95))
+    masks = np.asarray(prediction, bool), np.asarray(truth, bool)
+    present = sum(mask.any() for mask in masks)
+    if present < 2:
+        return float(present * MISSED_REGION_MM)
+    box = bounding_box(masks[0] | masks[1])
+    ours, theirs = (_surface_mm(mask[box], spacing_mm) for mask in masks)
+    pooled = np.concatenate([_nearest_mm(ours, theirs), _nearest_mm(theirs, ours)])
+    return float(np.percentile(pooled, 95))
 
 
-def _confusion(prediction, truth, n_voxels):
-    """Count the pairs (truth, prediction) of labels over all `n_voxels` voxels.
-
-    The voxels outside the arrays given are background in both.
-    """
-    n = len(LABELS)
-    pairs = np.bincount((truth * n + prediction).ravel(), minlength=n * n)
-    pairs[0] += n_voxels - prediction.size
-    return pairs.reshape(n, n)
+def _share(part, whole, false):
+    """Return part / whole. If whole is 0, return 1.0 if `false` is 0 too, else 0.0."""
+    return float(part / whole) if whole else float(false == 0)
 
 
-def _mean_iou(confusion):
-    """Return the mean over the labels present of intersection over union."""
-    union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
-    return float(np.mean(confusion.diagonal()[union > 0] / union[union > 0]))
-
-
-def _overlap_scores(confusion, values):
-    """Return Dice, sensitivity and specificity of the labels `values` as one."""
-    inside = np.isin(np.arange(len(confusion)), values)
-    true_positive = confusion[np.ix_(inside, inside)].sum()
-    false_positive = confusion[np.ix_(~inside, inside)].sum()
-    false_negative = confusion[np.ix_(inside, ~inside)].sum()
-    true_negative = confusion[np.ix_(~inside, ~inside)].sum()
-    errors = false_positive + false_negative
+def _score_region(prediction, truth, n_voxels, spacing_mm):
+    """Return the scores of one region, of masks cropped from a grid of `n_voxels`."""
+    hits = np.count_nonzero(prediction & truth)
+    false = np.count_nonzero(prediction) - hits
+    missed = np.count_nonzero(truth) - hits
+    outside = n_voxels - hits - missed
     return {
-        "dice": _ratio(2 * true_positive, 2 * true_positive + errors, 0),
-        "sensitivity": _ratio(
-            true_positive, true_positive + false_negative, false_positive
-        ),
-        "specificity": _ratio(
-            true_negative, true_negative + false_positive, false_negative
-        ),
+        "dice": float(dice(prediction, truth)),
+        "hd95": hd95(prediction, truth, spacing_mm),
+        "sensitivity": _share(hits, hits + missed, false),
+        "specificity": _share(outside - false, outside, missed),
     }
+
+
+def _mean_iou(prediction, truth, n_voxels):
+    """Return the mean of intersection over union, over the labels that occur."""
+    maps = truth[prediction == truth], prediction, truth
+    counts = np.array([np.bincount(labels.ravel(), minlength=4) for labels in maps])
+    counts[:, 0] += n_voxels - truth.size  # the voxels around the crop are background
+    both, ours, theirs = counts
+    union = ours + theirs - both
+    return float(np.mean(both[union > 0] / union[union > 0]))
 
 
 def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
@@ -123,7 +101,7 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
     Parameters
     ----------
     prediction, truth : (X, Y, Z) integer array
-        BraTS 2020 label maps of one grid, holding only the values 0, 1, 2 and 4.
+        BraTS 2020 label maps of one grid, with only the values 0, 1, 2 and 4.
     spacing_mm : (3,) sequence of float
         Voxel size along X, Y and Z, in millimetres.
 
@@ -131,20 +109,20 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
     -------
     scores : dict of str to float
         `dice_WT`, `dice_TC`, `dice_ET`, then the same for `hd95` (in mm), `sensitivity`
-        and `specificity`, and last `mean_iou`. Nothing is ever NaN:
+        and `specificity`, and last `mean_iou`. No score is ever NaN:
 
-        - a region empty in both maps has Dice 1 and HD95 0, one that is empty in one of
-          them Dice 0 and HD95 373.12866;
-        - the sensitivity to a region that the truth lacks follows the same rule: 1 if
-          the prediction lacks it too, else 0. So does the specificity to one that fills
-          the truth's grid;
-        - `mean_iou` averages over the four labels, background included, leaving out
-          those absent in both.
+        - a region that is empty in both maps has Dice 1 and HD95 0, one that is empty
+          in one of them Dice 0 and HD95 373.12866;
+        - a region that is absent from the truth has sensitivity 1 if it is absent from
+          the prediction too, else 0. A region that fills the grid of the truth has
+          specificity 1 if it fills that of the prediction too, else 0;
+        - `mean_iou` is the mean over the four labels, background included, that occur
+          in either map.
 
     Raises
     ------
     ValueError
-        If the shapes differ or are not 3-D, or a value is no BraTS label.
+        If the shapes differ or are not 3-D, or a value is not a BraTS label.
 
     References
     ----------
@@ -162,121 +140,69 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
             "expected a 3-D prediction and truth of one shape, got "
             f"{prediction.shape} and {truth.shape}"
         )
-    # All voxels outside the box are background in both: a hundredth of the work.
+    # All voxels outside the box are background in both maps. In C order, the masks of
+    # arrays from files, which are in Fortran order, take a fraction of the time.
     box = bounding_box((prediction != 0) | (truth != 0))
-    # Files store X fastest, numpy walks Z fastest: turned once, the rest is quick.
-    ours, theirs = (
-        encode_labels(np.ascontiguousarray(labels[box]))
-        for labels in (prediction, truth)
-    )
-    confusion = _confusion(ours, theirs, truth.size)
+    ours = encode_labels(np.ascontiguousarray(prediction[box]))
+    theirs = encode_labels(np.ascontiguousarray(truth[box]))
     table = {}
     for region, values in ENCODED_REGIONS.items():
-        table[region] = _overlap_scores(confusion, values)
-        in_ours, in_theirs = np.isin(ours, values), np.isin(theirs, values)
-        table[region]["hd95"] = hd95(in_ours, in_theirs, spacing_mm)
-    names = ("dice", "hd95", "sensitivity", "specificity")
-    scores = {f"{name}_{r}": table[r][name] for name in names for r in table}
-    return {**scores, "mean_iou": _mean_iou(confusion)}
+        masks = np.isin(ours, values), np.isin(theirs, values)
+        table[region] = _score_region(*masks, truth.size, spacing_mm)
+    scores = {f"{name}_{r}": table[r][name] for name in table["WT"] for r in table}
+    return {**scores, "mean_iou": _mean_iou(ours, theirs, truth.size)}
 
 
-def summarise_scores(scores, *, n_resamples=2000, seed=0):
-    """Return mean, median and a bootstrap 95 % interval of the mean of each score.
+def summarise_scores(scores, *, n_resamples=2000):
+    """Return mean, median and a 95 % confidence interval of the mean of each score.
 
     Parameters
     ----------
     scores : pandas.DataFrame
-        As `score_cases` returns it, a row per case.
+        As `score_cases` returns it, one row per case.
     n_resamples : int
-        How often cases are drawn with replacement.
-    seed : int
-        Of those draws.
+        Number of bootstrap samples.
 
     Returns
     -------
     summary : pandas.DataFrame
-        A row per score: "mean", "median", "low", "high". The interval (percentiles)
-        says how the mean would vary with other cases of the same kind; of a handful of
-        cases it is too narrow.
+        One row per score: "mean", "median", "low", "high". The interval (percentile
+        bootstrap, with a fixed seed) shows how the mean would vary with other cases of
+        the same kind. It is too narrow for a handful of cases and has no width for one.
     """
     values = scores.select_dtypes("number")
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(values), (n_resamples, len(values)))
-    means = values.to_numpy()[draws].mean(axis=1)  # (resamples, scores)
-    low, high = np.percentile(means, (2.5, 97.5), axis=0)
-    return pd.DataFrame(
-        {"mean": values.mean(), "median": values.median(), "low": low, "high": high}
-    )
+    summary = pd.DataFrame({"mean": values.mean(), "median": values.median()})
+    summary["low"] = summary["high"] = summary["mean"]
+    if len(values) > 1:
+        options = {"n_resamples": n_resamples, "random_state": np.random.default_rng(0)}
+        resampled = bootstrap([values], np.mean, method="percentile", **options)
+        summary["low"], summary["high"] = resampled.confidence_interval
+    return summary
 
 
-def check_submission(folder, cases):
-    """List all for which the challenge's server would refuse a folder of label maps.
-
-    Parameters
-    ----------
-    folder : path
-        Should hold `<case id>.nii.gz` for each case and no other file: uint8, values 0,
-        1, 2 and 4, shape and affine of the case's images.
-    cases : sequence of Case
-        All that are to be submitted.
-
-    Returns
-    -------
-    problems : pandas.DataFrame
-        A row for each: "file", "problem". Empty if the folder is ready.
-    """
-    rows, expected = [], {f"{case.id}.nii.gz": case for case in cases}
-    entries = list(Path(folder).iterdir())
-    there = {path.name: path for path in entries if path.is_file()}
-    rows += [(name, "is missing") for name in expected.keys() - there.keys()]
-    others = {path.name for path in entries} - expected.keys()
-    rows += [(name, "is no case's name") for name in others]
-    for name in sorted(there.keys() & expected.keys()):
-        shape, affine, _ = read_grid(expected[name])
-        try:
-            header = read_header(there[name])
-            load_labels(there[name])
-        except BratsDataError as error:
-            rows.append((name, error.problem))
-            continue
-        if header.get_data_dtype() != np.uint8:
-            rows.append((name, f"holds {header.get_data_dtype()}, not uint8"))
-        if header.get_data_shape() != shape:
-            rows.append((name, f"has shape {header.get_data_shape()}, not {shape}"))
-        if not np.allclose(header.get_best_affine(), affine, atol=1e-3):
-            rows.append((name, "has another affine than its case"))
-    return pd.DataFrame(sorted(rows), columns=["file", "problem"])
+def _raise_for(case_ids, problem):
+    """Raise an error that names all the cases with a problem, if there are any."""
+    if case_ids:
+        raise ValueError(f"{len(case_ids)} case(s) {problem}: {', '.join(case_ids)}")
 
 
-def _prediction_paths(folder, cases):
-    """Return the predicted file of each case; raise naming those that lack one."""
-    paths = {}
-    for case in cases:
-        names = (f"{case.id}.nii.gz", f"{case.id}.nii")
-        found = [folder / name for name in names if (folder / name).is_file()]
-        if found:
-            paths[case.id] = found[0]
-    missing = [case.id for case in cases if case.id not in paths]
-    if missing:
-        raise ValueError(
-            f"{folder} holds no prediction (<case id>.nii.gz) for {len(missing)} of "
-            f"{len(cases)} cases: {', '.join(missing)}"
-        )
-    return paths
+def _find_prediction(folder, case):
+    """Return the predicted file of a case, None if there is none."""
+    paths = [folder / f"{case.id}{suffix}" for suffix in (".nii.gz", ".nii")]
+    return next((path for path in paths if path.is_file()), None)
 
 
-def _score_files(path, case):
-    """Score the prediction in file `path`, which must lie on the grid of `case`."""
+def _score_file(path, case):
+    """Score the prediction in a file, which must lie on the grid of its case."""
     prediction, affine = load_labels(path)
     truth, expected = load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
         raise ValueError(
-            f"the prediction {path} does not lie on the grid of case {case.id}: shape "
-            f"{prediction.shape} and affine {affine.tolist()}, expected {truth.shape} "
-            f"and {expected.tolist()}"
+            f"{path} is not on the grid of case {case.id}: it has shape "
+            f"{prediction.shape} and affine {affine.tolist()}, expected "
+            f"{truth.shape} and {expected.tolist()}"
         )
-    spacing_mm = np.linalg.norm(expected[:3, :3], axis=0)
-    return score_case(prediction, truth, spacing_mm)
+    return score_case(prediction, truth, spacing_of(expected))
 
 
 def score_cases(predictions_dir, cases):
@@ -292,22 +218,23 @@ def score_cases(predictions_dir, cases):
     Returns
     -------
     scores : pandas.DataFrame
-        A row per case, in the order of `cases`: column `case`, then `score_case`'s.
-        `scores.mean(numeric_only=True)` is what a leaderboard shows.
+        One row per case, in the order of `cases`: column `case`, then those of
+        `score_case`. `scores.mean(numeric_only=True)` is what a leaderboard shows.
 
     Raises
     ------
     ValueError
-        If a case has no segmentation or no prediction (all are named), or a
-        prediction lies on another grid than its case.
+        If cases have no segmentation or no prediction (all of them are named), or a
+        prediction does not lie on the grid of its case.
     """
-    without = [case.id for case in cases if case.segmentation is None]
-    if without:
-        raise ValueError(
-            f"{len(without)} cases have no segmentation to score against: "
-            f"{', '.join(without)}"
-        )
-    paths = _prediction_paths(Path(predictions_dir), cases)
-    return pd.DataFrame(
-        [{"case": case.id, **_score_files(paths[case.id], case)} for case in cases]
-    )
+    _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
+    if (manifest := read_manifest(predictions_dir)).get("kind") == "predictions":
+        states = {case.id: file_states(case.images.values()) for case in cases}
+        stale = [i for i in states if manifest["cases"].get(i) != states[i]]
+        advice = "not predicted by this folder's model from these scans: predict again"
+        _raise_for(stale, advice)
+    found = [(case, _find_prediction(Path(predictions_dir), case)) for case in cases]
+    missing = [case.id for case, path in found if path is None]
+    _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {predictions_dir}")
+    rows = [{"case": case.id, **_score_file(path, case)} for case, path in found]
+    return pd.DataFrame(rows)

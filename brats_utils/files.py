@@ -1,54 +1,47 @@
-"""Files and settings: atomic writes, checksums, free space, `BRATS_` variables."""
+"""Files and settings: output folders that have an owner, atomic writes, small tables.
 
+Every folder that the package writes goes through `OutputFolder`, and no other code
+deletes files. Such a folder holds a `manifest.json`: what it is, what it was made from,
+and the files that belong to it. Whatever else lies there belongs to the user.
+"""
+
+import ast
 import contextlib
+import csv
+import ctypes
 import hashlib
 import json
 import os
+import platform
 import shutil
 import stat
+import sys
+import time
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-TRUE = ("1", "true", "yes", "on")
-FALSE = ("0", "false", "no", "off")
+from filelock import FileLock, Timeout
+from tqdm import tqdm
 
-
-def _parse(text, default):
-    """Read `text` as a value of the type of `default`."""
-    if isinstance(default, bool):
-        if text.lower() not in TRUE + FALSE:
-            raise ValueError(f"expected one of {TRUE + FALSE}")
-        return text.lower() in TRUE
-    if text.lower() == "none":
-        return None
-    if isinstance(default, (tuple, list)):
-        kind = type(default[0]) if default else str
-        parts = tuple(kind(part.strip()) for part in text.split(",") if part.strip())
-        if kind is not str and len(parts) != len(default):
-            raise ValueError(f"expected {len(default)} numbers with commas")
-        return parts
-    if isinstance(default, Path):
-        return project_root() / text
-    if default is None:
-        parts = [part.strip() for part in text.split(",")]
-        numbers = len(parts) > 1 and all(part.isdigit() for part in parts)
-        return tuple(map(int, parts)) if numbers else text
-    return type(default)(text)
+MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
+WORDS = {"none": None, "yes": True, "true": True, "on": True}
+WORDS |= {"no": False, "false": False, "off": False}
+_EXCHANGE, _CURRENT_FOLDER = 2, -100  # of Linux's renameat2
 
 
 def setting(name, default):
-    """Return a notebook parameter: its default, or what `BRATS_<NAME>` says.
+    """Return a notebook parameter: its default, or the value of `BRATS_<NAME>`.
 
     Parameters
     ----------
     name : str
-        Name of the constant, `"EPOCHS"` for the variable `BRATS_EPOCHS`.
+        Name of the constant: `"EPOCHS"` for the variable `BRATS_EPOCHS`.
     default : bool, int, float, str, Path, tuple or None
-        Used where the variable is unset or empty; its type says how the text is read.
-        A tuple is written with commas (`128,128,128`); `none` gives None. A path that
-        is not absolute is counted from the project's root. Where the default is None,
-        whole numbers with commas give a tuple, all else is text.
+        Used where the variable is unset or empty. Its type decides how the text is
+        read: a tuple is written with commas (`128,128,128`), `none` gives None, and a
+        relative path starts at the project's root. If the default is None, whole
+        numbers with commas give a tuple and anything else is text.
 
     Returns
     -------
@@ -65,14 +58,28 @@ def setting(name, default):
     3
     """
     text = os.environ.get(f"BRATS_{name}", "").strip()
-    if not text:
-        return default
-    try:
-        return _parse(text, default)
-    except ValueError as error:
-        raise ValueError(
-            f"BRATS_{name}={text!r} cannot be read as {type(default).__name__}: {error}"
-        ) from None
+    if not text or isinstance(default, str):
+        return text or default
+    value = WORDS.get(text.lower(), text)
+    if value is None or isinstance(default, Path):
+        return value and project_root() / text
+    if value is text:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            value = ast.literal_eval(text)
+    if default is None:
+        numbers = isinstance(value, tuple) and all(type(n) is int for n in value)
+        return value if numbers else text
+    fits = type(value) is type(default)
+    if isinstance(default, bool) and value in (0, 1):
+        value, fits = bool(value), True
+    elif isinstance(default, float) and type(value) is int:
+        value, fits = float(value), True
+    elif isinstance(default, tuple) and isinstance(default[0], str):
+        value, fits = tuple(part.strip() for part in text.split(",")), True
+    elif isinstance(default, tuple):
+        fits = fits and [*map(type, value)] == [*map(type, default)]
+    check_option(f"BRATS_{name}", text, lambda _: fits, f"a value like {default!r}")
+    return value
 
 
 def project_root(start=None):
@@ -86,7 +93,7 @@ def project_root(start=None):
     Returns
     -------
     root : Path
-        `start` itself where no folder above it holds that file.
+        `start` itself if no folder above it holds that file.
     """
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
@@ -95,21 +102,62 @@ def project_root(start=None):
     return start
 
 
-@contextlib.contextmanager
-def atomic_write(path, former=None):
-    """Give a temporary path to write to, and put it in the place of `path` when done.
+def check_option(name, value, fits, expected):
+    """Raise one plain error if an option has a value that is not possible.
 
-    A reader sees the old file or the whole new one, never a half: the temporary file
-    lies in the same folder, is flushed to disk and then replaces `path` in one step.
-    It is removed where the body fails, and `path` then stays as it was.
+    Parameters
+    ----------
+    name : str
+        The option.
+    value : object
+    fits : callable
+        Takes the value, returns whether it is possible; a TypeError means it is not.
+    expected : str
+        The possible values, in words.
+
+    Raises
+    ------
+    ValueError
+        Names the option, its value and what is possible.
+    """
+    try:
+        if fits(value):
+            return
+    except TypeError:
+        pass
+    raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def progress_bar(iterable=None, **options):
+    """Return a tqdm progress bar that a saved notebook keeps.
+
+    Parameters
+    ----------
+    iterable : iterable, optional
+    **options
+        Of `tqdm.tqdm`.
+
+    Returns
+    -------
+    bar : tqdm.tqdm
+        Printed to stdout as text: the last state of a widget is lost on saving.
+    """
+    return tqdm(iterable, file=sys.stdout, **options)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path to write to, then move it to `path` in one step.
+
+    A reader sees the old file or the whole new one, never a part: the temporary file
+    is in the same folder, is flushed to disk and then replaces `path`. If the body
+    fails, it is removed and `path` stays as it was.
 
     Parameters
     ----------
     path : path
-        Where the file shall be; its folder is made. The temporary name keeps the
-        suffix, since some writers choose the format by it.
-    former : path, optional
-        Where the file that `path` was until now is kept.
+        The file to write; its folder is created. The temporary name keeps the suffix,
+        because some writers choose the format by it.
 
     Yields
     ------
@@ -118,18 +166,16 @@ def atomic_write(path, former=None):
     Raises
     ------
     OSError
-        If the disk refuses, a full one say; the message names the file.
+        If the disk refuses, for example because it is full. The message names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Always the same name: what a killed process left is overwritten by the next.
+    # Always the same name: what a killed process left is overwritten by the next one.
     temporary = path.with_name(f".writing-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        if former and path.exists():
-            os.replace(path, former)
         os.replace(temporary, path)
     except OSError as error:
         problem = f"cannot write {path}: {error} ({free_gb(path):.2f} GB are free)"
@@ -138,61 +184,26 @@ def atomic_write(path, former=None):
         temporary.unlink(missing_ok=True)
 
 
-def write_npy(path, array):
-    """Write an array as npy, atomically and without pickling.
-
-    Parameters
-    ----------
-    path : path
-        Where to; ends in `.npy`.
-    array : array
-        What to store.
-    """
-    import numpy as np
-
-    with atomic_write(path) as temporary:
-        np.save(temporary, array, allow_pickle=False)
-
-
 def write_json(path, value):
-    """Write a value as indented JSON, atomically.
+    """Write a dictionary as JSON, a line for each of its keys, atomically.
 
     Parameters
     ----------
     path : path
-        Where to.
-    value : what json can hold
+        The file to write.
+    value : dict
+        Anything that JSON can hold.
     """
+    lines = (
+        f"{json.dumps(key)}: {json.dumps(value[key], ensure_ascii=False)}"
+        for key in value
+    )
     with atomic_write(path) as temporary:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
 
 
 def read_json(path):
-    """Read a JSON file.
-
-    Parameters
-    ----------
-    path : path
-        A file that `write_json` wrote.
-
-    Returns
-    -------
-    value : what the file holds
-
-    Raises
-    ------
-    ValueError
-        If the file is no JSON; the message names it.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-
-
-def sha256(path):
-    """Return the SHA-256 checksum of a file.
+    """Read a JSON file that holds an object.
 
     Parameters
     ----------
@@ -201,11 +212,75 @@ def sha256(path):
 
     Returns
     -------
-    checksum : str
-        64 hexadecimal digits.
+    value : dict
+
+    Raises
+    ------
+    ValueError
+        If the file is not such JSON; the message names it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def read_csv(path):
+    """Read a small table as text, as Excel and other programs save it.
+
+    Parameters
+    ----------
+    path : path
+        UTF-8 or UTF-16, else taken as Latin-1; columns separated by commas, semicolons
+        or tabs, with a header line.
+
+    Returns
+    -------
+    rows : list of dict of str to str
+        A dictionary for each row. Nothing is converted: "NA" stays "NA".
+
+    Raises
+    ------
+    ValueError
+        If the file is not a text table; the message names it.
+    """
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:1] in (b"\xff", b"\xfe") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    lines = text.splitlines()
+    if "\0" in text or not lines:
+        raise ValueError(f"{path} is not a text table")
+    separator = max(",;\t", key=lines[0].count)
+    rows = csv.DictReader(lines, delimiter=separator, restval="", restkey="more")
+    try:
+        return [
+            {str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows
+        ]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a text table: {error}") from None
+
+
+def describe_file(path):
+    """Return what a manifest notes of a file.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+
+    Returns
+    -------
+    noted : dict
+        Its size in "bytes", and its "sha256" in hexadecimal digits.
     """
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": Path(path).stat().st_size, "sha256": checksum}
 
 
 def free_gb(path):
@@ -226,6 +301,325 @@ def free_gb(path):
     return shutil.disk_usage(path).free / 1e9
 
 
+def read_manifest(folder):
+    """Read the manifest of a folder that this package wrote.
+
+    Parameters
+    ----------
+    folder : path
+        The folder.
+
+    Returns
+    -------
+    manifest : dict
+        "kind", "format", "made_from", "files" ({relative path: {"bytes", "sha256"}, or
+        None until the file is complete}) and "cases" ({case id: dict}). Empty if the
+        folder has no manifest.
+
+    Raises
+    ------
+    ValueError
+        If the manifest is damaged, or is of a newer format.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return {}
+    manifest = read_json(path)
+    if not all(isinstance(manifest.get(key), dict) for key in ("files", "cases")):
+        raise ValueError(f"{path} is not a manifest of this project")
+    names = [PurePosixPath(name) for name in manifest["files"]]
+    if any(name.is_absolute() or ".." in name.parts for name in names):
+        raise ValueError(f"{path} lists files outside its folder")
+    if manifest.get("format") != FORMAT or not manifest.keys() >= {"kind", "made_from"}:
+        raise ValueError(f"{path} is of another version; delete this folder by hand")
+    return manifest
+
+
+def find_changed(folder, files):
+    """Return which files of a manifest are incomplete, missing or have changed.
+
+    Parameters
+    ----------
+    folder : path
+        The folder with the manifest.
+    files : dict
+        "files" of the manifest, or some of them.
+
+    Returns
+    -------
+    changed : list of str
+        Relative paths.
+    """
+    return [
+        name
+        for name, noted in files.items()
+        if not noted
+        or not (path := Path(folder, name)).is_file()
+        or path.stat().st_size != noted["bytes"]
+        or describe_file(path) != noted
+    ]
+
+
+def _exchange(first, second, spare):
+    """Exchange two folders: on Linux in one step, elsewhere by way of `spare`."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+        paths = (os.fsencode(first), os.fsencode(second))
+        done = rename(_CURRENT_FOLDER, paths[0], _CURRENT_FOLDER, paths[1], _EXCHANGE)
+    except (AttributeError, OSError, TypeError):
+        done = -1
+    if done != 0:
+        second.rename(spare)
+        first.rename(second)
+        spare.rename(first)
+
+
+class OutputFolder:
+    """A folder that belongs to this package, open for one writer at a time.
+
+    The constructor refuses a folder that might hold somebody else's files, before
+    anything changes. Files are announced with `claim` before they are written, so that
+    what a killed process left behind is known to be ours. Only listed files are ever
+    deleted.
+
+    Parameters
+    ----------
+    path : path
+        Absent, empty, or with a manifest of the same kind.
+    kind : str
+        What the folder holds: "prepared", "split", "run" and so on.
+    inputs : sequence of path
+        Folders that are read. The output must not be, contain or lie inside one.
+    beside : bool
+        Write to a folder beside `path`, which `put_in_place` then exchanges for it in
+        one step. Until then, and if anything fails, the former result stays as it was.
+
+    Attributes
+    ----------
+    path : Path
+        Where to write.
+    manifest, former : dict
+        Of the folder that is written, and of the result before; see `read_manifest`.
+
+    Raises
+    ------
+    ValueError
+        If the folder is an input, is not ours, or another process writes to it.
+    """
+
+    def __init__(self, path, kind, *, inputs=(), beside=False):
+        self.final, self.kind = Path(path).resolve(), kind
+        for source in (Path(source).resolve() for source in inputs):
+            if self.final.is_relative_to(source) or source.is_relative_to(self.final):
+                problem = f"the output {self.final} and the input {source} overlap"
+                raise ValueError(f"{problem}; choose another output folder")
+        name = self.final.name
+        self.path = self.final.with_name(f".{name}-new") if beside else self.final
+        self._spare = self.final.with_name(f".{name}-old")
+        self._lock_path = self.final.with_name(f".{name}.lock")
+        self._lock = FileLock(self._lock_path)
+        self._check_owner()
+
+    def _check_owner(self):
+        """Raise if one of our paths holds what we did not write."""
+        for path in {self.final, self.path, self._spare}:
+            kind, found = "", ["a file"] if path.exists() else []
+            if path.is_dir():
+                kind = read_manifest(path).get("kind", "")
+                found = sorted({p.name for p in path.iterdir()} - {UNFINISHED})
+            if found and kind != self.kind:
+                problem = f"{path} is no folder of this project for {self.kind!r}"
+                problem += f" (kind {kind!r}; it holds {', '.join(found[:5])})"
+                raise ValueError(f"{problem}; choose another output folder")
+
+    def __enter__(self):
+        """Take the lock; finish or undo what a killed process left half done."""
+        self._check_owner()
+        self.final.parent.mkdir(parents=True, exist_ok=True)
+        holder = ""
+        with contextlib.suppress(OSError):
+            holder = self._lock_path.read_text(encoding="utf-8")
+        if not holder.startswith("process "[: len(holder)]):
+            raise ValueError(f"{self._lock_path} is no lock of this project; move it")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            problem = f"{self.final} is being written by another process ({holder})"
+            raise ValueError(f"{problem}; wait, or choose another folder") from None
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = f"process {os.getpid()} on {platform.node()} since {now}"
+        self._lock_path.write_text(holder, encoding="utf-8")
+        if self._spare.exists():  # killed within _exchange
+            self._spare.rename(self.path if self.final.exists() else self.final)
+        blank = {"kind": self.kind, "format": FORMAT, "made_from": {}}
+        self.manifest = read_manifest(self.path) or blank | {"files": {}, "cases": {}}
+        self.former = self.manifest
+        if self.path != self.final:
+            self.former = read_manifest(self.final) or blank | {
+                "files": {},
+                "cases": {},
+            }
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        """Save the manifest and give up the lock."""
+        try:
+            if (self.path / MANIFEST).exists():
+                self.save()
+        finally:
+            self._lock_path.unlink(missing_ok=True)
+            self._lock.release()
+
+    def begin(self, made_from):
+        """Note what the folder is made from; files and cases noted before remain.
+
+        Parameters
+        ----------
+        made_from : dict
+            Anything that JSON can hold.
+        """
+        self.manifest["made_from"] = made_from
+        self.save()
+
+    def save(self):
+        """Write the manifest, sorted, so that the order of the work does not matter."""
+        for key in ("files", "cases"):
+            self.manifest[key] = dict(sorted(self.manifest[key].items()))
+        write_json(self.path / MANIFEST, self.manifest)
+
+    def claim(self, names):
+        """Announce files before they are written.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Relative paths.
+
+        Raises
+        ------
+        ValueError
+            If such a file is there and is not ours.
+        """
+        names = set(names)
+        for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
+            new = names - ours["files"].keys()
+            strange = [name for name in new if os.path.lexists(folder / name)]
+            for parent in {str(p) for n in new for p in PurePosixPath(n).parents[:-1]}:
+                if (path := folder / parent).is_symlink() or path.is_file():
+                    strange.append(parent)
+            if strange:
+                problem = f"{folder} holds files of others: {', '.join(strange[:5])}"
+                raise ValueError(f"{problem}; move them, or choose another folder")
+        new = names - self.manifest["files"].keys()
+        if new:
+            self.manifest["files"] |= dict.fromkeys(new)
+            self.save()
+
+    @contextlib.contextmanager
+    def write(self, name):
+        """Yield a temporary path for a claimed file, see `atomic_write`; note it then.
+
+        Parameters
+        ----------
+        name : str
+            Relative path.
+
+        Yields
+        ------
+        temporary : Path
+        """
+        path = self.path / name
+        with atomic_write(path) as temporary:
+            yield temporary
+            noted = describe_file(temporary)
+        self.manifest["files"][name] = noted
+
+    def take_over(self, name):
+        """Give a file of the former result a place in the new one too.
+
+        Parameters
+        ----------
+        name : str
+            Relative path, claimed.
+        """
+        source, target = self.final / name, self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:  # a file system that knows one name for each file
+            shutil.copy2(source, target)
+        self.manifest["files"][name] = self.former["files"][name]
+
+    def note_case(self, case_id, record):
+        """Note what is known of a case, and save the manifest.
+
+        Parameters
+        ----------
+        case_id : str
+        record : dict
+            Anything that JSON can hold.
+        """
+        self.manifest["cases"][case_id] = record
+        self.save()
+
+    def remove(self, names):
+        """Delete files of ours, and the folders that this leaves empty.
+
+        Parameters
+        ----------
+        names : iterable of str
+            Relative paths; only those that the manifest lists are deleted.
+        """
+        names = [name for name in names if name in self.manifest["files"]]
+        _unlink(self.path, names)
+        for name in names:
+            del self.manifest["files"][name]
+        if names:
+            self.save()
+
+    def clear(self):
+        """Delete our files and forget the cases; keep a file that others changed."""
+        for name, noted in self.manifest["files"].items():
+            path = self.path / name
+            if not (noted and path.exists() and path.stat().st_size != noted["bytes"]):
+                _unlink(self.path, [name])
+        self.manifest |= {"files": {}, "cases": {}}
+
+    def put_in_place(self):
+        """Exchange the folder beside for the final one; keep the user's own files."""
+        self.save()
+        if self.final.exists():
+            _exchange(self.path, self.final, self._spare)
+        else:
+            self.path.rename(self.final)
+        # What was final is now beside: delete it, but for files that are not ours.
+        # The manifest goes last: as long as it is there, the folder is known as ours.
+        _unlink(self.path, read_manifest(self.path).get("files", ()))
+        for path in sorted(self.path.rglob("*"), reverse=True):
+            target = self.final / path.relative_to(self.path)
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif path != self.path / MANIFEST:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
+        _unlink(self.path, [MANIFEST])
+        if self.path.exists():
+            self.path.rmdir()
+
+
+def _unlink(folder, names):
+    """Delete files of a folder, unfinished ones too, and folders left empty."""
+    parents = set()
+    for path in (folder / name for name in names):
+        path.unlink(missing_ok=True)
+        path.with_name(f".writing-{path.name}").unlink(missing_ok=True)
+        parents |= {parent for parent in path.parents if folder in parent.parents}
+    for parent in sorted(parents, reverse=True):
+        with contextlib.suppress(OSError):
+            parent.rmdir()
+
+
 def extract(archive, folder, *, max_gb=100):
     """Unpack a downloaded zip file, checked as a whole before anything is written.
 
@@ -234,37 +628,54 @@ def extract(archive, folder, *, max_gb=100):
     archive : path
         The zip file.
     folder : path
-        Where to; new or empty. It is there once all of the archive is.
+        New or empty. It appears once all of the archive is unpacked.
     max_gb : float
-        More than this, unpacked, is refused, in GB (10⁹ bytes).
+        An archive that unpacks to more is refused, in GB (10⁹ bytes).
 
     Raises
     ------
     ValueError
-        If the archive is cut or damaged, too large, or a name in it is a link or leads
-        out of the folder.
+        If the folder holds something; if the archive is incomplete, damaged, encrypted
+        or too large; or if a name in it is a link or leads out of the folder.
     OSError
-        If the folder holds something, or the disk refuses.
+        If the disk refuses.
     """
     root = Path(folder).resolve()
-    unfinished = root.with_name(f".{root.name}-new")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root} is there already; choose a new or empty folder")
     try:
-        with zipfile.ZipFile(archive) as zipped:
-            entries = zipped.infolist()
-            size_gb = sum(entry.file_size for entry in entries) / 1e9
-            room = min(max_gb, free_gb(root))
-            problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
-            problems = [problem] if size_gb > room else []
-            for entry in entries:
-                inside = (root / entry.filename).resolve().is_relative_to(root)
-                if not inside or stat.S_ISLNK(entry.external_attr >> 16):
-                    problems.append(f"{entry.filename!r} leads out of the folder")
-            if problems:
-                raise ValueError(f"{archive}: {problems[0]}")
-            if damaged := zipped.testzip():
-                raise zipfile.BadZipFile(f"{damaged} is damaged")
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a call that was killed
-            zipped.extractall(unfinished)
-            unfinished.replace(root)
+        with (
+            zipfile.ZipFile(archive) as zipped,
+            OutputFolder(root, "unpacked", inputs=[archive], beside=True) as output,
+        ):
+            names = _check_archive(zipped, root, max_gb)
+            output.clear()  # what a killed call left
+            output.begin({"archive": Path(archive).name})
+            output.claim(names)
+            zipped.extractall(output.path)
+            output.put_in_place()
     except (EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{archive}: {error}; download it again") from None
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{archive}: {error}; unpack it with another tool") from None
+
+
+def _check_archive(zipped, root, max_gb):
+    """Return the names of an archive's files; raise unless all can be unpacked."""
+    entries = zipped.infolist()
+    size_gb, room = sum(e.file_size for e in entries) / 1e9, min(max_gb, free_gb(root))
+    problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
+    problems = [problem] if size_gb > room else []
+    for entry in entries:
+        inside = (root / entry.filename).resolve().is_relative_to(root)
+        if not inside or stat.S_ISLNK(entry.external_attr >> 16):
+            problems.append(f"{entry.filename!r} leads out of the folder")
+    names = {entry.filename for entry in entries if not entry.is_dir()}
+    parents = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if mixed := names & (parents | {MANIFEST}):
+        problems.append(f"it cannot hold a file named {mixed.pop()!r}")
+    if problems:
+        raise ValueError(f"{zipped.filename}: {problems[0]}")
+    if damaged := zipped.testzip():
+        raise zipfile.BadZipFile(f"{damaged} is damaged")
+    return names

@@ -1,32 +1,93 @@
 """Predict whole scans: raw intensities in, a label map on the scan's own grid out."""
 
-import dataclasses
+import contextlib
+import hashlib
 import itertools
+import json
 import math
-import sys
+import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
 import numpy as np
-from tqdm import tqdm
+import pandas as pd
 
 from brats_utils.cases import (
     ALL_MODALITIES,
     MODALITIES,
-    BratsDataError,
-    load_case,
+    file_states,
     load_labels,
-    save_segmentation,
+    read_scan,
+    write_segmentation,
 )
-from brats_utils.decoding import decode_probabilities, tune_decoding
-from brats_utils.files import read_json, write_json
+from brats_utils.files import OutputFolder, atomic_write, find_changed, progress_bar
+from brats_utils.labels import ENCODED_REGIONS, LABELS, REGIONS, decode_labels
 from brats_utils.model import size_factor
-from brats_utils.nifti import from_lps, read_header, save_volume, spacing_mm, to_lps
-from brats_utils.runs import BEST, SIDECAR
-from brats_utils.transforms import NORMALISATION, brain_box, standardise
+from brats_utils.nifti import save_volume, to_lps
+from brats_utils.training import BEST, DESCRIPTION, describe_model
+from brats_utils.volumes import (
+    NORMALISATION,
+    bounding_box,
+    dice,
+    pad,
+    standardise,
+)
 
-SPACING_MM = (1.0, 1.0, 1.0)
+MOST_UNPACKED = 8e9  # bytes of a .keras file, more than any of our networks
+THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)
+MIN_ET_VOXELS = (0, 25, 50, 100, 200, 400)
+PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_et_voxels": 0}
+LEAST_GAIN = 0.001  # of mean Dice: less is chance
+
+
+@dataclass
+class TrainedModel:
+    """A network and what its file says of it.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Not compiled: to predict with.
+    description : dict
+        "modalities" in order, "normalisation", "orientation", "outputs", "patch_shape",
+        "train_cases", "val_cases", "keras", "precision" and so on, "decoding" if it was
+        tuned. Empty if the file has none.
+    path : Path or None
+        The file; None for a model from memory.
+    """
+
+    model: keras.Model
+    description: dict
+    path: Path | None = None
+
+
+@dataclass
+class Prediction:
+    """The probabilities in a scan's brain, and where they belong.
+
+    Parameters
+    ----------
+    scan : cases.Scan
+    box : tuple of 3 slices
+        The brain's box in the scan, in LPS order.
+    probabilities : (X, Y, Z, K) float32 array
+        Of the box; no tumour outside the brain.
+    spread : (X, Y, Z) float32 array
+        SD over models and mirror images, of the channel where it is largest.
+    """
+
+    scan: object
+    box: tuple
+    probabilities: np.ndarray
+    spread: np.ndarray
+
+    def place(self, values):
+        """Return values (X, Y, Z) of the box on the stored grid, 0 around it."""
+        volume = np.zeros(self.scan.brain_mask.shape, values.dtype)
+        volume[self.box] = values
+        return np.ascontiguousarray(self.scan.restore(volume))
 
 
 def load_model(path):
@@ -39,71 +100,92 @@ def load_model(path):
 
     Returns
     -------
-    model : keras.Model
-        Not compiled: to predict with. Without XLA, which would compile anew for each
-        brain's size. Its `description` is what `model.json` beside it says, or {}.
+    trained : TrainedModel
+        With `.model`, not compiled, and `.description`, which is stored in the file.
 
     Raises
     ------
     ValueError
         If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
-        code (Lambda layers), or does not fit the `model.json` beside it.
+        code (Lambda layers), or does not fit its own description.
     """
     path = Path(path)
     path = path / BEST if path.is_dir() else path
     if path.suffix.lower() in (".h5", ".hdf5"):
-        raise ValueError(
-            f"{path}: HDF5 models may hold code and are refused. If you trust it, "
-            "convert it: keras.models.load_model(path).save('model.keras')"
-        )
+        advice = "keras.models.load_model(path).save('model.keras') will convert it"
+        problem = f"{path}: HDF5 models may hold code and are refused"
+        raise ValueError(f"{problem}. If you trust it, {advice}")
     if not path.is_file():
         raise ValueError(f"there is no model {path}; train one first (notebook 04)")
     if not zipfile.is_zipfile(path):
-        with open(path, "rb") as file:
-            is_page = file.read(1) == b"<"
+        is_page = path.read_bytes()[:1] == b"<"
         found = "an HTML page, not a model" if is_page else "damaged or no Keras model"
         raise ValueError(f"{path} is {found}; get it again, as a .keras file")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MOST_UNPACKED:
+                raise ValueError("it unpacks to more than any network here needs")
+            described = DESCRIPTION in archive.namelist()
+            text = archive.read(DESCRIPTION) if described else "{}"
+            description = dict(json.loads(text))
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
+        model.jit_compile = False  # XLA would compile again for each brain's size
     except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
-        raise ValueError(
-            f"{path} cannot be loaded: it is damaged, holds code (Lambda layers), or "
-            f"comes from another version than Keras {keras.__version__}: {error}"
-        ) from None
-    model.jit_compile, model.description = False, {}
-    if (path.parent / SIDECAR).is_file():
-        _heed_description(model, read_json(path.parent / SIDECAR), path)
-    return model
+        problem = (
+            f"{path} cannot be loaded: it is damaged, holds code (Lambda layers), "
+        )
+        problem += f"or comes from another version than Keras {keras.__version__}"
+        raise ValueError(f"{problem}: {error}") from None
+    if described:
+        _check_description(model, description, path)
+    return TrainedModel(model, description, path)
 
 
-def _heed_description(model, description, path):
-    """Check a model against the `model.json` beside it, and note that in it."""
-    modalities = description.get("modalities", ())
-    outputs = {"labels 0..3": 4, "WT, TC, ET": 3}.get(description.get("outputs"))
+def _write_description(trained):
+    """Store a changed description in the model's file."""
+    path, own = trained.path, trained.path.name == BEST
+    run = OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
+    with run, run.write(BEST) if own else atomic_write(path) as temporary:
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
+            for entry in old.infolist():
+                if entry.filename != DESCRIPTION:
+                    new.writestr(entry, old.read(entry))
+            new.writestr(DESCRIPTION, json.dumps(trained.description, indent=1))
+
+
+def _check_description(model, description, path):
+    """Raise if a model does not fit the description in its file."""
+    outputs = {"labels 0..3": 4, "WT, TC, ET": 3}
+    version = str(description.get("keras", "(unknown)"))
+    major = version.split(".")[0]
     expected = {
-        "channels in": (len(modalities), model.input_shape[-1]),
-        "channels out": (outputs, model.output_shape[-1]),
+        "channels in": (
+            len(description.get("modalities") or ()),
+            model.input_shape[-1],
+        ),
+        "channels out": (
+            outputs.get(description.get("outputs")),
+            model.output_shape[-1],
+        ),
         "normalisation": (description.get("normalisation"), NORMALISATION),
         "orientation": (description.get("orientation"), "LPS"),
+        f"Keras (install keras=={version})": (major, keras.__version__.split(".")[0]),
     }
     other = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
     if other:
-        raise ValueError(f"{path} does not fit its {SIDECAR}: {'; '.join(other)}")
-    version = description.get("keras", "(not noted)")
-    if version.split(".")[0] != keras.__version__.split(".")[0]:
-        raise ValueError(
-            f"{path} was made by Keras {version}, this is {keras.__version__}; "
-            f"install keras=={version}"
-        )
+        raise ValueError(f"{path} does not fit its description: {'; '.join(other)}")
     if version != keras.__version__:
-        print(f"{path} was made by Keras {version}; this is {keras.__version__}")
-    model.description = description
+        text = f"{path} was made by Keras {version}; this is {keras.__version__}"
+        warnings.warn(text, stacklevel=3)
 
 
-def _pad(image, shape):
-    """Add zeros, which are background, at the ends of the first three axes."""
-    widths = [(0, n - have) for n, have in zip(shape, image.shape, strict=False)]
-    return np.pad(image, [*widths, (0, 0)])
+def _as_trained(models):
+    """Return a model or a path, or a list of them, as a list of TrainedModel."""
+    if isinstance(models, (list, tuple)):
+        return [trained for model in models for trained in _as_trained(model)]
+    if isinstance(models, keras.Model):
+        models = TrainedModel(models, {})
+    return [models if isinstance(models, TrainedModel) else load_model(models)]
 
 
 def _gaussian(shape):
@@ -124,37 +206,30 @@ def _starts(size, patch):
 
 def _slide(model, image, patch_shape):
     """Return the probabilities of overlapping patches, averaged by Gaussian weights."""
-    shape = [max(pair) for pair in zip(image.shape, patch_shape, strict=False)]
-    padded = _pad(image, shape)
-    weights = _gaussian(patch_shape)
-    total = np.zeros((*shape, model.output_shape[-1]), np.float32)
-    divisor = np.zeros((*shape, 1), np.float32)
-    starts = (_starts(*pair) for pair in zip(shape, patch_shape, strict=True))
+    padded, weights = pad(image, patch_shape), _gaussian(patch_shape)
+    total = np.zeros((*padded.shape[:3], model.output_shape[-1]), np.float32)
+    divisor = np.zeros((*padded.shape[:3], 1), np.float32)
+    starts = map(_starts, padded.shape, patch_shape)
     for corner in itertools.product(*starts):
         box = tuple(slice(i, i + n) for i, n in zip(corner, patch_shape, strict=True))
         total[box] += weights * model.predict_on_batch(padded[box][None])[0]
         divisor[box] += weights
     total /= divisor
-    return total[tuple(slice(n) for n in image.shape[:3])]
+    return total
 
 
 def _predict_once(model, image, patch_shape):
     """Return the probabilities of an image: by patches, or in one pass if None."""
     if patch_shape is not None:
-        return _slide(model, image, patch_shape)
-    factor = size_factor(model)
-    shape = [math.ceil(n / factor) * factor for n in image.shape[:3]]
-    probabilities = model.predict_on_batch(_pad(image, shape)[None])[0]
-    return probabilities[tuple(slice(n) for n in image.shape[:3])]
+        probabilities = _slide(model, image, patch_shape)
+    else:
+        factor = size_factor(model)
+        shape = [math.ceil(n / factor) * factor for n in image.shape[:3]]
+        probabilities = model.predict_on_batch(pad(image, shape)[None])[0]
+    return probabilities[tuple(map(slice, image.shape[:3]))]
 
 
-def _as_list(models):
-    """Return models as a list, those given as paths loaded."""
-    models = models if isinstance(models, (list, tuple)) else [models]
-    return [m if isinstance(m, keras.Model) else load_model(m) for m in models]
-
-
-def _check_fit(model, image, patch_shape):
+def _choose_patch(model, image, patch_shape):
     """Return the shape of patches to predict, None for one pass; raise if none fits."""
     expected, channels = model.input_shape[1:-1], model.input_shape[-1]
     same_grid = model.output_shape[1:-1] == expected
@@ -170,15 +245,15 @@ def _check_fit(model, image, patch_shape):
     return expected
 
 
-def predict_probabilities(model, image, *, flips=False, patch_shape=None, spread=False):
+def predict_probabilities(model, image, *, flips=False, patch_shape=None):
     """Return a model's probabilities for every voxel of a standardised image.
 
     Parameters
     ----------
-    model : keras.Model or path, or list of them
-        (B, X, Y, Z, C) -> (B, X, Y, Z, K). Where it takes any spatial size, the image
-        is predicted in one pass, padded with zeros to the multiple the model needs.
-        The probabilities of several models, an ensemble, are averaged.
+    model : keras.Model, TrainedModel or path, or list of them
+        (B, X, Y, Z, C) -> (B, X, Y, Z, K). If it takes any spatial size, the image is
+        predicted in one pass, padded with zeros to the multiple the model needs. The
+        probabilities of several models, an ensemble, are averaged.
     image : (X, Y, Z, C) float32 array
         Of any size, in LPS order, as `standardise` gives it.
     flips : bool
@@ -186,15 +261,13 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None, spread
     patch_shape : tuple of 3 int, optional
         Predict patches of this shape, half a patch apart, and average them by Gaussian
         weights. Needs less memory than one pass. A model of fixed size always does so.
-    spread : bool
-        Return the spread, too.
 
     Returns
     -------
     probabilities : (X, Y, Z, K) float32 array
     spread : (X, Y, Z) float32 array
-        Only if asked for: the SD over models and mirror images, of the channel where
-        it is largest. Where they disagree, nobody should be sure.
+        The SD over models and mirror images, of the channel where it is largest; zeros
+        for a single pass. Where it is large, the prediction is not to be trusted.
 
     Raises
     ------
@@ -202,79 +275,47 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None, spread
         If a model is no such model, or takes patches of another shape.
     """
     axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
-    total = squares = None
-    count = 0
-    for each in _as_list(model):
-        shape = _check_fit(each, image, patch_shape)
+    total, squares, count = 0, 0, 0
+    for each in _as_trained(model):
+        shape = _choose_patch(each.model, image, patch_shape)
         for mirrored in axes if flips else [()]:
-            found = _predict_once(each, np.flip(image, mirrored), shape)
+            found = _predict_once(each.model, np.flip(image, mirrored), shape)
             found = np.flip(found, mirrored)
-            total = found if total is None else total + found
-            if spread:
-                squares = found**2 if squares is None else squares + found**2
-            count += 1
-    mean = total / count if count > 1 else total
-    if not spread:
-        return mean
+            total, squares, count = total + found, squares + found**2, count + 1
+    mean = total / count
     return mean, np.sqrt(np.maximum(squares / count - mean**2, 0)).max(axis=-1)
 
 
-def _choose_modalities(model, modalities):
-    """Return the channels to feed a model: those given, or the usual ones."""
-    channels = model.input_shape[-1]
+def _choose_modalities(trained, modalities):
+    """Return the channels of a model: those given, described, or the usual ones."""
+    channels = trained.model.input_shape[-1]
     usual = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
-    noted = getattr(model, "description", {}).get("modalities")
-    modalities = modalities or noted or usual.get(channels, ())
+    usual = usual.get(channels, ()) if trained.path is None else ()
+    modalities = modalities or trained.description.get("modalities") or usual
     if len(modalities) != channels:
-        raise ValueError(
-            f"the model takes {channels} channels; say which modalities they are, got "
-            f"{tuple(modalities)}"
-        )
+        model, found = trained.path or "the model", tuple(modalities)
+        problem = f"{model} takes {channels} channels and got the modalities {found}"
+        raise ValueError(f"{problem}; say which they are, in order: modalities=(...)")
     return modalities
 
 
-def _read_brain(case, modalities):
-    """Return a case's standardised brain in LPS order, its mask, box and affine."""
-    unlabelled = dataclasses.replace(case, segmentation=None)
-    image, _, affine = load_case(unlabelled, modalities)
-    if not np.allclose(spacing_mm(affine), SPACING_MM, atol=0.05):
-        raise BratsDataError(
-            f"voxels of {np.round(spacing_mm(affine), 2).tolist()} mm; BraTS scans, "
-            f"and networks trained on them, have {SPACING_MM}",
-            case=case.id,
-            advice="Resample the scan to 1 mm first",
-        )
-    image = to_lps(image, affine)
-    box = brain_box(image)
+def _predict(models, case, *, modalities=None, flips=False, patch_shape=None):
+    """Return the Prediction of a case."""
+    scan = read_scan(case, _choose_modalities(models[0], modalities), labelled=False)
+    scan.check_spacing()
+    box = bounding_box(scan.brain_mask)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
-    return standardise(image[box]), image.any(axis=-1), box, affine
-
-
-def _predict_brain(
-    models, case, *, modalities=None, flips=False, patch_shape=None, spread=False
-):
-    """Return [probabilities], with `spread` that too, of the brain, and its place."""
-    noted = getattr(models[0], "description", {}).get("patch_shape")
-    modalities = _choose_modalities(models[0], modalities)
-    brain, mask, box, affine = _read_brain(case, modalities)
-    patch_shape = patch_shape or noted
-    found = predict_probabilities(
-        models, brain, flips=flips, patch_shape=patch_shape, spread=spread
+    image = standardise(np.stack([volume[box] for volume in scan.volumes], axis=-1))
+    patch_shape = patch_shape or models[0].description.get("patch_shape")
+    found, spread = predict_probabilities(
+        models, image, flips=flips, patch_shape=patch_shape
     )
-    probabilities, *spread = found if spread else (found,)
-    if not np.isfinite(probabilities).all():
+    if not np.isfinite(found).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
-    probabilities[~mask[box], -3:] = 0  # no tumour outside the brain, nor doubt
-    for values in spread:
-        values[~mask[box]] = 0
-    return [probabilities, *spread], (mask, box, affine)
-
-
-def _paste(values, mask, box, affine):
-    """Return the values of a box on the scan's own grid, 0 around it."""
-    volume = np.zeros(mask.shape, values.dtype)
-    volume[box] = values
-    return np.ascontiguousarray(from_lps(volume, affine))
+    outside = ~scan.brain_mask[box]
+    found[outside, -3:] = 0  # no tumour outside the brain, nor doubt
+    spread[outside] = 0
+    return Prediction(scan, box, found, spread)
 
 
 def predict_case(
@@ -292,19 +333,20 @@ def predict_case(
 
     Parameters
     ----------
-    model : keras.Model or path, or list of them
+    model : keras.Model, TrainedModel or path, or list of them
         Four output channels are the labels 0 to 3, three the regions WT, TC and ET.
-        Several models are an ensemble, which works by the notes beside the first.
+        Several models are an ensemble; the description of the first one counts.
     case : Case
         Its segmentation, if it has one, is not read.
     modalities : sequence of str, optional
-        The model's channels. By default those that `load_model` found noted beside
-        it, else FLAIR, T1CE, T2 for three and all for four.
+        The model's channels. By default those that its file describes. A file without
+        description needs them; for a `keras.Model` the default is FLAIR, T1CE, T2 for
+        three channels and all modalities for four.
     flips, patch_shape
-        As in `predict_probabilities`. Where no shape is given, windows of the training
-        patches' shape are taken if `load_model` found it noted beside the model.
+        As in `predict_probabilities`. The default shape is that of the training
+        patches, if the model is described.
     thresholds, min_et_voxels : optional
-        As in `decode_probabilities`. By default what `tune_models` noted, else none.
+        As in `decode_probabilities`. By default those that `tune_model` stored.
     uncertainty : bool
         Return the spread over flips and models as well.
 
@@ -318,55 +360,41 @@ def predict_case(
     Raises
     ------
     BratsDataError
-        If a file of the case is not sound, or its voxels are not 1 mm wide.
+        If a file of the case is not valid, or its voxels are not 1 mm wide.
     ValueError
         If a model does not fit, or its output is NaN.
     """
-    models = _as_list(model)
     options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
-    found, place = _predict_brain(models, case, spread=uncertainty, **options)
+    options |= {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
+    segmentation, spread, _ = _predict_maps(_as_trained(model), case, **options)
+    return (segmentation, spread) if uncertainty else segmentation
+
+
+def _predict_maps(models, case, *, thresholds=None, min_et_voxels=None, **options):
+    """Return the label map, the spread and the header of their grid."""
+    found = _predict(models, case, **options)
     given = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
-    decoding = getattr(models[0], "description", {}).get("decoding", {})
-    decoding = decoding | {k: v for k, v in given.items() if v is not None}
-    found[0] = decode_probabilities(found[0], **decoding)
-    volumes = tuple(_paste(values, *place) for values in found)
-    return volumes if uncertainty else volumes[0]
+    decoding = {**models[0].description.get("decoding", {})}
+    decoding |= {key: value for key, value in given.items() if value is not None}
+    segmentation = decode_probabilities(found.probabilities, **decoding)
+    return found.place(segmentation), found.place(found.spread), found.scan.header
 
 
-def tune_models(run_dirs, parts, **options):
-    """Tune the decoding of trained models on validation cases, and note it beside them.
-
-    Parameters
-    ----------
-    run_dirs : sequence of path
-        The folder of a run, or of each fold's; every `model.json` gets "decoding".
-    parts : sequence of sequence of Case
-        For each run cases with segmentations that it was not trained on.
-    **options
-        `modalities`, `flips` and `patch_shape` of `predict_case`.
-
-    Returns
-    -------
-    gain : pandas.DataFrame
-        See `tune_decoding`.
-    """
-
-    def predicted():
-        for run_dir, cases in zip(run_dirs, parts, strict=True):
-            models = _as_list(run_dir)
-            for case in cases:
-                (found,), (_, box, affine) = _predict_brain(models, case, **options)
-                truth, _ = load_labels(case.segmentation, case.labels)
-                yield found, to_lps(truth, affine)[box]
-
-    decoding, gain = tune_decoding(predicted())
-    for path in (Path(run_dir) / SIDECAR for run_dir in run_dirs):
-        write_json(path, {**read_json(path), "decoding": decoding})
-    return gain
+def _fingerprint(trained):
+    """Return a checksum of a model's architecture, weights and decoding."""
+    digest = hashlib.sha256(json.dumps(describe_model(trained.model)).encode())
+    digest.update(json.dumps(trained.description.get("decoding")).encode())
+    for weights in trained.model.get_weights():
+        digest.update(np.ascontiguousarray(weights))
+    return digest.hexdigest()
 
 
 def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     """Predict many cases and write each as `<case id>.nii.gz`.
+
+    Cases that the same model has predicted there with the same options are not
+    predicted again. What another model predicted is replaced, and until then
+    `score_cases` refuses it.
 
     Parameters
     ----------
@@ -375,7 +403,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     cases : sequence of Case
         With or without segmentations.
     out_dir : path
-        Where to; a former prediction of a case is replaced.
+        Absent, empty or written by this function.
     uncertainty : bool
         Write the spread as `uncertainty/<case id>.nii.gz`, float32, as well.
 
@@ -383,15 +411,202 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     -------
     paths : list of Path
         One for each case: uint8, values 0, 1, 2 and 4, on the case's own grid.
+
+    Raises
+    ------
+    BratsDataError, ValueError
+        As `predict_case` does; or if `out_dir` holds something else.
     """
-    models, out_dir = _as_list(model), Path(out_dir)
-    paths = [out_dir / f"{case.id}.nii.gz" for case in cases]
-    bar = tqdm(paths, desc="predicting", unit="case", file=sys.stdout)
-    for case, path in zip(cases, bar, strict=True):
-        found = predict_case(models, case, uncertainty=uncertainty, **options)
-        if uncertainty:
-            found, spread = found
-            header = read_header(case.images["flair"], case.channels)
-            save_volume(spread, out_dir / "uncertainty" / path.name, like=header)
-        save_segmentation(found, case, path)
-    return paths
+    models, cases = _as_trained(model), list(cases)
+    made_from = {"models": [_fingerprint(m) for m in models], "options": options}
+    made_from = json.loads(json.dumps({**made_from, "uncertainty": uncertainty}))
+    names = {case.id: [f"{case.id}.nii.gz"] for case in cases}
+    for case_id in names if uncertainty else ():
+        names[case_id].append(f"uncertainty/{case_id}.nii.gz")
+    sources = {path.parent for case in cases for path in case.images.values()}
+    with OutputFolder(out_dir, "predictions", inputs=sources) as output:
+        if output.manifest["made_from"] != made_from:
+            output.manifest["cases"] = {}
+        output.begin(made_from)
+        output.claim(name for each in names.values() for name in each)
+        for case in progress_bar(cases, desc="predicting", unit="case"):
+            files = {name: output.manifest["files"][name] for name in names[case.id]}
+            state = file_states(case.images.values())
+            known = output.manifest["cases"].get(case.id) == state
+            if not known or find_changed(output.path, files):
+                _predict_file(models, case, output, names[case.id], options)
+                output.note_case(case.id, state)
+    return [Path(out_dir) / names[case.id][0] for case in cases]
+
+
+def _predict_file(models, case, output, names, options):
+    """Predict a case and write its label map, and its uncertainty if it has a name."""
+    found, spread, header = _predict_maps(models, case, **options)
+    with output.write(names[0]) as temporary:
+        write_segmentation(found, header, temporary)
+    for name in names[1:]:
+        with output.write(name) as temporary:
+            save_volume(spread, temporary, like=header)
+
+
+def region_probabilities(probabilities):
+    """Return the probabilities of WT, TC and ET, whatever a model's outputs are.
+
+    Parameters
+    ----------
+    probabilities : (..., K) float array
+        K = 3: of the regions themselves. K = 4: of the labels 0 to 3, which are added
+        up over each region.
+
+    Returns
+    -------
+    regions : (..., 3) float array
+
+    Raises
+    ------
+    ValueError
+        If K is neither.
+    """
+    probabilities = np.asarray(probabilities)
+    n_channels = probabilities.shape[-1]
+    if n_channels == len(ENCODED_REGIONS):
+        return probabilities
+    if n_channels != len(LABELS):
+        raise ValueError(
+            f"expected 4 channels (labels) or 3 (WT, TC, ET), got {n_channels}"
+        )
+    members = [probabilities[..., list(v)].sum(-1) for v in ENCODED_REGIONS.values()]
+    return np.stack(members, axis=-1)
+
+
+def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
+    """Return the BraTS labels of a model's probabilities.
+
+    Parameters
+    ----------
+    probabilities : (..., K) float array
+        K = 4: of the labels 0 to 3. K = 3: of the regions WT, TC and ET.
+    thresholds : sequence of 3 float, optional
+        A region counts where its probability is above its threshold, TC only within
+        WT, and ET only within TC. By default the largest of four labels wins, and
+        each of three regions counts above 0.5.
+    min_et_voxels : int
+        If less enhancing tumour than this is found, call it core (label 1): a few
+        stray voxels would cost the whole Dice of a case that has none.
+
+    Returns
+    -------
+    segmentation : (...) uint8 array
+        Values 0, 1, 2 and 4.
+
+    Raises
+    ------
+    ValueError
+        If K is neither.
+
+    Examples
+    --------
+    >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
+    array([1, 2, 0], dtype=uint8)
+    """
+    if thresholds is None and np.shape(probabilities)[-1] == len(LABELS):
+        segmentation = decode_labels(np.argmax(probabilities, axis=-1))
+    else:
+        regions = region_probabilities(probabilities)
+        thresholds = PLAIN["thresholds"] if thresholds is None else thresholds
+        above = regions > np.array(thresholds, regions.dtype)
+        nested = np.logical_and.accumulate(above, axis=-1)
+        # By how many regions a voxel lies in: oedema, core, enhancing tumour.
+        segmentation = np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
+    if np.count_nonzero(segmentation == 4) < min_et_voxels:
+        segmentation[segmentation == 4] = 1
+    return segmentation
+
+
+def _mean_dice(cases, decoding):
+    """Return the mean Dice of WT, TC and ET over cases, (3,), with one decoding."""
+    rows = []
+    for probabilities, truth in cases:
+        found = decode_probabilities(probabilities, **decoding)
+        masks = ((np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values())
+        rows.append([dice(*pair) for pair in masks])
+    return np.mean(rows, axis=0)
+
+
+def _trials(decoding, step):
+    """Return decodings with other values of one threshold, or last of the volume."""
+    if step == len(REGIONS):
+        return [{**decoding, "min_et_voxels": n} for n in MIN_ET_VOXELS]
+    before, after = decoding["thresholds"][:step], decoding["thresholds"][step + 1 :]
+    return [{**decoding, "thresholds": [*before, float(t), *after]} for t in THRESHOLDS]
+
+
+def tune_decoding(cases):
+    """Choose thresholds and the least enhancing volume by the mean Dice over cases.
+
+    The threshold of WT first, then TC's, then ET's, then the volume. If it is tuned on
+    few cases and scored on the same, the gain is too optimistic.
+
+    Parameters
+    ----------
+    cases : iterable of (probabilities, truth)
+        (..., K) float as `decode_probabilities` takes them, and (...) integer labels
+        0, 1, 2, 4. Only the voxels of each case that can matter are kept in memory.
+
+    Returns
+    -------
+    decoding : dict
+        "thresholds" and "min_et_voxels", keywords of `decode_probabilities`: 0.5 and 0
+        wherever no other value is better; empty if nothing is better than to decode
+        without them, as `decode_probabilities` does by default.
+    gain : pandas.DataFrame
+        Rows WT, TC and ET; mean Dice by default, "plain", and "tuned".
+    """
+    kept, plain = [], []
+    for probabilities, truth in cases:
+        regions = region_probabilities(probabilities)
+        matters = (regions[..., 0] > THRESHOLDS[0]) | (truth > 0)
+        kept.append((regions[matters], truth[matters]))
+        plain.append(
+            _mean_dice([(np.asarray(probabilities)[matters], truth[matters])], {})
+        )
+    plain = np.mean(plain, axis=0)
+    best, tuned = PLAIN, _mean_dice(kept, PLAIN)
+    for step in range(len(REGIONS) + 1):
+        found = [(_mean_dice(kept, trial), trial) for trial in _trials(best, step)]
+        score, trial = max(found, key=lambda pair: pair[0].mean())
+        if score.mean() > tuned.mean() + LEAST_GAIN:
+            best, tuned = trial, score
+    if tuned.mean() <= plain.mean() + LEAST_GAIN:
+        best, tuned = {}, plain
+    return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
+
+
+def tune_model(run_dir, cases, **options):
+    """Tune the decoding of a trained model on validation cases, and store it with it.
+
+    Parameters
+    ----------
+    run_dir : path
+        The folder of a run, or its `.keras` file, whose description gets "decoding".
+    cases : sequence of Case
+        With segmentations; the model was not trained on them.
+    **options
+        `modalities`, `flips` and `patch_shape` of `predict_case`.
+
+    Returns
+    -------
+    gain : pandas.DataFrame
+        See `tune_decoding`.
+    """
+    trained = load_model(run_dir)
+
+    def predicted():
+        for case in cases:
+            found = _predict([trained], case, **options)
+            truth, affine = load_labels(case.segmentation, case.labels)
+            yield found.probabilities, to_lps(truth, affine)[found.box]
+
+    trained.description["decoding"], gain = tune_decoding(predicted())
+    _write_description(trained)
+    return gain

@@ -1,9 +1,28 @@
-"""Losses on label maps: Dice, focal, cross-entropy, and their sums.
+"""Losses for label maps, and the Dice metric.
 
-All take labels (B, ..., 1) and probabilities (B, ..., K), and return a number a sample.
-K = 4 are softmax probabilities of the labels 0..3; K = 3 are sigmoids of WT, TC and ET.
+The five losses share one interface. They take
+
+- `y_true`, an integer or float tensor (B, ..., 1): the labels 0..3,
+- `y_pred`, a float tensor (B, ..., K): with K = 4 the softmax probabilities of these
+  labels, with K = 3 the sigmoid probabilities of the nested regions WT, TC and ET,
+
+and return one loss per sample, a float32 tensor (B,). Any other K is a ValueError. Sums
+are computed in float32 under every precision policy.
+
+They are made of three terms. In these, p is a predicted probability, g is the truth, 0
+or 1, and q is the probability of the truth: that of the voxel's label (K = 4) or that
+of being inside or outside a region (K = 3). Each term is 0 for a perfect prediction.
+
+- Dice: 1 - (2 Σpg + 1) / (Σp + Σg + 1), where Σ runs over the voxels of a sample. This
+  is the mean over three maps, which are the regions (K = 3) or the labels 1, 2 and 3
+  (K = 4). The background is left out because its Dice is always close to 1. For a map
+  that is absent from the truth the loss is Σp / (Σp + 1): one false voxel costs 1/2 and
+  a thousand hardly more, so it is up to the second term to correct them.
+- Focal: the mean over voxels (and regions) of -(1 - q)² log q.
+- Cross-entropy: the mean over voxels (and regions) of -log q.
 """
 
+import keras
 import numpy as np
 from keras import ops
 from keras.saving import register_keras_serializable
@@ -13,90 +32,66 @@ from brats_utils.labels import ENCODED_REGIONS, LABELS
 SMOOTH = 1.0  # voxels
 EPSILON = 1e-7
 
+# (4, 3): whether each of the labels 0..3 belongs to WT, TC and ET.
+IN_REGION = np.array([[k in v for v in ENCODED_REGIONS.values()] for k in range(4)])
 
-def _targets(y_true, n_outputs):
-    """Return labels as 0/1 maps like the prediction's: (B, ..., 1) -> (B, ..., K)."""
-    if n_outputs == len(LABELS):
-        table = np.eye(len(LABELS), dtype="float32")
-    elif n_outputs == len(ENCODED_REGIONS):
-        members = ENCODED_REGIONS.values()
-        table = [[float(k in values) for values in members] for k in range(len(LABELS))]
-    else:
-        raise ValueError(
-            f"expected 4 outputs (labels 0..3) or 3 (WT, TC, ET), got {n_outputs}"
-        )
-    labels = ops.cast(ops.squeeze(y_true, axis=-1), "int32")  # (B, ...)
-    return ops.take(ops.convert_to_tensor(table, "float32"), labels, axis=0)
+
+def _look_up(table, labels):
+    """Return each label's row of a table: (4, K), (B, ...) -> (B, ..., K) float32."""
+    table = ops.convert_to_tensor(table, "float32")
+    return ops.take(table, ops.cast(labels, "int32"), axis=0)
 
 
 def _prepare(y_true, y_pred):
-    """Return target and probability maps, both (B, voxels, K) float32."""
-    y_pred = ops.cast(y_pred, "float32")
+    """Return true and predicted maps, both (B, voxels, K) float32."""
     n_outputs = y_pred.shape[-1]
+    tables = {len(LABELS): np.eye(len(LABELS)), len(ENCODED_REGIONS): IN_REGION}
+    if n_outputs not in tables:
+        raise ValueError(
+            f"expected 4 outputs (labels 0..3) or 3 (WT, TC, ET), got {n_outputs}"
+        )
+    targets = _look_up(tables[n_outputs], ops.squeeze(y_true, axis=-1))
     flat = (ops.shape(y_pred)[0], -1, n_outputs)
-    return ops.reshape(_targets(y_true, n_outputs), flat), ops.reshape(y_pred, flat)
+    return ops.reshape(targets, flat), ops.reshape(ops.cast(y_pred, "float32"), flat)
 
 
-def _surprise(targets, probabilities):
-    """Return the probability of the truth and minus its log, for each voxel.
-
-    (B, voxels, 1) for softmax over labels, (B, voxels, 3) for regions.
-    """
+def _true_probability(targets, probabilities):
+    """Return the probability of the truth: (B, voxels, 1) of 4 outputs, or (..., 3)."""
     if probabilities.shape[-1] == len(LABELS):
-        truth = ops.sum(targets * probabilities, axis=-1, keepdims=True)
+        q = ops.sum(targets * probabilities, axis=-1, keepdims=True)
     else:
-        truth = targets * probabilities + (1 - targets) * (1 - probabilities)
-    truth = ops.clip(truth, EPSILON, 1.0)
-    return truth, -ops.log(truth)
+        q = targets * probabilities + (1 - targets) * (1 - probabilities)
+    return ops.clip(q, EPSILON, 1.0)
 
 
 def _dice(targets, probabilities, voxels=1):
-    """Return the Dice loss; `voxels` are the axes summed: (0, 1) is over the batch."""
-    if probabilities.shape[-1] == len(LABELS):
-        targets, probabilities = targets[..., 1:], probabilities[..., 1:]
+    """Return the Dice term; `voxels` are the axes of Σ, (0, 1) for the whole batch."""
+    # The last three maps: all but the background.
+    targets, probabilities = targets[..., -3:], probabilities[..., -3:]
     overlap = ops.sum(targets * probabilities, axis=voxels)  # (B, 3), or (3,)
     size = ops.sum(targets, axis=voxels) + ops.sum(probabilities, axis=voxels)
     return ops.mean(1 - (2 * overlap + SMOOTH) / (size + SMOOTH), axis=-1)
 
 
 def _cross_entropy(targets, probabilities):
-    return ops.mean(_surprise(targets, probabilities)[1], axis=(1, 2))
+    return ops.mean(-ops.log(_true_probability(targets, probabilities)), axis=(1, 2))
 
 
 def _focal(targets, probabilities):
-    truth, surprise = _surprise(targets, probabilities)
-    return ops.mean(ops.square(1 - truth) * surprise, axis=(1, 2))
+    q = _true_probability(targets, probabilities)
+    return ops.mean(ops.square(1 - q) * -ops.log(q), axis=(1, 2))
 
 
 @register_keras_serializable(package="brats_utils")
 def dice_loss(y_true, y_pred):
-    """Return the soft Dice loss, 1 - (2 Σpg + 1) / (Σp + Σg + 1), averaged over 3 maps.
-
-    Sums run over the voxels of one sample; p is a map's probability, g its truth. The
-    three maps are the tumour labels 1, 2, 3 (K = 4; the background is left out, its
-    Dice is near 1 whatever the network does) or the regions WT, TC, ET (K = 3). A
-    perfect prediction costs exactly 0.
-
-    A map that is absent from the truth costs Σp / (Σp + 1): 0 where nothing is
-    predicted, 1/2 for one voxel in all, near 1 with a slope near 0 for many. So Dice
-    hardly corrects a large false alarm; that is the other term's work in
-    `dice_focal_loss` and `dice_cross_entropy_loss`.
+    """1 - (2 Σpg + 1) / (Σp + Σg + 1), averaged over labels or regions.
 
     Parameters
     ----------
-    y_true : (B, ..., 1) integer or float tensor
+    y_true : (B, ..., 1) tensor
         Labels 0..3.
-    y_pred : (B, ..., K) float tensor
-        Probabilities, K = 4 or 3.
-
-    Returns
-    -------
-    loss : (B,) float32 tensor
-
-    Raises
-    ------
-    ValueError
-        If K is neither 4 nor 3.
+    y_pred : (B, ..., K) tensor
+        Probabilities of the four labels or the three regions.
 
     References
     ----------
@@ -113,80 +108,35 @@ def dice_loss(y_true, y_pred):
 
 @register_keras_serializable(package="brats_utils")
 def focal_loss(y_true, y_pred):
-    """Return the focal loss, the mean over voxels of -(1 - p)² log p.
+    """-(1 - q)² log q, averaged over voxels; q is the probability of the truth.
 
-    p is the probability given to the truth: to the voxel's label (K = 4), or to being
-    in or out of each region (K = 3, averaged over the regions). A voxel at p = 0.9
-    counts a hundredth of what it does in the cross-entropy, so that the easy
-    background, 98 % of a scan, does not drown the tumour.
+    A voxel with q = 0.9 contributes a hundredth of what it does to the cross-entropy,
+    so the easy background, 98 % of a scan, does not dominate the tumour.
 
     Parameters
     ----------
-    y_true : (B, ..., 1) integer or float tensor
+    y_true : (B, ..., 1) tensor
         Labels 0..3.
-    y_pred : (B, ..., K) float tensor
-        Probabilities, K = 4 or 3.
-
-    Returns
-    -------
-    loss : (B,) float32 tensor
-
-    Raises
-    ------
-    ValueError
-        If K is neither 4 nor 3.
+    y_pred : (B, ..., K) tensor
+        Probabilities of the four labels or the three regions.
 
     References
     ----------
-    Lin et al., 2017, arXiv:1708.02002, with gamma = 2 and no class weights.
+    Lin et al., 2017, arXiv:1708.02002, with gamma = 2 and without class weights.
     """
     return _focal(*_prepare(y_true, y_pred))
 
 
 @register_keras_serializable(package="brats_utils")
-def cross_entropy_loss(y_true, y_pred):
-    """Return the cross-entropy, the mean over voxels of -log p.
-
-    p is the probability given to the truth, as in `focal_loss`.
-
-    Parameters
-    ----------
-    y_true : (B, ..., 1) integer or float tensor
-        Labels 0..3.
-    y_pred : (B, ..., K) float tensor
-        Probabilities, K = 4 or 3.
-
-    Returns
-    -------
-    loss : (B,) float32 tensor
-
-    Raises
-    ------
-    ValueError
-        If K is neither 4 nor 3.
-    """
-    return _cross_entropy(*_prepare(y_true, y_pred))
-
-
-@register_keras_serializable(package="brats_utils")
 def dice_focal_loss(y_true, y_pred):
-    """Return `dice_loss` + `focal_loss`.
+    """Dice + focal: the sum of `dice_loss` and `focal_loss`.
 
     Parameters
     ----------
-    y_true : (B, ..., 1) integer or float tensor
+    y_true : (B, ..., 1) tensor
         Labels 0..3.
-    y_pred : (B, ..., K) float tensor
-        Probabilities, K = 4 or 3.
-
-    Returns
-    -------
-    loss : (B,) float32 tensor
-
-    Raises
-    ------
-    ValueError
-        If K is neither 4 nor 3.
+    y_pred : (B, ..., K) tensor
+        Probabilities of the four labels or the three regions.
     """
     maps = _prepare(y_true, y_pred)
     return _dice(*maps) + _focal(*maps)
@@ -194,23 +144,14 @@ def dice_focal_loss(y_true, y_pred):
 
 @register_keras_serializable(package="brats_utils")
 def dice_cross_entropy_loss(y_true, y_pred):
-    """Return `dice_loss` + `cross_entropy_loss`, the pairing of BraTS2020's winners.
+    """Dice + cross-entropy, as used by the winners of BraTS 2020.
 
     Parameters
     ----------
-    y_true : (B, ..., 1) integer or float tensor
+    y_true : (B, ..., 1) tensor
         Labels 0..3.
-    y_pred : (B, ..., K) float tensor
-        Probabilities, K = 4 or 3.
-
-    Returns
-    -------
-    loss : (B,) float32 tensor
-
-    Raises
-    ------
-    ValueError
-        If K is neither 4 nor 3.
+    y_pred : (B, ..., K) tensor
+        Probabilities of the four labels or the three regions.
 
     References
     ----------
@@ -222,26 +163,17 @@ def dice_cross_entropy_loss(y_true, y_pred):
 
 @register_keras_serializable(package="brats_utils")
 def batch_dice_cross_entropy_loss(y_true, y_pred):
-    """Return the Dice loss of a batch taken as one volume, + `cross_entropy_loss`.
+    """Dice of the batch + cross-entropy, where Σ runs over all samples of the batch.
 
-    A patch without a region then costs little by itself: the others' voxels stand
-    beside it. With one patch a batch it is `dice_cross_entropy_loss`.
+    A patch without one of the regions then has little influence on the Dice of that
+    region. With one sample per batch this equals `dice_cross_entropy_loss`.
 
     Parameters
     ----------
-    y_true : (B, ..., 1) integer or float tensor
+    y_true : (B, ..., 1) tensor
         Labels 0..3.
-    y_pred : (B, ..., K) float tensor
-        Probabilities, K = 4 or 3.
-
-    Returns
-    -------
-    loss : (B,) float32 tensor
-
-    Raises
-    ------
-    ValueError
-        If K is neither 4 nor 3.
+    y_pred : (B, ..., K) tensor
+        Probabilities of the four labels or the three regions.
 
     References
     ----------
@@ -249,3 +181,53 @@ def batch_dice_cross_entropy_loss(y_true, y_pred):
     """
     maps = _prepare(y_true, y_pred)
     return _dice(*maps, voxels=(0, 1)) + _cross_entropy(*maps)
+
+
+@register_keras_serializable(package="brats_utils")
+class RegionDice(keras.metrics.Mean):
+    """2 |P ∩ G| / (|P| + |G|), the Dice of one region, averaged over samples.
+
+    P and G are the predicted and the true voxels of the region in one sample. The Dice
+    is 1 where both are empty, as in the official scores of whole scans. With four
+    outputs, P holds the voxels whose most probable label belongs to the region. With
+    three, it holds those where the region's probability exceeds 0.5.
+
+    Parameters
+    ----------
+    region : {"WT", "TC", "ET"}
+        Whole tumour, tumour core or enhancing tumour.
+    name : str, optional
+        `dice_<region>` by default.
+    dtype : str, optional
+        As in other Keras metrics.
+
+    Raises
+    ------
+    ValueError
+        If `region` is not one of the three.
+    """
+
+    def __init__(self, region, name=None, dtype=None):
+        if region not in ENCODED_REGIONS:
+            raise ValueError(f"expected one of {list(ENCODED_REGIONS)}, got {region!r}")
+        super().__init__(name=name or f"dice_{region}", dtype=dtype)
+        self.region = region
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        """Add a batch: y_true (B, ..., 1) labels, y_pred (B, ..., K) probabilities."""
+        channel = list(ENCODED_REGIONS).index(self.region)
+        in_region = IN_REGION[:, channel]
+        truth = _look_up(in_region, ops.squeeze(y_true, axis=-1))  # (B, ...)
+        if y_pred.shape[-1] == len(LABELS):
+            predicted = _look_up(in_region, ops.argmax(y_pred, axis=-1))
+        else:
+            predicted = ops.cast(y_pred[..., channel] > 0.5, "float32")
+        voxels = tuple(range(1, len(truth.shape)))
+        overlap = ops.sum(truth * predicted, axis=voxels)
+        size = ops.sum(truth, axis=voxels) + ops.sum(predicted, axis=voxels)
+        dice = ops.where(size > 0, 2 * overlap / ops.maximum(size, 1.0), 1.0)  # (B,)
+        super().update_state(dice, sample_weight=sample_weight)
+
+    def get_config(self):
+        """Return what is needed to recreate the metric from a saved model."""
+        return {**super().get_config(), "region": self.region}

@@ -1,4 +1,4 @@
-"""U-Nets in two and three dimensions, block by block, and a table of what they cost."""
+"""U-Nets in two and three dimensions, and a table of what each stage costs."""
 
 import math
 
@@ -6,74 +6,101 @@ import keras
 import pandas as pd
 from keras import layers
 
-# Below are the only lines that know the rank: 2 for slices, 3 for volumes.
+# All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
 
+KERNEL = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"}
+# Instance normalisation: as many groups as channels, so that each channel of each
+# sample is normalised by itself, whatever the batch size.
+INSTANCE = {"groups": -1, "epsilon": 1e-5}
 
-def _rank(input_shape, n_classes, factor, depth):
-    """Return 2 or 3, after looking at what a caller may get wrong."""
-    rank = len(input_shape) - 1
-    if rank not in CONV or input_shape[-1] is None:
+
+def _check_sizes(sizes, factor):
+    """Raise unless all spatial sizes are multiples of `factor` or None."""
+    if any(size is not None and size % factor for size in sizes):
+        raise ValueError(f"spatial sizes must be multiples of {factor}, got {sizes}")
+
+
+def _check_input(input_shape, n_classes, factor):
+    """Validate the arguments and return the spatial rank, 2 or 3."""
+    *sizes, channels = input_shape
+    if len(sizes) not in CONV or channels is None:
         raise ValueError(
-            "input_shape is (X, Y, C) or (X, Y, Z, C); sizes may be None, the channels "
-            f"C not; got {tuple(input_shape)}"
+            "expected input_shape (X, Y, C) or (X, Y, Z, C), where only the number of "
+            f"channels C may not be None; got {tuple(input_shape)}"
         )
     if n_classes not in (3, 4):
         raise ValueError(
-            "n_classes is 4 (background and three labels: softmax) or 3 (the regions "
-            f"WT, TC, ET: sigmoid), got {n_classes}"
+            f"expected n_classes 4 (labels) or 3 (regions WT, TC, ET), got {n_classes}"
         )
-    if any(size is not None and size % factor for size in input_shape[:-1]):
-        raise ValueError(
-            f"with depth={depth} the grid is halved until it is 1/{factor} of the "
-            f"input: each spatial size must be a multiple of {factor} or None, "
-            f"got {tuple(input_shape[:-1])}"
-        )
-    return rank
+    _check_sizes(sizes, factor)
+    return len(sizes)
 
 
-def _conv_block(x, filters, name, *, normalisation=True, dropout=0.0, stride=1):
-    """Convolve twice: [convolution -> instance normalisation -> leaky ReLU] x 2."""
-    conv = CONV[len(x.shape) - 2]
-    for i in (1, 2):
-        x = conv(
-            filters,
-            3,
-            strides=stride if i == 1 else 1,
-            padding="same",
-            use_bias=not normalisation,
-            kernel_initializer="he_normal",
-            name=f"{name}_conv{i}",
+def _conv_block(x, widths, name, *, strides=(1, 1), slope=0.01, dropout=0.0, norm=None):
+    """Apply [convolution -> normalisation -> leaky ReLU] twice."""
+    for i, (filters, stride) in enumerate(zip(widths, strides, strict=True), start=1):
+        x = CONV[len(x.shape) - 2](
+            filters, strides=stride, use_bias=not norm, name=f"{name}_conv{i}", **KERNEL
         )(x)
-        if normalisation:
-            # As many groups as channels: each sample and channel on its own, whatever
-            # the batch size.
-            x = layers.GroupNormalization(-1, epsilon=1e-5, name=f"{name}_norm{i}")(x)
-        x = layers.LeakyReLU(0.01, name=f"{name}_act{i}")(x)
+        if norm:
+            x = layers.GroupNormalization(**norm, name=f"{name}_norm{i}")(x)
+        x = layers.LeakyReLU(slope, name=f"{name}_act{i}")(x)
         if dropout and i == 1:
             x = layers.Dropout(dropout, name=f"{name}_dropout")(x)
     return x
 
 
-def _down(x, name):
-    """Halve the grid: (B, X, Y, Z, C) -> (B, X/2, Y/2, Z/2, C)."""
-    return POOL[len(x.shape) - 2](2, name=f"{name}_down")(x)
-
-
-def _up(x, skip, filters, name):
-    """Double the grid and put the encoder's features of that size beside it."""
-    x = UPSAMPLE[len(x.shape) - 2](filters, 2, strides=2, name=f"{name}_up")(x)
+def _up(x, skip, filters, name, use_bias=True):
+    """Double the resolution and append the encoder's features of that resolution."""
+    upsample = UPSAMPLE[len(x.shape) - 2]
+    x = upsample(filters, 2, strides=2, use_bias=use_bias, name=f"{name}_up")(x)
     return layers.Concatenate(name=f"{name}_concat")([skip, x])
 
 
+def _encode_and_decode(image, widths, *, stride=1, up_ratio=1, up_bias=True, **block):
+    """Apply all stages of a U-Net, down and up again, and return the features.
+
+    `widths` holds the channels of the two convolutions of each encoder stage, with the
+    bottleneck last. A decoder stage has the channels that the encoder stage ends with.
+    """
+    x = _conv_block(image, widths[0], "encoder1", strides=(stride, 1), **block)
+    skips = []  # (B, X, Y, Z, 16), (B, X/2, Y/2, Z/2, 32), ...
+    for stage, pair in enumerate(widths[1:], start=2):
+        skips.append(x)
+        name = f"encoder{stage}" if stage < len(widths) else "bottleneck"
+        x = POOL[len(x.shape) - 2](2, name=f"{name}_down")(x)
+        x = _conv_block(x, pair, name, **block)
+    for stage in range(len(skips), 0, -1):
+        name, width = f"decoder{stage}", widths[stage - 1][1]
+        x = _up(x, skips[stage - 1], width * up_ratio, name, use_bias=up_bias)
+        x = _conv_block(x, (width, width), name, **block)
+    return x
+
+
+def _to_full_resolution(x, image, filters):
+    """Restore the resolution that a strided first convolution halved.
+
+    This is a convolution 1x1x1 over the upsampled features and the image together, at
+    full resolution. The features' part of the sum is the same for 8 voxels, so it is
+    computed once, before upsampling.
+    """
+    rank = len(x.shape) - 2
+    x = CONV[rank](filters, 1, name="full_conv")(x)
+    x = REPEAT[rank](2, name="full_up")(x)
+    image = CONV[rank](filters, 1, use_bias=False, name="full_image")(image)
+    x = layers.Add(name="full_add")([x, image])
+    return layers.LeakyReLU(0.01, name="full_act")(x)
+
+
 def _head(x, n_classes, name="head"):
-    """Turn features into probabilities, in float32 whatever the precision policy."""
+    """Return probabilities, in float32 under every precision policy."""
     x = CONV[len(x.shape) - 2](n_classes, 1, name=f"{name}_conv")(x)
-    kind, name = "softmax" if n_classes == 4 else "sigmoid", f"{name}_probabilities"
-    return layers.Activation(kind, dtype="float32", name=name)(x)
+    kind = "softmax" if n_classes == 4 else "sigmoid"
+    return layers.Activation(kind, dtype="float32", name=f"{name}_probabilities")(x)
 
 
 def unet(
@@ -86,49 +113,50 @@ def unet(
     normalisation=True,
     dropout=0.0,
 ):
-    """Return the standard U-Net: in 2-D or in 3-D, by the length of `input_shape`.
+    """Return a U-Net, in 2D or 3D depending on the length of `input_shape`.
 
-    Each encoder stage convolves twice and halves the grid; each decoder stage doubles
-    it, sees the encoder's features of that size again, and convolves twice.
+    Each encoder stage applies two convolutions and halves the resolution. Each decoder
+    stage doubles it, appends the encoder's features of the same resolution and applies
+    two convolutions.
 
     Parameters
     ----------
     input_shape : tuple
         (X, Y, C) for slices or (X, Y, Z, C) for volumes. Spatial sizes are multiples
-        of `stem_stride * 2 ** (depth - 1)`, or None for any such size.
+        of `stem_stride * 2 ** (depth - 1)`, or None to accept any such size.
     n_classes : {4, 3}, default 4
-        4: probabilities of the labels 0..3, by softmax. 3: of the nested regions WT,
-        TC and ET, each by its own sigmoid.
+        4: softmax probabilities of the labels 0..3. 3: a sigmoid for each of the
+        nested regions WT, TC and ET.
     filters : int, default 16
-        Channels of the first stage; every further stage has twice as many.
+        Channels of the first stage. Each further stage has twice as many.
     depth : int, default 5
-        Number of stages, the bottleneck included: 16-32-64-128-256.
+        Number of stages, including the bottleneck.
     stem_stride : {1, 2}, default 1
-        2 halves the grid in the very first convolution and restores it in the last
-        step: about an eighth of the operations, for a CPU.
+        2 halves the resolution in the first layer, which saves 7/8 of the work of a 3D
+        network. The last layers restore it.
     normalisation : bool, default True
-        Normalise each channel of each sample after a convolution. The bottleneck then
-        needs more than one voxel, or nothing is left of it: take patches of at least
-        twice the size that the grid is divided by.
+        Use instance normalisation. The bottleneck then needs more than one voxel,
+        because a single voxel minus its own mean is 0: use patches at least twice as
+        large as the multiple above.
     dropout : float, default 0.0
-        Share of values dropped between the two convolutions of a stage.
+        Fraction of values dropped between the two convolutions of a stage.
 
     Returns
     -------
     model : keras.Model
-        (B, X, Y, Z, C) float -> (B, X, Y, Z, n_classes) float32. Made of Keras's own
-        layers only, so that it reloads without custom objects.
+        (B, X, Y, Z, C) float -> (B, X, Y, Z, n_classes) float32. It consists of
+        built-in layers only, so it can be loaded without custom objects.
 
     Raises
     ------
     ValueError
-        If a shape does not fit, or `n_classes`, `depth` or `stem_stride` is none of
-        the above.
+        If `input_shape` does not fit, or `n_classes`, `depth` or `stem_stride` has a
+        value other than those above.
 
     References
     ----------
     Ronneberger et al., 2015, arXiv:1505.04597. Instance normalisation and leaky ReLU
-    as in nnU-Net: Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
+    follow nnU-Net: Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
 
     Examples
     --------
@@ -137,264 +165,217 @@ def unet(
     """
     if depth < 1 or stem_stride not in (1, 2):
         raise ValueError(
-            f"depth is at least 1 and stem_stride 1 or 2, got {depth} and {stem_stride}"
+            f"expected depth >= 1 and stem_stride 1 or 2, got {depth} and {stem_stride}"
         )
-    rank = _rank(input_shape, n_classes, stem_stride * 2 ** (depth - 1), depth)
-    block = {"normalisation": normalisation, "dropout": dropout}
-    inputs = keras.Input(input_shape, name="image")  # (B, X, Y, Z, C)
-    x = _conv_block(inputs, filters, "encoder1", stride=stem_stride, **block)
-    skips = []
-    for stage in range(2, depth + 1):  # grid / 2 and channels * 2 a stage
-        skips.append(x)
-        name = f"encoder{stage}" if stage < depth else "bottleneck"
-        x = _conv_block(_down(x, name), filters * 2 ** (stage - 1), name, **block)
-    for stage in range(depth - 1, 0, -1):  # grid * 2 and channels / 2 a stage
-        name, width = f"decoder{stage}", filters * 2 ** (stage - 1)
-        x = _conv_block(_up(x, skips.pop(), width, name), width, name, **block)
+    rank = _check_input(input_shape, n_classes, stem_stride * 2 ** (depth - 1))
+    image = keras.Input(input_shape, name="image")  # (B, X, Y, Z, C)
+    widths = [(filters * 2**stage,) * 2 for stage in range(depth)]  # 16, 32, 64, ...
+    block = {"norm": INSTANCE if normalisation else None, "dropout": dropout}
+    x = _encode_and_decode(image, widths, stride=stem_stride, **block)
     if stem_stride == 2:
-        # A convolution 1x1x1 over features and image side by side, at full resolution:
-        # what the image's values mean in a voxel depends on the features there. The
-        # features' part of the sum is the same for 8 voxels, so it is made once.
-        x = REPEAT[rank](2, name="full_up")(CONV[rank](filters, 1, name="full_conv")(x))
-        image = CONV[rank](filters, 1, use_bias=False, name="full_image")(inputs)
-        x = layers.Add(name="full_add")([x, image])
-        x = layers.LeakyReLU(0.01, name="full_act")(x)
-    return keras.Model(inputs, _head(x, n_classes), name=f"unet_{rank}d")
+        x = _to_full_resolution(x, image, filters)
+    return keras.Model(image, _head(x, n_classes), name=f"unet_{rank}d")
 
 
 class _DeeplySupervised(keras.Model):
-    """A U-Net with further outputs on coarser grids, each with half the weight."""
+    """A U-Net with additional outputs at lower resolutions, each with half the weight.
 
-    factors = (1,)  # how many voxels of the labels one of each output measures
+    `factors` holds, for each output, how many voxels of the labels along each axis
+    correspond to one voxel of the output.
+    """
 
-    def compute_loss(
-        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
-    ):
-        """Return the outputs' mean loss in training, the finest's in validation."""
-        total, factors = 0.0, self.factors if training else (1,)
-        for level, factor in enumerate(factors):
-            middle = slice(factor // 2, None, factor)
-            labels = y[(slice(None), *[middle] * (len(y.shape) - 2))]
-            loss = super().compute_loss(
-                x, labels, y_pred[level], sample_weight, training
-            )
-            total = total + loss / 2**level
-        return total / sum(2.0**-level for level in range(len(factors)))
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        """Return the weighted mean loss in training, the first output's otherwise."""
+        total = 0.0
+        for level, factor in enumerate(self.factors if training else (1,)):
+            nearest = [slice(factor // 2, None, factor)] * (len(y.shape) - 2)
+            maps = y[(slice(None), *nearest)], y_pred[level]
+            total += super().compute_loss(x, *maps, sample_weight, training) / 2**level
+        return total / (2 - 0.5**level)  # the sum of the weights 1, 1/2, 1/4, ...
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Return the metrics of the finest output."""
+        """Return the metrics of the first output, which has full resolution."""
         return super().compute_metrics(x, y, y_pred[0], sample_weight)
 
 
 def supervise_deeply(model, levels):
-    """Return a U-Net that learns from coarser outputs of its decoder, too.
+    """Add outputs to a U-Net's decoder, at lower resolutions, to train with.
 
     Parameters
     ----------
     model : keras.Model
-        As `unet` makes it; its layers are shared, and so are the weights.
+        From `unet`, or a copy that was loaded from a file.
     levels : int
-        How many outputs to add, each on a grid of half the size of the one before.
+        Number of outputs to add, each at half the resolution of the one before.
 
     Returns
     -------
     supervised : keras.Model
-        To train with, on the same labels. Its first output is the model's own.
+        Shares the layers and weights of `model`, whose output is its first, and trains
+        on the same labels.
 
     Raises
     ------
     ValueError
-        If the decoder has not so many further stages.
+        If the decoder does not have that many stages below full resolution.
 
     References
     ----------
     Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
     """
-    names = [layer.name for layer in model.layers]
-    stride = max(model.get_layer("encoder1_conv1").strides)
-    stages = [n for n in range(1, len(names)) if f"decoder{n}_act2" in names]
-    stages = [stage for stage in stages if stage > 1 or stride > 1][:levels]
-    if len(stages) < levels:
-        raise ValueError(f"only {len(stages)} stages can be supervised, not {levels}")
-    features = [model.get_layer(f"decoder{stage}_act2").output for stage in stages]
-    heads = [
-        _head(x, model.output_shape[-1], f"head{stage}")
-        for stage, x in zip(stages, features, strict=True)
-    ]
-    outputs, name = [model.output, *heads], f"{model.name}_supervised"
-    supervised = _DeeplySupervised(model.input, outputs, name=name)
-    supervised.factors = (1, *(stride * 2 ** (stage - 1) for stage in stages))
-    return supervised
-
-
-def _cicek_block(x, filters, name, padding):
-    """Convolve twice to `filters[0]`, then `filters[1]` channels, with plain ReLU."""
-    for i, width in enumerate(filters, start=1):
-        conv = layers.Conv3D(
-            width,
-            3,
-            padding=padding,
-            use_bias=False,
-            kernel_initializer="he_normal",
-            name=f"{name}_conv{i}",
+    names = {layer.name for layer in model.layers}
+    stages = [n for n in range(1, 10) if f"decoder{n}_act2" in names]
+    features = {n: model.get_layer(f"decoder{n}_act2").output for n in stages}
+    full, *sizes = _grid_sizes(model, [model.input, *features.values()])
+    factors = {n: full // size for n, size in zip(stages, sizes, strict=True)}
+    stages = [n for n in stages if factors[n] > 1]  # the others have full resolution
+    if not 1 <= levels <= len(stages):
+        raise ValueError(
+            f"expected levels from 1 to {len(stages)} for {model.name}, got {levels}"
         )
-        x = layers.GroupNormalization(-1, scale=False, name=f"{name}_norm{i}")(conv(x))
-        x = layers.ReLU(name=f"{name}_act{i}")(x)
-    return x
+    outputs = [model.output]
+    for n in stages[:levels]:
+        outputs.append(_head(features[n], model.output_shape[-1], name=f"head{n}"))
+    deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
+    deep.factors = (1, *(factors[n] for n in stages[:levels]))
+    return deep
 
 
-def unet_cicek2016(input_shape, *, n_classes=4, padding="same"):
+def unet_cicek2016(input_shape, *, n_classes=4):
     """Return the 3D U-Net of Çiçek et al., 2016, the first one published.
 
-    Three stages down and up, channels doubled before each pooling, not after it:
-    19,069,955 parameters with three channels in and three out, as the paper counts.
+    It has three stages down and up and doubles the channels before each pooling rather
+    than after it. With three channels in and three out it has 19,069,955 parameters, as
+    stated in the paper.
 
     Parameters
     ----------
     input_shape : tuple
-        (X, Y, Z, C), spatial sizes multiples of 8 or None with `padding="same"`; with
-        `padding="valid"` known sizes such as the paper's (132, 132, 116, 3).
+        (X, Y, Z, C), spatial sizes multiples of 8 or None.
     n_classes : {4, 3}, default 4
-        4: softmax over the labels 0..3, 3: a sigmoid for each of WT, TC and ET.
-    padding : {"same", "valid"}, default "same"
-        "valid" is the paper's: no zeros are added, every convolution loses a voxel at
-        each face, and 132x132x116 in give 44x44x28 out. "same" gives a map on the
-        patch's own grid, so that it trains on the same patches as `unet`; it has the
-        same weights, and is less sure of itself at the faces of a patch.
+        4: softmax over the labels 0..3. 3: a sigmoid for each of WT, TC and ET.
 
     Returns
     -------
     model : keras.Model
+        (B, X, Y, Z, C) float -> (B, X, Y, Z, n_classes) float32.
 
     Raises
     ------
     ValueError
-        If a shape does not fit, or `n_classes` or `padding` is none of the above.
+        If `input_shape` does not fit, or `n_classes` is neither 4 nor 3.
 
     Notes
     -----
-    The paper normalises by batch, with a batch of one and the current statistics at
-    test time too: that is what instance normalisation does, and does for any batch.
-    It has an offset but no factor here, which is what the published count leaves room
-    for; before a ReLU the next convolution does the work of a factor.
+    Two details differ from the paper. Convolutions are zero-padded, so that the output
+    has the size of the patch; the paper's lose a voxel at each face. The paper uses
+    batch normalisation with a batch of one and the current statistics at test time,
+    which is instance normalisation. It has an offset but no scale here, which agrees
+    with the published number of parameters.
 
     References
     ----------
     Çiçek et al., 2016, 3D U-Net: Learning Dense Volumetric Segmentation from Sparse
     Annotation, arXiv:1606.06650.
     """
-    if padding not in ("same", "valid") or len(input_shape) != 4:
-        raise ValueError(
-            'expected input_shape (X, Y, Z, C) and padding "same" or "valid", '
-            f"got {tuple(input_shape)} and {padding!r}"
-        )
-    _rank(input_shape, n_classes, 8 if padding == "same" else 1, 4)
-    inputs = x = keras.Input(input_shape, name="image")
-    skips = []
-    for stage, width in enumerate((32, 64, 128), start=1):
-        name = f"encoder{stage}"
-        x = _down(x, name) if skips else x
-        x = _cicek_block(x, (width, 2 * width), name, padding)
-        skips.append(x)
-    x = _cicek_block(_down(x, "bottleneck"), (256, 512), "bottleneck", padding)
-    for stage, width in ((3, 256), (2, 128), (1, 64)):
-        name = f"decoder{stage}"
-        up = layers.Conv3DTranspose(
-            2 * width, 2, strides=2, use_bias=False, name=f"{name}_up"
-        )
-        x, skip = up(x), skips.pop()
-        if padding == "valid":
-            sizes = zip(skip.shape[1:4], x.shape[1:4], strict=True)
-            faces = [(larger - smaller) // 2 for larger, smaller in sizes]
-            skip = layers.Cropping3D(faces, name=f"{name}_crop")(skip)
-        x = layers.Concatenate(name=f"{name}_concat")([skip, x])
-        x = _cicek_block(x, (width, width), name, padding)
-    return keras.Model(inputs, _head(x, n_classes), name="unet_cicek2016")
+    if _check_input(input_shape, n_classes, factor=8) != 3:
+        raise ValueError(f"expected input_shape (X, Y, Z, C), got {input_shape}")
+    image = keras.Input(input_shape, name="image")
+    widths = [(32, 64), (64, 128), (128, 256), (256, 512)]
+    block = {"norm": {"groups": -1, "scale": False}, "slope": 0.0}
+    x = _encode_and_decode(image, widths, up_ratio=2, up_bias=False, **block)
+    return keras.Model(image, _head(x, n_classes), name="unet_cicek2016")
+
+
+def _output_shapes(model, tensors, input_shape):
+    """Return the shapes of a model's tensors for one sample of `input_shape`."""
+    return keras.Function(model.input, tensors).compute_output_shape((1, *input_shape))
+
+
+def _grid_sizes(model, tensors):
+    """Return the number of voxels of each tensor along its shortest spatial axis.
+
+    An input size of None counts as 2**10: no U-Net halves its resolution ten times.
+    """
+    shape = [size or 2**10 for size in model.input_shape[1:]]
+    return [min(s[1:-1], default=1) for s in _output_shapes(model, tensors, shape)]
 
 
 def size_factor(model):
-    """Return what the spatial sizes of a model's input must be multiples of.
+    """Return the number that the spatial sizes of a model's input are multiples of.
 
     Parameters
     ----------
     model : keras.Model
-        A U-Net, its own layers with strides.
+        A functional U-Net, not necessarily from `unet`.
 
     Returns
     -------
     factor : int
-        Strides with a kernel of 1 voxel do not count: in residual nets they are the
-        shortcuts beside another strided layer.
+        The size of the input divided by that of the model's coarsest feature map.
+
+    Examples
+    --------
+    >>> size_factor(unet((None, None, None, 3), depth=4, stem_stride=2))
+    16
     """
-    strides = [
-        max(layer.strides)
-        for layer in model.layers
-        if hasattr(layer, "strides")
-        and "Transpose" not in type(layer).__name__
-        and max(getattr(layer, "kernel_size", (0,))) != 1
-    ]
-    return math.prod(strides)
+    tensors = [x.input for x in model.layers if not isinstance(x, keras.Model)]
+    full, *sizes = _grid_sizes(model, keras.tree.flatten([model.input, tensors]))
+    # One voxel of an open size is not a grid: squeeze-and-excitation blocks have it.
+    smallest = 2 if None in model.input_shape[1:] else 1
+    return full // min(size for size in sizes if size >= smallest)
 
 
-def _gflop(layer):
-    """Return the layer's forward GFLOP a sample; only convolutions count."""
-    kernel = getattr(layer, "kernel", None)
-    if kernel is None:
+def _gflop(layer, output_shape):
+    """Return the GFLOP of a layer's forward pass; only kernels are counted."""
+    if not hasattr(layer, "kernel"):
         return 0.0
-    # A transposed convolution applies its kernel once an input voxel.
-    transposed = "Transpose" in type(layer).__name__
-    grid = (layer.input if transposed else layer.output).shape[1:-1]
-    return 2 * math.prod(grid) * math.prod(kernel.shape) / 1e9
+    voxels = math.prod(output_shape[1:-1])
+    if isinstance(layer, tuple(UPSAMPLE.values())):
+        voxels /= math.prod(layer.strides)  # its kernel is applied per input voxel
+    return 2 * voxels * math.prod(layer.kernel.shape) / 1e9
 
 
 def model_table(model, input_shape=None):
-    """Return what each stage of a model gives, holds and costs.
+    """Return the output shape, parameters, operations and memory of each stage.
 
     Parameters
     ----------
     model : keras.Model
-        Functional; its layers are named `<stage>_<what>`.
+        Functional, with layers named `<stage>_<what>`.
     input_shape : tuple, optional
-        The patch (X, Y, Z, C) to count for; needed where the model leaves sizes open.
+        The patch (X, Y, Z, C) to count for. Required if the model has sizes of None.
 
     Returns
     -------
     table : pandas.DataFrame
-        A row a stage in order of computation and a last row "total"; columns
-        "output" (shape without the batch), "parameters", "GFLOP" (forward pass, one
-        sample, two operations a multiply-add, convolutions only) and "activations_mb"
-        (every layer's output in float32, one sample, in 10⁶ bytes: about what training
-        keeps).
+        One row per stage, in order of computation, and a last row "total". Columns:
+        "output" (shape without the batch), "parameters", "GFLOP" (forward pass of one
+        sample, two operations per multiply-add, convolutions only) and "activations_mb"
+        (outputs of all layers for one sample in float32, in 10⁶ bytes, which is about
+        what training keeps in memory).
 
     Raises
     ------
     ValueError
-        If neither the model nor `input_shape` says all the sizes, or one does not fit.
+        If a size is neither in the model nor in `input_shape`, or a size does not fit.
     """
     shape = tuple(input_shape or model.input_shape[1:])
     if None in shape:
-        raise ValueError(f"the model leaves sizes open, {shape}: give input_shape")
-    # The same layers on the given patch, weights not copied: only shapes are read.
-    try:
-        sized = keras.models.clone_model(model, keras.Input(shape, batch_size=1))
-    except ValueError as error:
-        raise ValueError(
-            f"the model does not take {shape}: each spatial size must be a multiple "
-            f"of {size_factor(model)} ({error})"
-        ) from None
-    rows = [
+        raise ValueError(f"the model has open sizes, {shape}: pass input_shape")
+    _check_sizes(shape[:-1], size_factor(model))
+    parts = model.layers[1:]  # without the input layer
+    shapes = _output_shapes(model, [layer.output for layer in parts], shape)
+    table = pd.DataFrame(
         {
-            "stage": layer.name.split("_")[0],
-            "output": tuple(layer.output.shape[1:]),
-            "parameters": layer.count_params(),
-            "GFLOP": _gflop(layer),
-            "activations_mb": 4 * math.prod(layer.output.shape) / 1e6,
+            "stage": [layer.name.split("_")[0] for layer in parts],
+            "output": [output[1:] for output in shapes],
+            "parameters": [layer.count_params() for layer in parts],
+            "GFLOP": list(map(_gflop, parts, shapes)),
+            "activations_mb": [4 * math.prod(output) / 1e6 for output in shapes],
         }
-        for layer in sized.layers
-        if not isinstance(layer, layers.InputLayer)
-    ]
-    stages = pd.DataFrame(rows).groupby("stage", sort=False)
-    sums = stages[["parameters", "GFLOP", "activations_mb"]].sum()
-    table = pd.concat([stages[["output"]].last(), sums], axis=1)
-    table.loc["total"] = [tuple(sized.output.shape[1:]), *sums.sum()]
+    )
+    sums = {name: "sum" for name in ("parameters", "GFLOP", "activations_mb")}
+    table = table.groupby("stage", sort=False).agg({"output": "last", **sums})
+    table.loc["total"] = [table["output"].iloc[-1], *table[list(sums)].sum()]
     return table.astype({"parameters": int})

@@ -1,21 +1,21 @@
 """Read NIfTI files checked to the last byte, and write them; all nibabel is here."""
 
-import hashlib
 import io
 import math
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from isal import isal_zlib as zlib  # the same interface, faster
-
-from brats_utils.files import atomic_write
+from isal import igzip, isal_zlib
 
 HEADER_BYTES = 352
 # A whole-body scan is smaller; a header that asks for more is damaged or hostile.
 MAX_VOXELS = 2**28
-GZIP = 31  # zlib's name for a gzip stream, whose checksum it verifies
 AGAIN = "The file is incomplete or damaged; download it again"
+GEOMETRY = (
+    "pixdim qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y "
+    "qoffset_z srow_x srow_y srow_z xyzt_units"
+).split()
 _LPS = nib.orientations.axcodes2ornt("LPS")
 
 
@@ -45,18 +45,14 @@ class BratsDataError(ValueError):
         return type(self)(self.problem, case=case, file=self.file, advice=self.advice)
 
 
-def _is_gzip(path):
-    return Path(path).name.lower().endswith(".gz")
-
-
 def _parse_header(start, path, channels):
-    """Return the header that the first bytes of a volume hold, or say why not."""
+    """Return the header in the first bytes of a volume, or raise what is wrong."""
 
     def refuse(problem):
         raise BratsDataError(problem, file=path, advice=AGAIN)
 
     try:
-        # Extensions (four zeros say: none) hold notes of other programs, no geometry.
+        # Extensions (four zeros mean none) hold notes of other programs, no geometry.
         header = nib.Nifti1Header.from_fileobj(io.BytesIO(start[:348] + bytes(4)))
         shape, dtype = header.get_data_shape(), header.get_data_dtype()
         affine, offset = header.get_best_affine(), float(header["vox_offset"])
@@ -83,27 +79,32 @@ def _parse_header(start, path, channels):
     return header
 
 
-def _file_bytes(header, channels):
-    """Return how long a file with this header is, uncompressed."""
-    voxels = math.prod(header.get_data_shape()) * channels
-    return int(header["vox_offset"]) + voxels * header.get_data_dtype().itemsize
-
-
-def _unpack(data, expected):
-    """Return the contents of a gzip file, `expected` bytes and no more, verified."""
-    contents = b""
-    while True:  # most files have one part; parallel compressors make several
-        part = zlib.decompressobj(GZIP)
-        # One byte more than expected, so that a bomb shows and does not go off.
-        new = part.decompress(data, expected + 1 - len(contents))
-        contents = contents + new if contents else new
-        data = part.unused_data.lstrip(b"\0")
-        if len(contents) > expected:
-            raise ValueError(f"longer than the {expected} bytes its header says")
-        if not part.eof:
-            raise ValueError("the compressed data end too early")
-        if not data:
-            return contents
+def _read(path, channels, *, voxels):
+    """Return a file's header, and its contents unpacked; or only its first bytes."""
+    start = b""
+    try:
+        with open(path, "rb") as file:
+            packed, size = file.read(2) == b"\x1f\x8b", file.seek(0, 2)
+        with igzip.open(path) if packed else open(path, "rb") as file:
+            start = file.read(HEADER_BYTES)
+            header = _parse_header(start, path, channels)
+            expected = math.prod(header.get_data_shape()) * channels
+            expected *= header.get_data_dtype().itemsize
+            expected += int(header["vox_offset"])
+            # A byte more than expected: the checksum is read, and a bomb is seen.
+            file.seek(0)
+            contents = file.read(expected + 1) if voxels else b""
+    except FileNotFoundError:
+        raise BratsDataError("the file is not there", file=path) from None
+    except (OSError, EOFError, isal_zlib.error) as error:
+        problem = f"cannot be read: {error} (starts with {start[:12]!r})"
+        raise BratsDataError(problem, file=path, advice=AGAIN) from None
+    found = len(contents) if voxels else size
+    if found != expected and (voxels or not packed):
+        long = "longer" if found > expected else f"{found} bytes long, shorter"
+        problem = f"the file is {long} than the {expected} bytes its header asks for"
+        raise BratsDataError(problem, file=path, advice=AGAIN)
+    return header, contents
 
 
 def read_header(path, channels=1):
@@ -112,84 +113,52 @@ def read_header(path, channels=1):
     Parameters
     ----------
     path : path
-        `.nii` or `.nii.gz`. Of a `.nii` the length is checked too; how much a
-        `.nii.gz` holds is only known when it is unpacked.
+        `.nii` or `.nii.gz`. The length of a plain file is checked too; that of a packed
+        one is only known when it is unpacked.
     channels : int
         How many images the file must hold, one after the other.
 
     Returns
     -------
     header : nibabel.Nifti1Header
-        Of three dimensions, those of one image.
+        Of three dimensions: those of one image.
 
     Raises
     ------
     BratsDataError
-        If the file is missing or is no sound NIfTI file.
+        If the file is missing or is not a valid NIfTI file.
     """
-    start = b""
-    try:
-        with open(path, "rb") as file:
-            start, size = file.read(2**14), file.seek(0, 2)
-        if _is_gzip(path):
-            start = zlib.decompressobj(GZIP).decompress(start, HEADER_BYTES)
-    except FileNotFoundError:
-        raise BratsDataError("the file is not there", file=path) from None
-    except (OSError, zlib.error) as error:
-        problem = f"cannot be read: {error} (starts with {start[:12]!r})"
-        raise BratsDataError(problem, file=path, advice=AGAIN) from None
-    header = _parse_header(start[:HEADER_BYTES], path, channels)
-    expected = _file_bytes(header, channels)
-    if not _is_gzip(path) and size != expected:
-        problem = f"is {size} bytes long; by its header it has {expected}"
-        raise BratsDataError(problem, file=path, advice=AGAIN)
-    return header
+    return _read(path, channels, voxels=False)[0]
 
 
 def read_volume(path, channels=1):
-    """Read a NIfTI file: header, length, gzip checksum and voxels, in this order.
+    """Read a NIfTI file and verify its length and gzip checksum.
 
     Parameters
     ----------
     path : path
-        `.nii` or `.nii.gz`. A plain `.nii` has no checksum: of changed bytes among
-        its voxels nobody can know.
+        `.nii` or `.nii.gz`. A plain `.nii` has no checksum: changed bytes among its
+        voxels cannot be noticed.
     channels : int
         As in `read_header`.
 
     Returns
     -------
     volume : (X, Y, Z) array, or (X, Y, Z, channels)
-        As stored, in the file's own type where it is not scaled; read-only.
+        As stored, in the file's own type if it is not scaled.
     header : nibabel.Nifti1Header
-    checksum : str
-        SHA-256 of the file as it lies on disk.
 
     Raises
     ------
     BratsDataError
         If the file is missing, damaged, incomplete, or longer than its header says.
     """
-    header = read_header(path, channels)
-    data = np.fromfile(path, np.uint8)  # numpy's memory: half the time of `bytes`
-    data.flags.writeable = False
-    checksum = hashlib.sha256(data).hexdigest()
-    expected = _file_bytes(header, channels)
-    try:
-        contents = _unpack(data, expected) if _is_gzip(path) else data
-        if len(contents) != expected:
-            raise ValueError(f"{len(contents)} bytes; by its header it has {expected}")
-    except (ValueError, zlib.error) as error:
-        raise BratsDataError(str(error), file=path, advice=AGAIN) from None
+    header, contents = _read(path, channels, voxels=True)
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    offset = int(header["vox_offset"])
     shape = (*shape, channels) if channels > 1 else shape
-    volume = np.frombuffer(contents, dtype, math.prod(shape), offset)
-    volume = volume.reshape(shape, order="F")
+    volume = np.ndarray(shape, dtype, contents, int(header["vox_offset"]), order="F")
     slope, inter = header.get_slope_inter()
-    if (slope, inter) not in ((None, None), (1, 0)):
-        volume = volume * np.float64(slope) + np.float64(inter or 0)
-    return volume, header, checksum
+    return nib.volumeutils.apply_read_scaling(volume, slope, inter), header
 
 
 def spacing_mm(affine):
@@ -207,14 +176,14 @@ def spacing_mm(affine):
     return tuple(float(size) for size in nib.affines.voxel_sizes(affine))
 
 
-def _turn(volume, start, end):
+def _reorient(volume, start, end):
     """Swap and flip axes from one orientation to another."""
-    turn = nib.orientations.ornt_transform(start, end)
-    return nib.orientations.apply_orientation(volume, turn)
+    change = nib.orientations.ornt_transform(start, end)
+    return nib.orientations.apply_orientation(volume, change)
 
 
 def to_lps(volume, affine):
-    """Turn a volume into LPS order: X to the left, Y to the back, Z to the head.
+    """Reorient a volume to LPS: X to the left, Y to the back, Z to the head.
 
     Parameters
     ----------
@@ -228,11 +197,11 @@ def to_lps(volume, affine):
     volume : array
         Axes swapped and flipped, no voxel changed; a view where possible.
     """
-    return _turn(volume, nib.orientations.io_orientation(affine), _LPS)
+    return _reorient(volume, nib.orientations.io_orientation(affine), _LPS)
 
 
 def from_lps(volume, affine):
-    """Turn a volume from LPS order to that of a stored grid: the inverse of `to_lps`.
+    """Reorient a volume from LPS to a stored grid: the inverse of `to_lps`.
 
     Parameters
     ----------
@@ -246,26 +215,53 @@ def from_lps(volume, affine):
     volume : array
         On the stored grid.
     """
-    return _turn(volume, _LPS, nib.orientations.io_orientation(affine))
+    return _reorient(volume, _LPS, nib.orientations.io_orientation(affine))
 
 
-def save_volume(volume, path, *, affine=None, like=None):
-    """Write a volume as NIfTI, atomically, in the array's own type.
+def check_suffix(path):
+    """Raise unless a path ends in `.nii` or `.nii.gz`.
+
+    Parameters
+    ----------
+    path : path
+        Where a volume will be written.
+
+    Raises
+    ------
+    ValueError
+        If it ends in something else.
+    """
+    if not str(path).lower().endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: the name of the file must end in .nii or .nii.gz")
+
+
+def save_volume(volume, path, *, affine=None, like=None, name=""):
+    """Write a volume as NIfTI in the array's own type.
 
     Parameters
     ----------
     volume : (X, Y, Z) array
         What to write.
     path : path
-        Ends in `.nii` or `.nii.gz`.
+        Ends in `.nii` or `.nii.gz`; the temporary path of an atomic write.
     affine : (4, 4) array, optional
         Voxel indices to millimetres, in nibabel's RAS+ world.
     like : nibabel.Nifti1Header, optional
-        Whose geometry the file takes, instead of an affine.
+        Take the geometry of this header instead. Its texts, which may name the
+        patient, are not copied.
+    name : str
+        Written as the header's "intent_name", at most 15 characters.
+
+    Raises
+    ------
+    ValueError
+        If the path has another suffix.
     """
-    image = nib.Nifti1Image(volume, affine, like)  # which copies the header
+    check_suffix(path)
+    image = nib.Nifti1Image(volume, affine)
     image.set_data_dtype(volume.dtype)
     image.header.set_slope_inter(1, 0)
-    image.header["cal_max"] = image.header["cal_min"] = 0
-    with atomic_write(path) as temporary:
-        nib.save(image, temporary)
+    for field in GEOMETRY if like is not None else ():
+        image.header[field] = like[field]
+    image.header["intent_name"] = name
+    nib.save(image, Path(path))

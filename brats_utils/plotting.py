@@ -1,45 +1,333 @@
-"""Pictures of cases, predictions and their errors, of training; a slice browser.
+"""All pictures of the notebooks: slices and overlays, training curves, a slice browser.
 
-Volumes are expected in LPS order, as BraTS stores them and `to_lps` makes them: the
-patient's right is then on the picture's left, the front or the head on top.
+Volumes are in LPS order, as BraTS stores them and `to_lps` returns them. Slices are
+drawn in the radiological convention: the patient's right is on the left of the picture.
+The edges are marked R, L (right, left), A, P (front, back) and S, I (head, feet).
 """
 
-import importlib.util
-import io
+from dataclasses import dataclass, replace
 
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython import display
+from IPython.core.pylabtools import print_figure
+from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
 
 from brats_utils.cases import ALL_MODALITIES, MODALITIES
-from brats_utils.labels import COLOURS, REGION_NAMES, encode_labels
-from brats_utils.slices import (
-    LABEL_COLOURS,
-    PLANES,
-    add_legend,
-    best_slice,
-    find_frames,
-    make_row,
-    plot_slices,
-    show_classes,
-    take_slice,
-)
+from brats_utils.labels import COLOURS, LABELS, REGION_NAMES, encode_labels
+from brats_utils.volumes import bounding_box
 
-# More of Okabe and Ito's palette, so that errors are not taken for labels.
-ERRORS = {"missed": "#CC79A7", "invented": "#009E73", "wrong label": "#E69F00"}
-REGION_COLOURS = {"WT": "#009E73", "TC": COLOURS[1], "ET": COLOURS[4]}
-LEAST_SPREAD = 0.05  # what is surer than this is not coloured
+PLANES = ("sagittal", "coronal", "axial")
+EDGES = ("APSI", "RLSI", "RLAP")  # left, right, top and bottom of each plane
+PANEL_WIDTH_INCHES = 2.6
+FRAME_MARGIN = np.array([-9.5, 8.5])  # voxels; pixel 0 begins at -0.5
+LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
+# Labels, errors, boxes and regions have different colours, so that they are not mixed
+# up. Enhancing tumour has one colour, because the label and the region are the same.
+ERRORS = {"missed": "#CC79A7", "false positive": "#009E73", "wrong label": "#E69F00"}
+BOX_COLOUR = "#56B4E9"
+REGION_COLOURS = {"WT": "#332288", "TC": "#882255", "ET": COLOURS[4]}
+SD_LIMITS = (0.05, 0.5)  # less is not coloured; 0.5 is the largest SD of a probability
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """A volume to draw over a scan, and how to colour it.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z) array
+        Classes (whole numbers from 0) or values, in LPS order.
+    cmap : matplotlib Colormap or str
+        Its colours.
+    limits : (float, float)
+        The values at both ends of the colour map. Voxels below the first are clear.
+    opacity : float
+        0 to 1.
+    classes : tuple of str
+        Names of the classes, for a legend. Without them the volume holds standard
+        deviations: it gets a colour bar, and the scan below it is dimmed.
+    """
+
+    volume: np.ndarray
+    cmap: Colormap | str
+    limits: tuple
+    opacity: float = 0.5
+    classes: tuple = ()
+
+    @classmethod
+    def of_classes(cls, volume, colours, opacity=0.5):
+        """Return an overlay of classes, with 0 as the background.
+
+        Parameters
+        ----------
+        volume : (X, Y, Z) integer array
+            From 0 to the number of colours.
+        colours : dict of str to str
+            Name and colour of class 1, 2 and so on.
+        opacity : float
+            0 to 1.
+
+        Returns
+        -------
+        overlay : Overlay
+        """
+        cmap = ListedColormap(list(colours.values()))
+        return cls(volume, cmap, (1, len(colours)), opacity, tuple(colours))
+
+    def draw(self, axes, index, axis):
+        """Draw one slice over the slice that the axes show already.
+
+        Parameters
+        ----------
+        axes : matplotlib axes
+            Show the same slice of a scan.
+        index, axis : int
+            Which slice, across which axis.
+        """
+        low, high = self.limits
+        if not self.classes:
+            black, white = axes.images[0].get_clim()
+            axes.images[0].set_clim(black, 2 * white - black)
+        plane = np.ma.masked_less(_take_slice(self.volume, index, axis), low)
+        style = {"cmap": self.cmap, "alpha": self.opacity, "interpolation": "nearest"}
+        axes.imshow(plane, vmin=low, vmax=high, aspect=axes.get_aspect(), **style)
+
+
+def _label_overlay(labels):
+    """Return the overlay of a BraTS label map; None without one."""
+    if labels is None:
+        return None
+    return Overlay.of_classes(encode_labels(labels), LABEL_COLOURS)
+
+
+def _comparison(truth=None, prediction=None, spread=None):
+    """Return what can be drawn over a scan, by name, starting with nothing."""
+    overlays = {"nothing": None}
+    for name, labels in (("truth", truth), ("prediction", prediction)):
+        if labels is not None:
+            overlays[name] = _label_overlay(labels)
+    if len(overlays) == 3:
+        kinds = [truth == prediction, prediction == 0, truth == 0]
+        errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
+        overlays["errors"] = Overlay.of_classes(errors, ERRORS, 0.85)
+    if spread is not None:
+        overlays["uncertainty"] = Overlay(spread, "plasma", SD_LIMITS, 1.0)
+    return overlays
+
+
+def best_slice(segmentation, axis=2):
+    """Return the index of the slice with the most tumour.
+
+    Parameters
+    ----------
+    segmentation : (X, Y, Z) array
+        Non-zero is tumour.
+    axis : int
+        The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
+
+    Returns
+    -------
+    index : int
+        The first one if several are equal; the middle slice where there is no tumour.
+
+    Examples
+    --------
+    >>> segmentation = np.zeros((4, 4, 9))
+    >>> segmentation[1:3, 1, 6] = 2
+    >>> best_slice(segmentation)
+    6
+    """
+    others = tuple(a for a in range(3) if a != axis)
+    counts = np.count_nonzero(segmentation, axis=others)
+    return int(counts.argmax()) if counts.any() else len(counts) // 2
+
+
+def _best_slice_of(overlays, shape, axis):
+    """Return the best slice of the first overlay that is not empty, or the middle."""
+    filled = [o.volume for o in overlays if o is not None and o.volume.any()]
+    return best_slice(filled[0], axis) if filled else shape[axis] // 2
+
+
+def _in_plane(values, axis):
+    """Return the two values, of three, that belong to the axes of a plane."""
+    return [value for a, value in enumerate(values) if a != axis]
+
+
+def _take_slice(volume, index, axis):
+    """Return one slice of a volume, with its second axis as the rows."""
+    return np.moveaxis(volume, axis, 0)[index].T
+
+
+def _find_frames(volumes, boxes):
+    """Return the part of each volume to show: where it or its box is, and a margin.
+
+    The result is the limits along each axis, (3, 2), in the coordinates of a picture.
+    Volumes of the same shape share one frame.
+    """
+    masks = [volume != 0 for volume in volumes]
+    for mask, box in zip(masks, boxes, strict=True):
+        if box is not None:
+            mask[box] = True
+    if len({mask.shape for mask in masks}) == 1:
+        masks = [np.logical_or.reduce(masks)] * len(masks)
+    parts = [bounding_box(m if m.any() else np.ones_like(m)) for m in masks]
+    return [np.array([(p.start, p.stop) for p in box]) + FRAME_MARGIN for box in parts]
+
+
+def _make_axes(axes, n, frame, axis, spacing_mm):
+    """Return the first n of the axes given, or a new row that fits the frame."""
+    if axes is None:
+        across, up = _in_plane(np.ptp(frame, axis=1) * spacing_mm, axis)
+        size = (n * PANEL_WIDTH_INCHES, PANEL_WIDTH_INCHES * up / across + 0.6)
+        axes = plt.subplots(1, n, figsize=size, squeeze=False, layout="constrained")[1]
+    axes = np.ravel(axes)
+    if len(axes) < n:
+        raise ValueError(f"{n} pictures need {n} axes, got {len(axes)}")
+    return axes[:n]
+
+
+def _show_grey(axes, volume, index, axis, spacing_mm, frame):
+    """Draw one slice in grey; the black of the axes where the volume is exactly 0."""
+    some = np.asarray(volume[::2, ::2, ::2], np.float32)
+    some = some[some != 0]
+    low, high = np.percentile(some, (1, 99)) if some.size else (0, 1)
+    picture = np.ma.masked_equal(_take_slice(volume, index, axis), 0)
+    style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+    across, up = _in_plane(spacing_mm, axis)
+    axes.imshow(picture, aspect=up / across, **style)
+    columns, rows = _in_plane(frame, axis)
+    # The front is the first row of an axial slice, the head the last of the others.
+    axes.set(xlim=columns, ylim=rows[::-1] if axis == 2 else rows)
+    axes.set(xticks=[], yticks=[], facecolor="black")
+
+
+def _draw_box(axes, box, axis):
+    """Draw the outline of a box of 3 slices."""
+    across, up = _in_plane(box, axis)
+    corner = across.start - 0.5, up.start - 0.5
+    size = across.stop - across.start, up.stop - up.start
+    axes.add_patch(Rectangle(corner, *size, fill=False, ec=BOX_COLOUR, lw=1.5))
+
+
+def _mark(axes, index, axis, sides):
+    """Write the plane and index and, with `sides`, the patient's sides at the edges."""
+    style = {"color": "0.7", "fontsize": "small", "transform": axes.transAxes}
+    axes.text(0.02, 0.02, f"{PLANES[axis]} {index}", va="bottom", **style)
+    if sides:
+        style |= {"ha": "center", "va": "center"}
+        places = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
+        for letter, place in zip(EDGES[axis], places, strict=True):
+            axes.text(*place, letter, **style)
+
+
+def _add_keys(axes, overlays):
+    """Add a colour bar for values, and one legend for all classes of a figure."""
+    figure, swatches = axes[0].figure, {}
+    for each, overlay in zip(axes, overlays, strict=True):
+        if overlay is None:
+            continue
+        for i, name in enumerate(overlay.classes):  # as they look over grey tissue
+            colour = 0.5 + overlay.opacity * (np.array(overlay.cmap(i)[:3]) - 0.5)
+            swatches[name] = Patch(color=colour, label=name)
+        if not overlay.classes:
+            bar = {"ax": list(axes), "shrink": 0.8, "label": "standard deviation"}
+            figure.colorbar(each.images[-1], **bar).ax.set_facecolor("0.2")
+    if swatches and not figure.legends:
+        columns = int(figure.get_figwidth() / 1.7) or 1  # inches for each name
+        style = {"ncols": columns, "frameon": False, "fontsize": "small"}
+        figure.legend(handles=[*swatches.values()], loc="outside lower center", **style)
+
+
+def plot_slices(
+    volumes,
+    titles=None,
+    *,
+    segmentations=None,
+    overlays=None,
+    boxes=None,
+    index=None,
+    axis=2,
+    spacing_mm=(1, 1, 1),
+    sides=True,
+    axes=None,
+):
+    """Show the same slice of several volumes in a row.
+
+    Parameters
+    ----------
+    volumes : sequence of (X, Y, Z) array
+        In LPS order; their shapes may differ. Each is drawn in grey, from the 1st to
+        the 99th percentile of its own non-zero voxels.
+    titles : sequence of str, optional
+        One for each volume.
+    segmentations : sequence of (X, Y, Z) integer array or None, optional
+        A BraTS label map (values 0, 1, 2, 4) to draw over each volume.
+    overlays : sequence of Overlay or None, optional
+        What to draw over each volume instead of `segmentations`.
+    boxes : sequence of tuple of 3 slices or None, optional
+        A box to outline in each volume, as `crop_box` returns it.
+    index : int or sequence of int, optional
+        Which slice, or one for each volume. By default the slice with the most tumour
+        in the first label map that has any, otherwise the middle slice.
+    axis : int
+        The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
+    spacing_mm : (3,) sequence of float
+        Voxel size along X, Y and Z, in millimetres.
+    sides : bool or sequence of bool
+        Mark the patient's sides at the edges; False for a volume that was flipped.
+    axes : sequence of matplotlib axes, optional
+        Where to draw; a new figure by default.
+
+    Returns
+    -------
+    axes : array of matplotlib axes
+
+    Raises
+    ------
+    ValueError
+        If there are too few axes, a label map or overlay does not have the shape of its
+        volume, or a label map holds a value that is not a BraTS label.
+    """
+    n = len(volumes)
+    overlays = overlays or [_label_overlay(s) for s in segmentations or [None] * n]
+    boxes = boxes or [None] * n
+    for scan, o in zip(volumes, overlays, strict=True):
+        if o is not None and o.volume.shape != scan.shape:
+            raise ValueError(f"expected labels of {scan.shape}, got {o.volume.shape}")
+    if index is None:
+        index = _best_slice_of(overlays, volumes[0].shape, axis)
+    indices, sides = np.broadcast_to(index, n), np.broadcast_to(sides, n)
+    frames = _find_frames(volumes, boxes)
+    axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
+    for i, each in enumerate(axes):
+        _show_grey(each, volumes[i], indices[i], axis, spacing_mm, frames[i])
+        if overlays[i] is not None:
+            overlays[i].draw(each, indices[i], axis)
+        if boxes[i] is not None:
+            _draw_box(each, boxes[i], axis)
+        _mark(each, indices[i], axis, sides[i])
+        each.set_title(titles[i] if titles else "", fontsize="medium")
+    _add_keys(axes, overlays)
+    return axes
 
 
 def _channels(image):
-    """Return the channels of an image (X, Y, Z, C) or (X, Y, Z), and their names."""
+    """Return the channels of an image (X, Y, Z, C) or (X, Y, Z), by name."""
+    if image.ndim not in (3, 4):
+        raise ValueError(f"expected one image (X, Y, Z, C), got shape {image.shape}")
     image = image[..., None] if image.ndim == 3 else image
-    known = {len(MODALITIES): MODALITIES, len(ALL_MODALITIES): ALL_MODALITIES}
-    names = known.get(image.shape[-1], [f"channel {c}" for c in range(image.shape[-1])])
-    return list(np.moveaxis(image, -1, 0)), [name.upper() for name in names]
+    known = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
+    n = image.shape[-1]
+    names = known.get(n, [f"channel {c}" for c in range(n)])
+    return {name.upper(): image[..., c] for c, name in enumerate(names)}
 
 
 def plot_case(image, segmentation=None, *, titles=None, **view):
-    """Show one slice of each modality, with the tumour's labels laid over it.
+    """Show one slice of each modality, with the tumour's labels drawn over it.
 
     Parameters
     ----------
@@ -48,38 +336,30 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
     segmentation : (X, Y, Z) integer array, optional
         BraTS label map, values 0, 1, 2 and 4.
     titles : sequence of str, optional
-        Names of the channels. Three are taken for FLAIR, T1CE, T2, and four for
-        FLAIR, T1, T1CE, T2.
+        Names of the channels. By default three channels are FLAIR, T1CE, T2, and four
+        are FLAIR, T1, T1CE, T2.
     **view
-        `index`, `axis`, `spacing_mm` and `axes`, as in `plot_slices`.
+        `index`, `axis`, `spacing_mm`, `sides` and `axes`, as in `plot_slices`.
 
     Returns
     -------
     axes : array of matplotlib axes
         One for each channel.
     """
-    channels, names = _channels(image)
-    labels = [segmentation] * len(channels)
-    return plot_slices(channels, titles or names, segmentations=labels, **view)
+    scans = _channels(image)
+    overlays = [_label_overlay(segmentation)] * len(scans)
+    return plot_slices([*scans.values()], titles or [*scans], overlays=overlays, **view)
 
 
-def _error_classes(truth, prediction):
-    """Return 0 where two label maps agree, else the number of the kind of error."""
-    kinds = [truth == prediction, prediction == 0, truth == 0]
-    return np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
+def _plot_overlays(image, overlays, channel=0, **view):
+    """Show one channel under each of the overlays."""
+    name, scan = list(_channels(image).items())[channel]
+    titles = [name, *list(overlays)[1:]]
+    volumes = [scan] * len(overlays)
+    return plot_slices(volumes, titles, overlays=[*overlays.values()], **view)
 
 
-def plot_prediction(
-    image,
-    truth,
-    prediction,
-    *,
-    channel=0,
-    index=None,
-    axis=2,
-    spacing_mm=(1, 1, 1),
-    axes=None,
-):
+def plot_prediction(image, truth, prediction, *, channel=0, **view):
     """Show a scan, its true labels, the predicted ones, and where the two differ.
 
     Parameters
@@ -90,60 +370,21 @@ def plot_prediction(
         BraTS label maps, values 0, 1, 2 and 4.
     channel : int
         Which modality to show; the first, FLAIR, by default.
-    index : int, optional
-        Which slice. The one with most true tumour by default, or with most predicted
-        tumour where there is none.
-    axis, spacing_mm
-        As in `plot_slices`.
-    axes : sequence of 4 matplotlib axes, optional
-        Where to draw; a new figure by default.
+    **view
+        `index`, `axis`, `spacing_mm`, `sides` and `axes`, as in `plot_slices`. The
+        default slice has the most true tumour or, without any, the most predicted.
 
     Returns
     -------
     axes : array of 4 matplotlib axes
-        Errors are tumour that was missed, invented, or given a wrong label.
+        Errors are tumour that was missed, tumour predicted where there is none, and
+        tumour with the wrong label.
     """
-    channels, names = _channels(image)
-    scan, truth, prediction = channels[channel], *map(np.asarray, (truth, prediction))
-    if index is None:
-        index = best_slice(truth if truth.any() else prediction, axis)
-    frame = find_frames([scan], [None], axis)[0]
-    axes = make_row(axes, 4, frame, axis, spacing_mm)
-    # Before plot_slices adds the shorter one.
-    add_legend(axes[0].figure, LABEL_COLOURS | ERRORS)
-    plot_slices(
-        [scan] * 4,
-        [names[channel], "truth", "prediction", "errors"],
-        segmentations=[None, truth, prediction, None],
-        index=index,
-        axis=axis,
-        spacing_mm=spacing_mm,
-        axes=axes,
-    )
-    truth, prediction = (take_slice(x, index, axis) for x in (truth, prediction))
-    show_classes(axes[3], _error_classes(truth, prediction), ERRORS, 0.85)
-    return axes
+    return _plot_overlays(image, _comparison(truth, prediction), channel, **view)
 
 
-def _show_layer(axes, plane, colours, alpha):
-    """Lay a slice of classes over a scan or, without colours, one of SDs."""
-    if colours:
-        return show_classes(axes, plane, colours, alpha)
-    return axes.imshow(
-        np.ma.masked_less(plane, LEAST_SPREAD),
-        cmap="plasma",
-        vmin=0,
-        vmax=0.5,
-        alpha=alpha,
-        interpolation="nearest",
-        aspect=axes.get_aspect(),
-    )
-
-
-def plot_uncertainty(
-    image, prediction, spread, *, channel=0, index=None, axis=2, spacing_mm=(1, 1, 1)
-):
-    """Show a scan with its predicted labels, and where they are not to be trusted.
+def plot_uncertainty(image, prediction, spread, *, channel=0, **view):
+    """Show a scan, its predicted labels, and how uncertain the prediction is.
 
     Parameters
     ----------
@@ -152,41 +393,29 @@ def plot_uncertainty(
     prediction : (X, Y, Z) integer array
         BraTS label map, values 0, 1, 2 and 4.
     spread : (X, Y, Z) float array
-        Standard deviation of the probabilities, as `predict_case` returns it: up to
-        0.5, the same colours in every figure.
+        Standard deviation of the probabilities, as `predict_case` returns it. The
+        colours of 0.05 to 0.5 are the same in every figure; less is not coloured.
     channel : int
         Which modality to show; the first, FLAIR, by default.
-    index, axis, spacing_mm
-        As in `plot_slices`.
+    **view
+        `index`, `axis`, `spacing_mm`, `sides` and `axes`, as in `plot_slices`.
 
     Returns
     -------
-    axes : array of 2 matplotlib axes
+    axes : array of 3 matplotlib axes
     """
-    channels, names = _channels(image)
-    if index is None:
-        index = best_slice(prediction, axis)
-    axes = plot_slices(
-        [channels[channel]] * 2,
-        [f"{names[channel]}, prediction", "standard deviation"],
-        segmentations=[prediction, None],
-        index=index,
-        axis=axis,
-        spacing_mm=spacing_mm,
-    )
-    picture = _show_layer(axes[1], take_slice(spread, index, axis), {}, 1.0)
-    axes[1].figure.colorbar(picture, ax=axes[1], shrink=0.7)
-    return axes
+    overlays = _comparison(prediction=prediction, spread=spread)
+    return _plot_overlays(image, overlays, channel, **view)
 
 
 def plot_history(history, axes=None):
-    """Show how loss and Dice went from epoch to epoch.
+    """Show loss and Dice by epoch.
 
     Parameters
     ----------
     history : pandas.DataFrame
-        What `train` returns: columns `loss`, `val_loss`, `dice_WT`, `val_dice_WT` and
-        so on, and `epoch`; those it lacks are left out, as are epochs without a value.
+        As `train` returns it: columns `loss`, `val_loss`, `dice_WT`, `val_dice_WT` and
+        so on, and `epoch`. Missing columns and epochs without a value are left out.
     axes : sequence of 2 matplotlib axes, optional
         Where to draw; a new figure by default.
 
@@ -198,21 +427,19 @@ def plot_history(history, axes=None):
     if axes is None:
         _, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     axes = np.ravel(axes)
-    lines = [(axes[0], "loss", "", "0.2")] + [
-        (axes[1], f"dice_{region}", f"{name}, ", REGION_COLOURS[region])
-        for region, name in REGION_NAMES.items()
-    ]
-    epochs = history.get("epoch", history.index.to_series())
-    sides = (("", "training", ".--"), ("val_", "validation", ".-"))
-    for each, column, name, colour in lines:
-        for prefix, side, style in sides:
+    curves = {"loss": ("", "0.2")}
+    for region, name in REGION_NAMES.items():
+        curves[f"dice_{region}"] = f"{name}, ", REGION_COLOURS[region]
+    history = history.set_index("epoch") if "epoch" in history else history
+    parts = (("", "training", ".--"), ("val_", "validation", ".-"))
+    for column, (name, colour) in curves.items():
+        each = axes[0] if column == "loss" else axes[1]
+        for prefix, part, line in parts:
             if prefix + column in history:
                 values = history[prefix + column].dropna()
-                at = epochs[values.index]
-                each.plot(at, values, style, c=colour, ms=4, label=f"{name}{side}")
-    for each, title in zip(axes, ("Loss", "Dice per region"), strict=True):
-        each.set_title(title, fontsize="medium")
-        each.set_xlabel("epoch")
+                each.plot(values.index, values, line, c=colour, ms=4, label=name + part)
+    for each, quantity in zip(axes, ("loss", "Dice"), strict=True):
+        each.set(xlabel="epoch", ylabel=quantity)
         each.xaxis.get_major_locator().set_params(integer=True)
         each.spines[["top", "right"]].set_visible(False)
         each.legend(frameon=False, fontsize="small")
@@ -220,113 +447,84 @@ def plot_history(history, axes=None):
     return axes
 
 
-def _layers(segmentation, prediction, spread):
-    """Return what can be laid over a scan: {name: (volume, colours)}."""
-    layers = {"nothing": (None, {})}
-    if spread is not None:
-        layers["uncertainty"] = spread, {}
-    if segmentation is not None and prediction is not None:
-        layers["errors"] = _error_classes(segmentation, prediction), ERRORS
-    for name, labels in (("truth", segmentation), ("prediction", prediction)):
-        if labels is not None:
-            layers[name] = encode_labels(labels), LABEL_COLOURS
-    return layers
+class _Browser:
+    """Widgets to look through the slices of one case or of several.
+
+    One set of widgets serves all cases, so only the volumes of the case on display
+    are in memory.
+    """
+
+    def __init__(self, load, cases, axis=2, spacing_mm=(1, 1, 1)):
+        self.load, self.spacing_mm = load, spacing_mm
+        self.case = widgets.Dropdown(description="case", options=cases)
+        self.open_case()
+        planes = [(PLANES[a], a) for a in (2, 1, 0)]
+        late = {"continuous_update": False}  # draw when the slider is released
+        self.plane = widgets.ToggleButtons(options=planes, value=axis)
+        self.index = widgets.IntSlider(description="slice", **late)
+        self.scan = widgets.Dropdown(description="scan", options=[*self.channels])
+        self.layer = widgets.Dropdown(description="overlay", options=[*self.overlays])
+        self.layer.index = min(2, len(self.overlays) - 1)  # the prediction, if any
+        self.opacity = widgets.FloatSlider(0.5, max=1, description="opacity", **late)
+        # Not an Output widget, which at times stalls a notebook run without a browser.
+        self.picture = widgets.Image(format="png")
+        self.go_to_tumour()
+        self.draw()
+        jump = widgets.Button(description="most tumour")
+        jump.on_click(self.go_to_tumour)
+        parts = [self.case, self.plane, self.index, self.scan, self.layer, self.opacity]
+        for control in parts:
+            control.observe(self.update, "value")
+        shown = parts if len(cases) > 1 else parts[1:]
+        self.box = widgets.HBox([self.picture, widgets.VBox([*shown, jump])])
+
+    def open_case(self):
+        """Read the case that was chosen."""
+        image, *labels = self.load(self.case.value)
+        self.image, self.channels = image, _channels(image)
+        self.overlays = _comparison(*labels)
+
+    def go_to_tumour(self, _=None):
+        """Go to the slice of this plane with the most tumour."""
+        shape, axis = self.image.shape, self.plane.value
+        self.index.max = shape[axis] - 1
+        self.index.value = _best_slice_of(self.overlays.values(), shape, axis)
+
+    def update(self, change):
+        """Draw the slice again, after a change of any control."""
+        if change.owner is self.case:
+            self.open_case()
+        if change.owner in (self.case, self.plane):
+            self.go_to_tumour()
+        self.draw()
+
+    def draw(self):
+        """Draw the slice that the controls describe."""
+        overlay = self.overlays.get(self.layer.value)
+        overlay = overlay and replace(overlay, opacity=self.opacity.value)
+        figure = Figure(figsize=(6, 5.4), layout="constrained")
+        view = {"index": self.index.value, "axis": self.plane.value}
+        view |= {"spacing_mm": self.spacing_mm, "axes": figure.subplots()}
+        plot_slices([self.channels[self.scan.value]], overlays=[overlay], **view)
+        self.picture.value = print_figure(figure, bbox_inches=None)
+
+    def show(self):
+        """Show a still picture, which a saved notebook keeps, and the widgets."""
+        view = {"axis": self.plane.value, "spacing_mm": self.spacing_mm}
+        axes = _plot_overlays(self.image, self.overlays, **view)
+        plt.close(axes[0].figure)
+        display.display(axes[0].figure)
+        view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
+        text = "A slice browser is shown here while the notebook is running."
+        bundle = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text}
+        display.display(bundle, raw=True)
 
 
-def _still(image, segmentation, prediction, spread=None, **view):
-    """Return a figure of one slice; it needs no widgets."""
-    labels = prediction if segmentation is None else segmentation
-    if segmentation is not None and prediction is not None:
-        axes = plot_prediction(image, segmentation, prediction, **view)
-    elif prediction is not None and spread is not None:
-        axes = plot_uncertainty(image, labels, spread, **view)
-    else:
-        axes = plot_case(image, labels, **view)
-    plt.close(axes[0].figure)
-    return axes[0].figure
-
-
-def _png(channel, layer, colours, opacity, where, view):
-    """Return the picture of one slice, with a layer over it, as PNG."""
-    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
-    plot_slices([channel], axes=[axes], **where, **view)
-    if layer is not None:
-        _show_layer(axes, take_slice(layer, **where), colours, opacity)
-    if colours:
-        add_legend(figure, colours)
-    with io.BytesIO() as file:
-        figure.savefig(file, format="png")
-        plt.close(figure)
-        return file.getvalue()
-
-
-def _viewer(image, segmentation, prediction, spread=None, *, axis=2, **view):
-    """Return the widgets that walk through a case: a picture, what it shows beside."""
-    import ipywidgets as widgets
-
-    channels, names = _channels(image)
-    layers = _layers(segmentation, prediction, spread)
-    tumour = prediction if segmentation is None else segmentation
-    tumour = np.zeros(image.shape[:3], np.uint8) if tumour is None else tumour
-    late = {"continuous_update": False}  # a picture when it is let go, none before
-    plane = widgets.ToggleButtons(options=[(PLANES[a], a) for a in (2, 1, 0)])
-    index = widgets.IntSlider(description="slice", max=max(image.shape), **late)
-    jump = widgets.Button(description="most tumour")
-    scan = widgets.Dropdown(description="scan", options=names)
-    overlay = widgets.Dropdown(description="overlay", options=list(layers))
-    opacity = widgets.FloatSlider(0.5, min=0, max=1, step=0.1, **late)
-    opacity.description = "opacity"
-    # A picture that is exchanged, not an Output widget: those stall headless runners.
-    shown = widgets.Image(format="png")
-
-    def draw(_):
-        layer = layers[overlay.value]
-        where = {"index": index.value, "axis": plane.value}
-        shown.value = _png(channels[scan.index], *layer, opacity.value, where, view)
-
-    def jump_to_tumour(_):
-        index.max = image.shape[plane.value] - 1
-        index.value = best_slice(tumour, plane.value)
-
-    plane.value, overlay.value = axis, list(layers)[-1]
-    jump_to_tumour(None)
-    draw(None)
-    jump.on_click(jump_to_tumour)
-    plane.observe(jump_to_tumour, "value")
-    for control in (plane, index, scan, overlay, opacity):
-        control.observe(draw, "value")
-    controls = widgets.VBox([plane, index, jump, scan, overlay, opacity])
-    return widgets.HBox([shown, controls])
-
-
-def _has_widgets():
-    """Say whether ipywidgets is installed."""
-    return importlib.util.find_spec("ipywidgets") is not None
-
-
-def _display_live(widget):
-    """Show widgets; in a saved notebook, where none can run, a line in their place."""
-    from IPython.display import display
-
-    view = {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}
-    text = "In a running notebook a slice browser stands here."
-    bundle = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text}
-    display(bundle, raw=True)
-
-
-def browse(
-    image,
-    segmentation=None,
-    prediction=None,
-    spread=None,
-    *,
-    axis=2,
-    spacing_mm=(1, 1, 1),
-):
-    """Show a case as a still picture and, in a live notebook, a browser below it.
+def browse(image, segmentation=None, prediction=None, spread=None, **view):
+    """Show a case as a still picture and, in a running notebook, a browser below it.
 
     The browser has a slider over the slices of each plane, a button to the slice with
-    most tumour, the modalities, and what to lay over them, how opaque.
+    the most tumour, and a choice of the modality, the overlay and its opacity.
 
     Parameters
     ----------
@@ -337,61 +535,28 @@ def browse(
     prediction : (X, Y, Z) integer array, optional
         Predicted BraTS labels. With both, the errors are shown too.
     spread : (X, Y, Z) float array, optional
-        Standard deviation of the probabilities, as `predict_case` returns it; the
-        still picture is then `plot_uncertainty`'s, unless there are errors to show.
-    axis, spacing_mm
-        As in `plot_slices`; the plane with which to begin.
+        Standard deviation of the probabilities, as `predict_case` returns it.
+    **view
+        `axis`, the plane to begin with, and `spacing_mm`, as in `plot_slices`.
     """
-    from IPython.display import display
-
-    view = {"axis": axis, "spacing_mm": spacing_mm}
-    display(_still(image, segmentation, prediction, spread, **view))
-    if _has_widgets():
-        _display_live(_viewer(image, segmentation, prediction, spread, **view))
-
-
-def _close(widget):
-    """Close a widget and all in it: what is left open keeps its volumes in memory."""
-    looks = [getattr(widget, name, None) for name in ("layout", "style")]
-    for part in (*getattr(widget, "children", ()), *filter(None, looks)):
-        _close(part)
-    widget.unobserve_all()
-    widget.close()
+    _Browser(lambda _: (image, segmentation, prediction, spread), [""], **view).show()
 
 
 def browse_cases(scores, load, **view):
-    """Show the cases of a table of results, the worst first, each in a browser.
+    """Show a browser of the cases in a table of results, the worst first.
 
-    Without widgets, and in a saved notebook, a still picture of the worst is shown.
+    The still picture, which a saved notebook keeps, is of the worst.
 
     Parameters
     ----------
     scores : pandas.Series
-        A score for each case id, higher is better: mean Dice, say.
+        A score for each case id, higher is better: mean Dice, for example.
     load : callable
-        Takes a case id; returns what `browse` takes: image, segmentation, prediction
+        Takes a case id and returns what `browse` takes: image, segmentation, prediction
         and, if there is one, spread, in LPS order.
     **view
         `axis` and `spacing_mm`, as in `plot_slices`.
     """
-    from IPython.display import display
-
     ranking = scores.sort_values()
-    display(_still(*load(ranking.index[0]), **view))
-    if not _has_widgets():
-        return
-    from ipywidgets import Dropdown, VBox
-
-    options = [
-        (f"{case_id}: {score:.2f}", case_id) for case_id, score in ranking.items()
-    ]
-    chooser, box = Dropdown(description="case", options=options), VBox()
-
-    def show(_):
-        for old in box.children[1:]:
-            _close(old)
-        box.children = chooser, _viewer(*load(chooser.value), **view)
-
-    chooser.observe(show, "value")
-    show(None)
-    _display_live(box)
+    cases = [(f"{case_id}: {score:.2f}", case_id) for case_id, score in ranking.items()]
+    _Browser(load, cases, **view).show()

@@ -1,75 +1,88 @@
 """From scans to npy volumes: scale, stack, crop, keep or drop, save."""
 
 import errno
-import importlib.metadata
-import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
-from tqdm import tqdm
 
-from brats_utils import __version__
+from brats_utils import __version__, files, volumes
 from brats_utils.cases import (
+    ALL_MODALITIES,
     MODALITIES,
-    BratsDataError,
     check_cases,
+    file_states,
     find_cases,
-    read_case,
+    read_scan,
 )
-from brats_utils.dataset import (
-    KINDS,
-    MARKERS,
-    REPORT,
-    SETTINGS,
-    all_there,
-    find_patients,
-    read_marker,
-    split_dataset,
-)
-from brats_utils.files import atomic_write, free_gb, sha256, write_json, write_npy
-from brats_utils.labels import LABELS, encode_labels, region_volumes_ml
-from brats_utils.layouts import short_name
-from brats_utils.nifti import spacing_mm, to_lps
-from brats_utils.transforms import (
-    FIXED_WINDOW,
-    bounding_box,
-    brain_mask,
-    check_shape,
-    crop_box,
-    crop_losses,
-    pad_to,
-    scale_volume,
-    standardise,
-    store_channel,
-)
+from brats_utils.labels import encode_labels, region_volumes_ml
+from brats_utils.nifti import BratsDataError, spacing_mm
+from brats_utils.split import KINDS, find_patients
 
-__all__ = [
-    "FIXED_WINDOW",
-    "crop_box",
-    "estimate_disk_gb",
-    "prepare_case",
-    "prepare_dataset",
-    "scale_volume",
-    "split_dataset",
-    "standardise",
-]
-# Voxels along X, Y and Z of the box round a large brain, to estimate disk space with.
+REPORT = "cases.csv"
+# Voxels along X, Y and Z of the box around a large brain, to estimate disk space with.
 TYPICAL_BRAIN_BOX = (145, 180, 150)
-# More of the tumour than this outside our own crop is worth a warning.
-LOSS_TO_WARN_OF = 0.05
+LOSS_TO_WARN_OF = 0.05  # share of the tumour outside our own crop
+
+
+def _check_options(crop_shape, min_labelled, modalities, scaling):
+    """Return the options of a preparation as JSON holds them; raise if one is wrong."""
+    volumes.check_shape(crop_shape)
+    files.check_option("min_labelled", min_labelled, lambda x: 0 <= x <= 1, "0 to 1")
+    files.check_option(
+        "scaling", scaling, volumes.SCALINGS.__contains__, f"one of {volumes.SCALINGS}"
+    )
+    known = f"some of {ALL_MODALITIES}, each once"
+    files.check_option("modalities", modalities, _are_modalities, known)
+    return {
+        "crop_shape": None if crop_shape is None else [int(n) for n in crop_shape],
+        "min_labelled": float(min_labelled),
+        "modalities": list(modalities),
+        "scaling": scaling,
+    }
+
+
+def _are_modalities(names):
+    return 0 < len(names) == len(set(names) & set(ALL_MODALITIES))  # no text either
 
 
 def _made_of(case, options):
     """Return what a prepared case depends on: settings, version, its files' state."""
     paths = [*(case.images[m] for m in options["modalities"]), case.segmentation]
-    stats = {short_name(path): path.stat() for path in paths}
-    files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    made_of = {**options, "labels": case.labels, "version": __version__, "files": files}
-    return json.loads(json.dumps(made_of))
+    made_of = {**options, "labels": case.labels, "version": __version__}
+    return {**made_of, "files": file_states(paths)}
+
+
+def _names(case_id):
+    """Return the names of a prepared case's image and mask."""
+    return [f"{kind}/{case_id}.npy" for kind in KINDS]
+
+
+def _is_done(case_id, made_of, output):
+    """Return whether a folder holds a case, undamaged; reuse that of the former result.
+
+    `made_of` is what the case would be made of now.
+    """
+    for folder, manifest in (
+        (output.path, output.manifest),
+        (output.final, output.former),
+    ):
+        record = manifest["cases"].get(case_id, {})
+        if record.get("made_of") != made_of:
+            continue
+        names = _names(case_id) if record["row"]["kept"] else ()
+        if files.find_changed(
+            folder, {name: manifest["files"].get(name) for name in names}
+        ):
+            continue
+        if folder != output.path:
+            for name in names:
+                output.take_over(name)
+            output.note_case(case_id, record)
+        return True
+    return False
 
 
 def prepare_case(
@@ -84,7 +97,7 @@ def prepare_case(
     """Scale, stack, crop and save one case, unless too little of it is labelled.
 
     A case that was finished before is left as it is, unless its files, the settings or
-    this package have changed since.
+    this package have changed or a volume is damaged.
 
     Parameters
     ----------
@@ -92,67 +105,100 @@ def prepare_case(
         With a segmentation.
     out : path
         Gets `images/<case>.npy`, float16 (X, Y, Z, C), and `masks/<case>.npy`, uint8
-        (X, Y, Z) with labels 0 to 3, in LPS order; last `finished/<case>.json`.
+        (X, Y, Z) with labels 0 to 3, in LPS order. Not the folder of a whole data set.
     crop_shape, min_labelled, modalities, scaling
         As in `prepare_dataset`.
 
     Returns
     -------
     row : dict
-        What `cases.csv` says of the case: kept or not and why, the labelled share of
-        the crop, tumour voxels that the crop and the tutorial recipe's fixed window
-        lose, the regions' volumes, for each channel the mean and SD of the whole
-        scan's non-zero voxels and the value of background, in stored units, and the
-        SHA-256 of image and mask.
+        The case's row in `cases.csv`: kept or not and why, the labelled share of the
+        crop, tumour voxels that the crop and the tutorial recipe's fixed window lose,
+        the regions' volumes, and for each channel the mean and SD of the whole scan's
+        non-zero voxels and the value of background, in stored units.
 
     Raises
     ------
     BratsDataError
-        If the case has no segmentation, or its files are not sound.
+        If the case has no segmentation, or its files are not valid.
+    ValueError
+        If an option is out of range, or `out` holds something else.
     """
+    options = _check_options(crop_shape, min_labelled, modalities, scaling)
     if case.segmentation is None:
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
-    out = Path(out)
-    options = dict(crop_shape=crop_shape, min_labelled=min_labelled)
-    options |= dict(modalities=tuple(modalities), scaling=scaling)
-    marker, made_of = out / MARKERS / f"{case.id}.json", _made_of(case, options)
-    before = read_marker(marker)
-    if _is_finished(before, made_of, out):
-        return before["row"]
-    marker.unlink(missing_ok=True)
-    image, mask, row, checksums = _crop_and_measure(case, options)
-    if before.get("checksums", checksums) != checksums:
-        print(f"{case.id}: its files have changed since it was prepared; prepared anew")
-    sizes = {}
-    for kind, volume in zip(KINDS, (image, mask), strict=True):
-        path = out / kind / f"{case.id}.npy"
-        if row["kept"]:
-            write_npy(path, volume)
-            sizes[f"{kind}/{path.name}"] = path.stat().st_size
-            row[f"{kind}_sha256"] = sha256(path)
-        else:
-            path.unlink(missing_ok=True)
-    done = {"made_of": made_of, "checksums": checksums, "sizes": sizes, "row": row}
-    write_json(marker, done)
-    return row
+    with files.OutputFolder(out, "prepared", inputs=_folders([case])) as output:
+        if REPORT in output.former["files"]:
+            raise ValueError(
+                f"{out} holds a data set; prepare_dataset changes it whole"
+            )
+        output.begin(options)
+        rows, bad = _prepare_all([case], output, options, jobs=1)
+    if bad:
+        raise bad[0]
+    return rows[0]
 
 
-def _is_finished(done, made_of, out):
-    """Tell whether what a marker notes is what is wanted, and is still there."""
-    return done.get("made_of") == made_of and all_there(out, done["sizes"])
+def _folders(cases):
+    """Return the folders in which the files of cases lie."""
+    paths = {
+        path for case in cases for path in (*case.images.values(), case.segmentation)
+    }
+    return {path.parent for path in paths if path}
+
+
+def _prepare(case, folder, options):
+    """Prepare one case; return (row, what to note of its files), or the error."""
+    try:
+        image, mask, row = _crop_and_measure(case, options)
+    except BratsDataError as error:
+        return error
+    noted = {}
+    if row["kept"]:
+        for name, volume in zip(_names(case.id), (image, mask), strict=True):
+            with files.atomic_write(folder / name) as temporary:
+                np.save(temporary, volume, allow_pickle=False)
+                noted[name] = files.describe_file(temporary)
+    return row, noted
+
+
+def _prepare_all(cases, output, options, jobs):
+    """Prepare cases that an open folder does not hold; return all rows, and errors."""
+    output.claim(name for case in cases for name in _names(case.id))
+    made_of = {case.id: _made_of(case, options) for case in cases}
+    todo = [case for case in cases if not _is_done(case.id, made_of[case.id], output)]
+    work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
+        delayed(_prepare)(case, output.path, options) for case in todo
+    )
+    bar = {"total": len(todo), "unit": "case", "disable": not todo}
+    errors = []
+    try:
+        bar = files.progress_bar(work, desc="preparing", **bar)
+        for result, case in zip(bar, todo, strict=True):
+            if isinstance(result, BratsDataError):
+                errors.append(result)
+                continue
+            row, noted = result
+            output.manifest["files"] |= noted
+            output.note_case(case.id, {"made_of": made_of[case.id], "row": row})
+    except KeyboardInterrupt:
+        n_done = len(output.manifest["cases"])
+        text = f"{n_done} of {len(cases)} cases are done; run again to resume"
+        raise KeyboardInterrupt(text) from None
+    failed, records = {error.case for error in errors}, output.manifest["cases"]
+    return [records[c.id]["row"] for c in cases if c.id not in failed], errors
 
 
 def _crop_and_measure(case, options):
-    """Return a case's image and mask as stored, its report row, its files' SHA-256."""
+    """Return a case's image and mask as stored, and its report row."""
     crop_shape, min_labelled = options["crop_shape"], options["min_labelled"]
-    volumes, segmentation, affine, checksums = read_case(case, options["modalities"])
-    volumes = [to_lps(volume, affine) for volume in volumes]
-    segmentation = to_lps(segmentation, affine)
-    box = crop_box(brain_mask(volumes), segmentation, crop_shape)
-    mask = pad_to(encode_labels(segmentation[box]), crop_shape, 0)
+    scan = read_scan(case, options["modalities"])
+    scan.check_spacing()
+    box = volumes.crop_box(scan.brain_mask, scan.segmentation, crop_shape)
+    mask = volumes.pad(encode_labels(scan.segmentation[box]), crop_shape)
     share = int(np.count_nonzero(mask)) / mask.size
-    losses = crop_losses(segmentation, box)
-    note = "" if segmentation.any() else "no voxel is labelled"
+    losses = _crop_losses(scan.segmentation, box)
+    note = "" if scan.segmentation.any() else "no voxel is labelled"
     if losses["lost_share"] > LOSS_TO_WARN_OF:
         note = f"the crop leaves out {losses['lost_share']:.0%} of the tumour"
     row = {
@@ -164,23 +210,32 @@ def _crop_and_measure(case, options):
         **losses,
         "shape": "x".join(map(str, mask.shape)),
     }
-    tumour = segmentation[bounding_box(segmentation)]
-    sizes_ml = region_volumes_ml(tumour, spacing_mm(affine))
+    tumour = scan.segmentation[volumes.bounding_box(scan.segmentation)]
+    sizes_ml = region_volumes_ml(tumour, spacing_mm(scan.affine))
     row |= {f"{region}_ml": ml for region, ml in sizes_ml.items()}
-    channels = []
-    for modality, volume in zip(options["modalities"], volumes, strict=True):
-        channel, found = store_channel(volume, box, crop_shape, options["scaling"])
-        channels.append(channel)
+    image = np.empty((*mask.shape, len(scan.volumes)), np.float16)  # (X, Y, Z, C)
+    for channel, modality in enumerate(options["modalities"]):
+        try:
+            image[..., channel], found = volumes.scale_to_store(
+                scan.volumes[channel], box, crop_shape, options["scaling"]
+            )
+        except ValueError as error:
+            advice = "Correct that voxel, or leave this case out"
+            where = {"case": case.id, "file": case.images[modality], "advice": advice}
+            raise BratsDataError(f"{modality}: {error}", **where) from None
         row |= {f"{modality}_{name}": value for name, value in found.items()}
-    return _interleave(channels), np.ascontiguousarray(mask), row, checksums
+    return image, np.ascontiguousarray(mask), row
 
 
-def _interleave(channels):
-    """Return volumes (X, Y, Z) of one type as one (X, Y, Z, C), in C order."""
-    image = np.stack([channel.T for channel in channels], axis=-1)  # (Z, Y, X, C)
-    # All channels of a voxel as one item: turned in half the time.
-    voxels = image.view(f"V{image.itemsize * len(channels)}")[..., 0].T
-    return np.ascontiguousarray(voxels)[..., None].view(image.dtype)
+def _crop_losses(segmentation, box):
+    """Return how much tumour the crop, and the tutorial recipe's window, leave out."""
+    parts = segmentation, segmentation[box], segmentation[volumes.FIXED_WINDOW]
+    tumour, kept, in_window = (int(np.count_nonzero(part)) for part in parts)
+    return {
+        "lost_voxels": tumour - kept,
+        "lost_share": (tumour - kept) / max(1, tumour),
+        "window_lost_share": (tumour - in_window) / max(1, tumour),
+    }
 
 
 def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITIES):
@@ -191,7 +246,7 @@ def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITI
     n_cases : int
         How many are kept.
     crop_shape : tuple of 3 int or None
-        None counts with a typical brain's box.
+        None assumes the box around a typical brain.
     modalities : sequence of str
         The channels, two bytes a voxel each; the mask takes one.
 
@@ -204,84 +259,20 @@ def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITI
     >>> round(estimate_disk_gb(369), 1)
     5.4
     """
-    check_shape(crop_shape)
+    volumes.check_shape(crop_shape)
     voxels = float(np.prod(crop_shape or TYPICAL_BRAIN_BOX))
     return n_cases * voxels * (2 * len(modalities) + 1) / 1e9
-
-
-def _attempt(case, out, options):
-    """Prepare a case; return its row, or the error with it."""
-    try:
-        return prepare_case(case, out, **options)
-    except BratsDataError as error:
-        return error
-
-
-def _prepare_all(cases, out, options, jobs):
-    """Prepare cases in threads; return a row or an error for each."""
-    work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
-        delayed(_attempt)(case, out, options) for case in cases
-    )
-    # To stdout, as text: a widget's last state is lost when a notebook is saved.
-    bar = {"total": len(cases), "desc": "preparing", "unit": "case"}
-    try:
-        return list(tqdm(work, file=sys.stdout, **bar))
-    except KeyboardInterrupt:
-        n_done = len(list((out / MARKERS).glob("*.json")))
-        print(f"{n_done} of {len(cases)} cases are done; run again to go on")
-        raise
-
-
-def _check_space(cases, out, options):
-    """Raise unless the disk has room for what unfinished cases add to what is there."""
-    n_new = n_bytes = 0
-    for case in cases:
-        done = read_marker(out / MARKERS / f"{case.id}.json")
-        if not _is_finished(done, _made_of(case, options), out):
-            n_new += 1
-            n_bytes += sum(done.get("sizes", {}).values())
-    sizes = {name: options[name] for name in ("crop_shape", "modalities")}
-    needed = estimate_disk_gb(n_new, **sizes) - n_bytes / 1e9
-    if needed > free_gb(out):
-        raise OSError(
-            errno.ENOSPC,
-            f"{n_new} cases need some {needed:.1f} GB, and {free_gb(out):.1f} GB are "
-            "free; nothing was written. Make room, or choose another folder",
-            str(out),
-        )
-
-
-def _remove_others(out, rows):
-    """Remove what a former call left of cases that are in no row, or not kept."""
-    kept = {row["case"] for row in rows if row["kept"]}
-    prepared = {row["case"] for row in rows}
-    for folder, ids in ((MARKERS, prepared), *((kind, kept) for kind in KINDS)):
-        for path in (out / folder).iterdir():
-            if path.stem not in ids:
-                path.unlink()
-
-
-def _settings(raw, cases, options):
-    """Return what `settings.json` holds: of what and how the volumes were made."""
-    packages = {name: importlib.metadata.version(name) for name in ("numpy", "nibabel")}
-    return {
-        "raw": str(Path(raw).resolve()),
-        **options,
-        "labels": cases[0].labels,
-        "label_map": {str(value): i for i, value in enumerate(LABELS)},
-        "versions": {"brats_utils": __version__, **packages},
-    }
 
 
 def _find(raw, labels):
     """Return the folder, its cases, and those of them that have a segmentation."""
     cases = raw if isinstance(raw, list) else find_cases(raw, labels=labels)
     if isinstance(raw, list):
-        raw = os.path.commonpath([case.images["flair"].parent for case in raw])
+        raw = os.path.commonpath(_folders(cases) or ["."])
     labelled = [case for case in cases if case.segmentation]
     if not labelled:
         raise BratsDataError(f"none of {len(cases)} cases has a segmentation to learn")
-    return raw, cases, labelled
+    return Path(raw).resolve(), cases, labelled
 
 
 def prepare_dataset(
@@ -296,23 +287,24 @@ def prepare_dataset(
     skip_bad=False,
     labels="auto",
 ):
-    """Prepare all cases of a folder; a call that was stopped goes on where it was.
+    """Prepare all cases of a folder; an interrupted call resumes where it left off.
 
-    Names, headers and lengths of all files are checked before anything is written.
-    Cases finished by a former call stay, unless their files, the settings or this
-    package have changed; `cases.csv` and `settings.json` are there only once all cases
-    are done alike.
+    All options, names, headers and mappings are checked before anything is written.
+    The volumes are written to a folder beside `out`, which replaces a former result in
+    one step when all cases are done. Cases that are finished there or in `out` are
+    taken over, unless their files, the settings or this package have changed or a
+    volume is damaged.
 
     Parameters
     ----------
     raw : path or list of Case
         The downloaded set, or the cases that `find_cases` found in it.
     out : path
-        Gets `images/`, `masks/`, `finished/`, `cases.csv` and `settings.json`.
+        Gets `images/`, `masks/`, `cases.csv` and `manifest.json`.
     crop_shape : tuple of 3 int or None
-        Voxels to keep, see `crop_box`; None keeps the brain's whole box.
+        Voxels to keep, see `crop_box`; None keeps the box around the brain.
     min_labelled : float
-        A case is dropped where a smaller share of its crop is labelled.
+        A case is dropped if a smaller share of its crop is labelled.
     modalities : sequence of str
         The channels, in order.
     scaling : {"minmax", "zscore"}
@@ -321,53 +313,85 @@ def prepare_dataset(
         Cases prepared at once, in threads; as many as there are cores by default. A
         surrounding `joblib.parallel_config` decides where they run.
     skip_bad : bool
-        Leave unsound cases out, with the reason in the report, instead of raising.
+        Leave invalid cases out, with the reason in the report, instead of raising.
     labels : {"auto", "0124", "0123", "0213"}
         As in `find_cases`, which reads all label maps to decide if not told.
 
     Returns
     -------
     report : pandas.DataFrame
-        A row for each case, those without segmentation included, as not kept.
+        A row for each case; those without segmentation are there too, as not kept.
 
     Raises
     ------
     BratsDataError
-        If no case has a segmentation, or files are not sound: one error lists them all.
+        If no case has a segmentation, or files are not valid: one error lists them all.
+    ValueError
+        If an option is out of range, or `out` holds something else or is an input.
     OSError
         If the disk has no room for the result.
     """
-    raw, cases, labelled = _find(raw, labels)
-    out = Path(out)
-    options = dict(crop_shape=crop_shape, min_labelled=min_labelled)
-    options |= dict(modalities=tuple(modalities), scaling=scaling)
+    options = _check_options(crop_shape, min_labelled, modalities, scaling)
+    files.check_option(
+        "jobs", jobs, lambda n: n is None or n >= 1, "None, or 1 or more"
+    )
+    given, (raw, cases, labelled) = raw, _find(raw, labels)
     bad = _bad_headers(labelled)
     if bad and not skip_bad:
         _refuse(bad)
-    sound = [case for case in labelled if case.id not in bad]
-    _check_space(sound, out, options)
-    for name in (REPORT, SETTINGS):  # nobody shall use what is only half done
-        (out / name).unlink(missing_ok=True)
-    for folder in (MARKERS, *KINDS):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    rows = _prepare_all(sound, out, options, jobs)
-    bad |= {e.case: str(e) for e in rows if isinstance(e, BratsDataError)}
-    if bad and not skip_bad:
-        _refuse(bad)
-    rows = [row for row in rows if isinstance(row, dict)]
-    _remove_others(out, rows)
-    report = _report(rows, cases, bad)
-    report.insert(1, "patient", report["case"].map(find_patients(cases, raw)))
-    with atomic_write(out / REPORT) as temporary:
-        report.to_csv(temporary, index=False)
-    write_json(out / SETTINGS, _settings(raw, labelled, options))
+    patients = find_patients(cases, raw)
+    made_from = {"raw": str(raw), **options, "labels": labelled[0].labels}
+    made_from["version"] = __version__
+    sources = _folders(cases) if isinstance(given, list) else {raw, *_folders(cases)}
+    with files.OutputFolder(out, "prepared", inputs=sources, beside=True) as output:
+        valid = [case for case in labelled if case.id not in bad]
+        _check_space(valid, output, options)
+        output.begin(made_from)
+        rows, errors = _prepare_all(valid, output, options, jobs)
+        bad |= {error.case: str(error) for error in errors}
+        if bad and not skip_bad:
+            _refuse(bad)
+        _forget_others(output, rows, patients)
+        report = _report(rows, cases, bad)
+        report.insert(1, "patient", report["case"].map(patients))
+        output.claim([REPORT])
+        with output.write(REPORT) as temporary:
+            report.to_csv(temporary, index=False)
+        for kind in KINDS:  # there even if no case is kept
+            (output.path / kind).mkdir(exist_ok=True)
+        output.put_in_place()
     return report
+
+
+def _forget_others(output, rows, patients):
+    """Remove what a call with other cases left; note the patients of those we keep."""
+    noted = output.manifest["cases"]
+    output.manifest["cases"] = {
+        row["case"]: {**noted[row["case"]], "patient": patients[row["case"]]}
+        for row in rows
+    }
+    kept = {name for row in rows if row["kept"] for name in _names(row["case"])}
+    output.remove(set(output.manifest["files"]) - kept)
+
+
+def _check_space(cases, output, options):
+    """Raise unless the disk has room for the volumes that will be written."""
+    records = [*output.manifest["cases"].values()]
+    records += output.former["cases"].values()
+    done = [record["made_of"] for record in records]
+    n_new = sum(_made_of(case, options) not in done for case in cases)
+    sizes = {name: options[name] for name in ("crop_shape", "modalities")}
+    needed, free = estimate_disk_gb(n_new, **sizes), files.free_gb(output.final)
+    if needed > free:
+        problem = f"{n_new} cases need some {needed:.1f} GB, and {free:.1f} GB are free"
+        problem += "; nothing was changed. Make room, or choose another folder"
+        raise OSError(errno.ENOSPC, problem, str(output.final))
 
 
 def _report(rows, cases, bad):
     """Return the rows of prepared cases and those of the others, by id."""
     reasons = {case.id: "no segmentation" for case in cases if not case.segmentation}
-    reasons |= {case_id: f"not sound: {text}" for case_id, text in bad.items()}
+    reasons |= {case_id: f"not valid: {text}" for case_id, text in bad.items()}
     rows += [{"case": i, "kept": False, "reason": why} for i, why in reasons.items()]
     return pd.DataFrame(rows).sort_values("case", ignore_index=True)
 
@@ -382,9 +406,9 @@ def _bad_headers(cases):
 
 
 def _refuse(bad):
-    """Raise one error for all unsound cases, {id: what is wrong}."""
+    """Raise one error for all invalid cases, {id: what is wrong}."""
     raise BratsDataError(
-        f"not sound ({len(bad)}): " + " | ".join(bad.values()).rstrip("."),
-        advice="Mend them, or leave them out by skip_bad=True in prepare_dataset's "
-        "options; check_cases lists all that is wrong, inside the files too",
+        f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip("."),
+        advice="Correct them, or leave them out with prepare_dataset(skip_bad=True); "
+        "check_cases lists all that is wrong, inside the files too",
     )

@@ -1,33 +1,35 @@
-"""Train a model from generators: schedule, best checkpoint, history, going on."""
+"""Train a model from generators: schedule, checkpoints, history, resuming a run."""
 
 import contextlib
 import functools
+import io
+import json
 import math
 import os
 import re
-import subprocess
-import sys
 import time
+import warnings
+import zipfile
 from pathlib import Path
 
 import keras
 import numpy as np
 import pandas as pd
 from keras import ops
-from tqdm import tqdm
 
-from brats_utils.files import atomic_write
+from brats_utils.files import OutputFolder, check_option, progress_bar
 from brats_utils.labels import ENCODED_REGIONS
-from brats_utils.losses import dice_cross_entropy_loss
-from brats_utils.metrics import RegionDice
+from brats_utils.losses import RegionDice, dice_cross_entropy_loss
 from brats_utils.model import model_table, supervise_deeply
-from brats_utils.runs import BEST, HISTORY, begin_or_go_on, save_model, save_state
-from brats_utils.transforms import NORMALISATION
+from brats_utils.volumes import NORMALISATION
 
+BEST, HISTORY, DESCRIPTION = "best.keras", "history.csv", "brats.json"
+STATE, FORMER = "last.npz", "last_but_one.npz"
+ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
 WARMUP_SHARE = 0.05  # of all steps
-WEIGHT_DECAY = 1e-4
-CLIP_NORM = 1.0
 AVERAGED_SHARE = 0.05  # of all steps: an average reaches back no further
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
+OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
 
 def has_gpu():
@@ -50,123 +52,260 @@ def choose_precision():
     Returns
     -------
     policy : str
-        "mixed_bfloat16" on a GPU of compute capability 8 or more (A100, L4), else
-        "mixed_float16" on one of 7 (T4, V100), and "float32" anywhere else.
-
-    References
-    ----------
-    https://developer.nvidia.com/cuda-gpus lists the compute capabilities.
+        "mixed_float16" on a GPU, "float32" on a CPU.
     """
-    if not has_gpu():
-        return "float32"
-    capability = min(_ask_gpus("compute_cap", otherwise=0))
-    if capability >= 8:
-        return "mixed_bfloat16"
-    return "mixed_float16" if capability >= 7 else "float32"
+    return "mixed_float16" if has_gpu() else "float32"
 
 
-def _ask_gpus(field, otherwise):
-    """Return what NVIDIA's tool says of each GPU; [otherwise] if nothing."""
-    query = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+@contextlib.contextmanager
+def _advice_on_memory(model, data):
+    """Turn whatever a backend raises when memory is short into one plain error."""
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30)
-        return [float(line) for line in found.stdout.split()] or [otherwise]
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return [otherwise]
+        # Half of the layers' outputs is the least that a step keeps.
+        megabytes = model_table(model, data.input_shape)["activations_mb"]["total"]
+        needed, memory = megabytes * data.batch_size * 1e6 / 2, math.inf
+        if not has_gpu() and hasattr(os, "sysconf"):  # Windows has no sysconf
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise MemoryError(f"a step keeps {needed:.1e} of {memory:.1e} bytes")
+        yield
+    except Exception as error:  # each backend has a class of its own
+        if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):
+            raise
+        raise MemoryError(
+            f"out of memory with {data.batch_size} patches of {data.patch_shape} a "
+            f"step ({str(error)[:200]}). Lower batch_size to 1 first, then patch_shape "
+            "(96 or 64), then the model's filters. Nothing that was saved is lost"
+        ) from error
 
 
-def _memory_gb():
-    """Return the training device's memory in GB (10⁹ bytes); infinity if unknown."""
-    if has_gpu():
-        return max(_ask_gpus("memory.total", otherwise=math.inf)) * 2**20 / 1e9
-    if not hasattr(os, "sysconf"):  # Windows
-        return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-
-
-def _check_memory(model, data):
-    """Raise if half of the layers' outputs, the least a step keeps, cannot fit."""
-    needed_gb = model_table(model, data.input_shape)["activations_mb"]["total"] / 1e3
-    needed_gb *= data.batch_size / (4 if "16" in model.layers[1].compute_dtype else 2)
-    parallel = keras.distribution.distribution()
-    needed_gb /= parallel.device_mesh.devices.size if parallel else 1
-    if needed_gb > _memory_gb():
-        raise MemoryError(f"a step keeps {needed_gb:.1f} of {_memory_gb():.1f} GB")
-
-
-def _jit():
-    """Return what `compile` gets as `jit_compile`.
-
-    XLA makes TensorFlow's 3-D convolutions ten times slower on a CPU; JAX needs it.
-    """
-    return (
-        False if keras.backend.backend() == "tensorflow" and not has_gpu() else "auto"
-    )
-
-
-def _schedule(learning_rate, steps):
-    """Return a learning rate that warms up linearly and falls along a cosine to 0."""
+def _compile(model, loss, learning_rate, steps, average):
+    """Compile with AdamW, clipped gradients and the Dice of each region."""
     warmup = max(1, round(WARMUP_SHARE * steps))
-    return keras.optimizers.schedules.CosineDecay(
+    schedule = keras.optimizers.schedules.CosineDecay(
         learning_rate / warmup,
         max(1, steps - warmup),
         warmup_target=learning_rate,
         warmup_steps=warmup,
     )
-
-
-def _compile(model, loss, learning_rate, steps, average):
-    """Compile with AdamW, clipped gradients and the Dice of each region."""
     # Keras's average begins with the first weights, which a short run would keep.
     momentum = min(average, max(0.5, 1 - 1 / (AVERAGED_SHARE * steps)))
-    optimizer = keras.optimizers.AdamW(
-        _schedule(learning_rate, steps),
-        weight_decay=WEIGHT_DECAY,
-        global_clipnorm=CLIP_NORM,
-        use_ema=average > 0,
-        ema_momentum=momentum,
-    )
+    ema = {"use_ema": average > 0, "ema_momentum": momentum}
+    optimizer = keras.optimizers.AdamW(schedule, **OPTIMIZER, **ema)
     metrics = [RegionDice(region) for region in ENCODED_REGIONS]
-    model.compile(optimizer, loss, metrics=metrics, jit_compile=_jit())
+    # XLA makes TensorFlow's 3-D convolutions ten times slower on a CPU; JAX needs it.
+    slow = keras.backend.backend() == "tensorflow" and not has_gpu()
+    model.compile(optimizer, loss, metrics=metrics, jit_compile=not slow and "auto")
     # Not `optimizer`: with mixed_float16 Keras has wrapped it, to scale the loss.
     model.optimizer.build(model.trainable_variables)
-    # What is not built yet JAX and torch build with a first batch before the first
-    # epoch, and a second worker's batches, queued by then, come again later.
-    factors = getattr(model, "factors", (1,))
-    *grid, n_outputs = model.outputs[0].shape
-    grids = [[1, *[factors[-1] // factor] * len(grid[1:])] for factor in factors]
-    labels = np.zeros([*grids[0], 1], np.uint8)
-    outputs = [np.full([*grid, n_outputs], 0.5, np.float32) for grid in grids]
+    # Keras has no public way to build losses and metrics. On JAX and torch, `fit`
+    # builds them with a batch it takes from the generator, which then comes again.
+    factors, (*grid, n_outputs) = (
+        getattr(model, "factors", (1,)),
+        model.outputs[0].shape,
+    )
+    shapes = [(1, *[factors[-1] // f] * len(grid[1:])) for f in factors]
+    outputs = [np.full((*shape, n_outputs), 0.5, np.float32) for shape in shapes]
+    labels = np.zeros((*shapes[0], 1), np.uint8)
     outputs = outputs if len(factors) > 1 else outputs[0]
     model.compute_loss(None, labels, outputs)
     model.compute_metrics(None, labels, outputs)
 
 
-def _describe(model, train_data, val_data, loss, **settings):
-    """Return what `model.json` says: the input that the model needs, and its making."""
-    return {
-        "modalities": list(train_data.modalities),
+def _describe(value):
+    """Return what tells a loss or another object from others: a default for JSON.
+
+    A function is described by its name alone, an object by its class, its `get_config`
+    and its public attributes.
+    """
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if name := getattr(value, "__qualname__", ""):
+        if "<" in name or value.__module__ == "__main__":
+            text = f"{name}: a change in its code is not noticed when a run is resumed"
+            warnings.warn(text, stacklevel=2)
+        return f"{value.__module__}.{name}"
+    config = value.get_config() if hasattr(value, "get_config") else {}
+    for key, each in vars(value).items():
+        if not key.startswith("_"):
+            known = isinstance(each, PLAIN) or hasattr(each, "__array__")
+            config[key] = each if known else type(each).__qualname__
+    return {"class": type(value), **config}
+
+
+def describe_model(model):
+    """Return a model's configuration without its names, which Keras may number.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Returns
+    -------
+    config : dict
+        What JSON can hold.
+    """
+    text = json.dumps(model.get_config(), default=str)
+    for number, layer in enumerate(model.layers):
+        text = text.replace(f'"{layer.name}"', f'"layer {number}"')
+    return {**json.loads(text), "name": ""}
+
+
+def _describe_run(model, train_data, val_data, loss, **settings):
+    """Return what a run is made of: all that must be equal when it is resumed."""
+    description = {
+        "modalities": train_data.modalities,
         "normalisation": NORMALISATION,
         "orientation": "LPS",
         "outputs": "labels 0..3" if model.output_shape[-1] == 4 else "WT, TC, ET",
-        "labels": train_data.settings.get("labels"),
-        "crop_shape": train_data.settings.get("crop_shape"),
-        "scaling": train_data.settings.get("scaling"),
-        "patch_shape": train_data.patch_shape and list(train_data.patch_shape),
-        "batch_size": train_data.batch_size,
-        "patches_per_case": train_data.patches_per_case,
-        "tumour_share": train_data.tumour_share,
-        "augment": getattr(train_data.augment, "__name__", train_data.augment),
-        "seed": train_data.seed,
-        "weights": f"{len(model.weights)} arrays, {model.count_params()} parameters",
-        "loss": getattr(loss, "__name__", type(loss).__name__),
-        **settings,
+        "patch_shape": train_data.patch_shape,
+        "precision": keras.config.dtype_policy().name,
         "train_cases": train_data.case_ids,
         "val_cases": val_data.case_ids,
-        "volumes": [train_data.checksum, val_data.checksum],
-        "keras": keras.__version__,
-        "backend": keras.backend.backend(),
+        "settings": {k: v for k, v in train_data.settings.items() if k != "raw"},
+        "train_data": train_data.describe(),
+        "val_data": val_data.describe(),
+        "loss": loss,
+        "optimizer": {"class": "AdamW", **OPTIMIZER, **settings},
+        "model": describe_model(model),
     }
+    return json.loads(json.dumps(description, default=_describe))
+
+
+def _in_float32(layer):
+    """Return a layer like this one that computes in float32."""
+    return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+
+def write_model(model, path, description):
+    """Write architecture, weights and description, so that Keras reloads the file.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Functional; its first output is kept, neither loss nor optimizer is. Mixed
+        precision is saved as float32: half precision cannot be pooled on a CPU.
+    path : path
+        Ends in `.keras`; the temporary path of an atomic write.
+    description : dict
+        Stored in the archive as `brats.json`, with Keras's version and backend.
+    """
+    description = {**description, "keras": keras.__version__}
+    description["backend"] = keras.backend.backend()
+    bare = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    if any(layer.compute_dtype != "float32" for layer in bare.layers):
+        weights = bare.get_weights()
+        bare = keras.models.clone_model(bare, clone_function=_in_float32)
+        bare.set_weights(weights)
+    bare.save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+
+
+def _flatten(value, name=""):
+    """Yield (dotted name, leaf) of nested dictionaries and lists."""
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, each in items:
+            yield from _flatten(each, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+class Run:
+    """The folder of a training run: its history, its states, its best model.
+
+    Parameters
+    ----------
+    output : files.OutputFolder
+        Open, of the kind "run".
+    description : dict
+        All that must be equal when the run is resumed.
+    """
+
+    def __init__(self, output, description):
+        self.output, self.description, self.rows = output, description, []
+
+    def resume(self, model):
+        """Restore the run that the folder holds, or begin one there.
+
+        Parameters
+        ----------
+        model : keras.Model
+            Compiled, its optimizer built; gets the run's variables.
+
+        Raises
+        ------
+        ValueError
+            If the folder holds a run of another description, only damaged states, or a
+            model without any.
+        """
+        folder = self.output.path
+        arrays, record = self._read_state() or (None, {"history": []})
+        if arrays is None and (folder / BEST).exists():
+            raise ValueError(f"{folder} holds {BEST}, but no state. {ANOTHER_RUN}")
+        old = dict(_flatten(record.get("description", {})))
+        new = dict(_flatten(self.description))
+        different = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+        if record["history"] and different:
+            pairs = ((n, repr(old.get(n)), repr(new.get(n))) for n in different[:5])
+            found = [f"{name} ({a:.40} -> {b:.40})" for name, a, b in pairs]
+            problem = f"{folder} holds a run with other settings: {'; '.join(found)}"
+            raise ValueError(f"{problem}. {ANOTHER_RUN}")
+        self.rows = record["history"]
+        self.output.begin(self.description)
+        self.output.claim([BEST, HISTORY, STATE, FORMER])
+        if arrays and not different:
+            for variable, array in zip(_variables(model), arrays, strict=True):
+                variable.assign(array)
+        else:  # the weights before the first step are a state to resume from, too
+            self.save(model)
+
+    def save(self, model):
+        """Write the state, and keep the one before it.
+
+        Parameters
+        ----------
+        model : keras.Model
+            Compiled.
+        """
+        variables = map(ops.convert_to_numpy, _variables(model))
+        arrays = {f"v{i:04}": array for i, array in enumerate(variables)}
+        record = json.dumps({"history": self.rows, "description": self.description})
+        state, former = self.output.path / STATE, self.output.path / FORMER
+        with self.output.write(STATE) as temporary:
+            np.savez(temporary, record=record, **arrays)
+            if state.exists():
+                os.replace(state, former)
+        self.output.save()
+
+    def _read_state(self):
+        """Return (variables, record) of the newest valid state; None without any."""
+        problems, state = [], self.output.path / STATE
+        for path in filter(Path.exists, (state, self.output.path / FORMER)):
+            try:
+                # From memory: the file is not kept open, and can be replaced.
+                saved = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+                arrays = {name: saved[name] for name in sorted(saved.files)}
+                record = json.loads(arrays.pop("record").item())
+            except Exception as error:  # whatever zip and numpy raise at damaged bytes
+                problems.append(f"{path} is damaged ({error})")
+                continue
+            if problems:
+                text = f"{problems[0]}; resuming from {path.name}, the state before it"
+                warnings.warn(text, stacklevel=4)
+                os.replace(path, state)
+            return list(arrays.values()), record
+        if problems:
+            text = f"{' and '.join(problems)}. If {BEST} is there it is the best model"
+            raise ValueError(f"{text} so far. {ANOTHER_RUN}")
+
+
+def _variables(model):
+    """Return all that a run must keep: weights, dropout's seeds, optimizer's state."""
+    return [*model.variables, *model.optimizer.variables]
 
 
 def _mean_dice(row):
@@ -175,117 +314,116 @@ def _mean_dice(row):
     return float(np.nan_to_num(np.mean(values), nan=-1))
 
 
-def _progress_bar(done, epochs, verbose):
-    """Return a bar of one line that counts epochs, with `done` of them behind it."""
-    return tqdm(
-        total=epochs,
-        initial=done,
-        desc="training",
-        unit="epoch",
-        file=sys.stdout,  # as text: a saved notebook loses a widget's last state
-        disable=not verbose,
-    )
+@contextlib.contextmanager
+def averaged_weights(model):
+    """Lend a model the average of its weights, if its optimizer keeps one.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled.
+    """
+    if not model.optimizer.use_ema:
+        yield
+        return
+    own = model.get_weights()
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    # Copies: JAX, validating, would give away arrays that are the optimizer's.
+    model.set_weights(model.get_weights())
+    yield
+    model.set_weights(own)
 
 
-class _Keeper(keras.callbacks.Callback):
-    """At the end of each epoch: check, save the state, the best model, the history."""
+class FiniteCheck(keras.callbacks.Callback):
+    """Stop if the loss or a weight is NaN or infinite, before anything is saved."""
 
-    def __init__(self, run_dir, train_data, val_data, save, rows, max_minutes, bar):
+    def on_epoch_end(self, epoch, logs=None):
+        """Raise FloatingPointError, with advice."""
+        weights = self.model.weights
+        finite = all(bool(ops.all(ops.isfinite(weight))) for weight in weights)
+        if not (finite and np.isfinite(logs["loss"])):
+            problem = f"epoch {epoch + 1}: the loss or a weight is NaN or infinite"
+            advice = "Lower the learning rate, or look for a bad scan with check_cases"
+            raise FloatingPointError(f"{problem}; the epoch before is kept. {advice}")
+
+
+class TimeLimit(keras.callbacks.Callback):
+    """Stop after the epoch in which the time is up."""
+
+    def __init__(self, minutes):
         super().__init__()
-        self.run_dir, self.rows, self.bar, self.save = run_dir, rows, bar, save
-        self.train_data, self.val_data = train_data, val_data
-        limit_s = np.inf if max_minutes is None else 60 * max_minutes
-        self.deadline = time.perf_counter() + limit_s
+        self.deadline = time.perf_counter() + 60 * minutes
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Compare with the clock."""
+        if time.perf_counter() > self.deadline:
+            self.model.stop_training = True
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Set each epoch's draws; at its end save history, best model and state."""
+
+    def __init__(self, run, train_data, val_data, bar):
+        super().__init__()
+        self.run, self.train_data, self.val_data = run, train_data, val_data
+        self.bar = bar
 
     def on_epoch_begin(self, epoch, logs=None):
+        """Tell the generator which epoch it is."""
         self.train_data.set_epoch(epoch)
         self.start = time.perf_counter()
 
     def on_test_begin(self, logs=None):
-        self.val_data.set_epoch(0)  # the same patches each time
-        self._lend_average()
+        """Validate the averaged weights, on the same patches each time."""
+        self.val_data.set_epoch(0)
+        self.average = averaged_weights(self.model)
+        self.average.__enter__()
 
     def on_test_end(self, logs=None):
-        self.model.set_weights(self.own)
-
-    def _lend_average(self):
-        """Give the model the average of its weights, where the optimizer keeps one."""
-        self.own = self.model.get_weights()
-        self.model.optimizer.finalize_variable_values(self.model.trainable_variables)
-        # Copies: JAX, validating, would give away arrays that are the optimizer's.
-        self.model.set_weights(self.model.get_weights())
+        """Return to the weights that are trained."""
+        self.average.__exit__(None, None, None)
 
     def on_epoch_end(self, epoch, logs=None):
-        self._check_finite(epoch, logs["loss"])
+        """Save what the epoch brought; the state last, as it says that all is there."""
+        rows, output = self.run.rows, self.run.output
         seconds = time.perf_counter() - self.start
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         row = {"epoch": epoch + 1, "seconds": seconds, "learning_rate": rate}
-        self.rows.append({**row, **{k: float(v) for k, v in logs.items()}})
-        score = _mean_dice(self.rows[-1])
+        rows.append({**row, **{k: float(v) for k, v in logs.items()}})
+        score = _mean_dice(rows[-1])
         # Until the first validation the newest model is the best there is.
-        best = score >= max(map(_mean_dice, self.rows))
-        if best or not (self.run_dir / BEST).exists():
-            self._lend_average()
-            save_model(self.model, self.run_dir / BEST)
-            self.model.set_weights(self.own)
-        with atomic_write(self.run_dir / HISTORY) as temporary:
-            pd.DataFrame(self.rows).to_csv(temporary, index=False)
-        self.save(rows=self.rows)
+        if score >= max(map(_mean_dice, rows)) or not (output.path / BEST).exists():
+            said = {k: v for k, v in self.run.description.items() if k != "model"}
+            with averaged_weights(self.model), output.write(BEST) as temporary:
+                write_model(self.model, temporary, said)
+        with output.write(HISTORY) as temporary:
+            pd.DataFrame(rows).to_csv(temporary, index=False)
+        self.run.save(self.model)
         shown = {"loss": f"{logs['loss']:.3f}"}
         shown |= {"val Dice": f"{score:.3f}"} if score >= 0 else {}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        if time.perf_counter() > self.deadline:
-            self.model.stop_training = True
-
-    def _check_finite(self, epoch, loss):
-        """Raise if the loss or a weight is NaN or infinite."""
-        weights = self.model.weights
-        if np.isfinite(loss) and all(bool(ops.all(ops.isfinite(w))) for w in weights):
-            return
-        raise FloatingPointError(
-            f"epoch {epoch + 1}: the loss or a weight is NaN or infinite. The state of "
-            f"the epoch before is kept in {self.run_dir}. Lower the learning rate, or "
-            "look for a bad volume with check_cases"
-        )
 
 
-@contextlib.contextmanager
-def _advice_on_memory(data):
-    """Turn whatever a backend raises when memory is short into one plain error."""
-    try:
-        yield
-    except Exception as error:  # each backend has a class of its own
-        if not re.search(
-            "ResourceExhausted|RESOURCE_EXHAUSTED|MemoryError", repr(error)
-        ):
-            raise
-        raise MemoryError(
-            f"out of memory with {data.batch_size} patches of {data.patch_shape} a "
-            f"step ({str(error)[:200]}). Lower batch_size to 1 first, then patch_shape "
-            "(96 or 64 voxels a side), then the model's filters. Nothing that was "
-            "saved is lost"
-        ) from error
-
-
-def _fit(model, keeper, epochs, validation_freq):
-    """Train for the epochs that the keeper's history lacks."""
-    keeper.train_data.verify()
-    keeper.val_data.verify()
-    volumes = keeper.train_data.report[[f"{region}_ml" for region in ENCODED_REGIONS]]
-    absent = [name.removesuffix("_ml") for name in volumes if not volumes[name].any()]
-    if absent:
-        print(f"No training case has {', '.join(absent)}: it cannot be learnt")
+def _fit(model, checkpoint, epochs, validation_freq, max_minutes):
+    """Train for the epochs that the run's history lacks."""
+    train_data, val_data = checkpoint.train_data, checkpoint.val_data
+    train_data.verify()
+    val_data.verify()
+    for region in ENCODED_REGIONS:
+        if not any(row[f"{region}_ml"] for row in train_data.rows.values()):
+            warnings.warn(f"no training case has {region}", stacklevel=3)
+    limit = [] if max_minutes is None else [TimeLimit(max_minutes)]
     validated = [e for e in range(1, epochs) if e % validation_freq == 0]
     model.fit(
-        keeper.train_data,
-        validation_data=keeper.val_data,
+        train_data,
+        validation_data=val_data,
         validation_freq=[*validated, epochs],
-        initial_epoch=len(keeper.rows),
+        initial_epoch=len(checkpoint.run.rows),
         epochs=epochs,
         shuffle=False,  # the generator's order is its own
         verbose=0,
-        callbacks=[keeper],
+        callbacks=[FiniteCheck(), checkpoint, *limit],
     )
 
 
@@ -304,25 +442,25 @@ def train(
     max_minutes=None,
     verbose=True,
 ):
-    """Train a model, or go on with the run that `run_dir` holds.
+    """Train a model, or resume the run that `run_dir` holds.
 
     AdamW with a linear warm-up over a twentieth of all steps and a cosine decay to 0.
-    After each epoch the state is saved, so that a run that was stopped goes on where
-    it was when the same call is made again; a finished run returns at once. The
-    learning rate is planned for `epochs`: asking a finished run for more goes on with
+    After each epoch the state is saved, so that an interrupted run resumes where it
+    left off when the same call is made again; a finished run returns at once. The
+    learning rate is planned for `epochs`: asking a finished run for more continues with
     the rate that the longer plan has at that point.
 
     Parameters
     ----------
     model : keras.Model
-        As `unet` makes it; a run that goes on wants the same architecture. Holds the
+        As `unet` makes it; a resumed run needs the same architecture. Holds the
         weights of the best epoch afterwards.
     train_data, val_data : BratsGenerator
         Validation uses the same patches in every epoch.
     run_dir : path
         Gets `best.keras` (the epoch with the best mean Dice of WT, TC and ET in
         validation), `last.npz` and `last_but_one.npz` (the states), `history.csv` and
-        `model.json`.
+        `manifest.json`.
     epochs : int
         In all, those of an earlier call included.
     loss : function or keras.losses.Loss
@@ -330,16 +468,16 @@ def train(
     learning_rate : float
         The highest one, after the warm-up.
     deep_supervision : int
-        How many coarser outputs learn as well, see `supervise_deeply`.
+        How many coarser outputs are trained as well, see `supervise_deeply`.
     average : float
         Momentum of a moving average of the weights, which is what is validated and kept
         as the best: 0.99 averages over some hundred steps, though never over more than
-        a twentieth of the run; 0 keeps the weights' own. The statistics of batch
-        normalisation, a moving average already, stay as they are.
+        a twentieth of the run; 0 keeps the weights as they are. The statistics of batch
+        normalisation, a moving average already, are not averaged.
     validation_freq : int
-        Validate every so many epochs, and after the last.
+        Validate after this many epochs each, and after the last.
     max_minutes : float, optional
-        Stop after the epoch in which this time is up; the same call then goes on. The
+        Stop after the epoch in which this time is up; the same call then resumes. The
         learning rate stays planned for `epochs`, so give as many as the time allows.
     verbose : bool
         Whether to show a progress bar.
@@ -355,36 +493,36 @@ def train(
     FloatingPointError
         If the loss or a weight becomes NaN or infinite; the state before is kept.
     MemoryError
-        If the device's memory does not suffice; says which sizes to lower.
+        If the device has too little memory; says which sizes to lower.
     ValueError
         If `run_dir` holds a run of another model, of other data or other settings, or
-        only damaged states; if a volume has changed since it was prepared; or if
-        `epochs` is less than 1.
+        only damaged states, or something else; if a volume has changed since it was
+        prepared; or if an option is out of range.
 
     References
     ----------
     Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
     (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
     """
-    if epochs < 1:
-        raise ValueError(f"epochs is at least 1, got {epochs}")
-    run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    check_option("epochs", epochs, lambda n: n >= 1 and n == int(n), "1 or more")
+    check_option("learning_rate", learning_rate, lambda x: 0 < x < np.inf, "above 0")
+    check_option("average", average, lambda x: 0 <= x < 1, "from 0 to below 1")
+    check_option("validation_freq", validation_freq, lambda n: n >= 1, "1 or more")
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
-    description = _describe(model, train_data, val_data, loss, **settings)
-    pupil = supervise_deeply(model, deep_supervision) if deep_supervision else model
-    _compile(pupil, loss, learning_rate, epochs * len(train_data), average)
-    rows = begin_or_go_on(pupil, run_dir, description, epochs)
-    if len(rows) < epochs:
-        bar = _progress_bar(len(rows), epochs, verbose)
-        save = functools.partial(
-            save_state, pupil, description=description, run_dir=run_dir
-        )
-        keeper = _Keeper(run_dir, train_data, val_data, save, rows, max_minutes, bar)
-        with bar, _advice_on_memory(train_data):
-            _check_memory(model, train_data)
-            _fit(pupil, keeper, epochs, validation_freq)
-    best = keras.models.load_model(run_dir / BEST, compile=False)
+    description = _describe_run(model, train_data, val_data, loss, **settings)
+    trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
+    sources = [train_data.folder, val_data.folder]
+    with OutputFolder(run_dir, "run", inputs=sources) as output:
+        _compile(trained, loss, learning_rate, epochs * len(train_data), average)
+        run = Run(output, description)
+        run.resume(trained)
+        if len(run.rows) < epochs:
+            options = {"initial": len(run.rows), "total": epochs, "unit": "epoch"}
+            bar = progress_bar(desc="training", disable=not verbose, **options)
+            checkpoint = Checkpoint(run, train_data, val_data, bar)
+            with bar, _advice_on_memory(model, train_data):
+                _fit(trained, checkpoint, epochs, validation_freq, max_minutes)
+    best = keras.models.load_model(Path(run_dir) / BEST, compile=False)
     model.set_weights(best.get_weights())
-    return pd.DataFrame(rows)
+    return pd.DataFrame(run.rows)

@@ -69,6 +69,17 @@ def real_cases():
 
 
 def prepared_toys(toy_set, tmp_path, **options):
+    """Prepare a set of toy cases; returns the folder and the report."""
     options = {"crop_shape": (16, 16, 8), **options}
     out = tmp_path / "prepared"
     return out, prepare_dataset(toy_set, out, **options)
+
+
+def tree(folder):
+    """Return {relative path: bytes, target of a link, or None of a folder}."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        content = path.read_bytes() if path.is_file() else None
+        content = os.readlink(path) if path.is_symlink() else content
+        found[path.relative_to(folder).as_posix()] = content
+    return found

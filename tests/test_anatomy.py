@@ -2,18 +2,18 @@ import numpy as np
 import pytest
 from phantom_measures import classify_voxels, compare, measure_case
 
-from brats_utils.anatomy import draw_patient
 from brats_utils.phantom import write_phantom
+from brats_utils.phantom.anatomy import draw_patient
 
 SHAPE = (48, 48, 32)
-MEDIAN = [0.0] * 20
+MEDIAN = np.zeros((5, 4)).tolist()
 
 
 def draw(seed=1, draws=MEDIAN, **options):
     return dict(draw_patient(seed, draws, SHAPE, **options))
 
 
-def test_draws_labels_first_and_then_a_volume_for_each_modality():
+def test_draws_the_labels_and_then_a_volume_of_each_modality():
     volumes = draw()
     assert list(volumes) == ["seg", "flair", "t1", "t1ce", "t2"]
     assert {v.shape for v in volumes.values()} == {SHAPE}
@@ -33,10 +33,10 @@ def test_a_tumour_that_does_not_enhance_has_no_label_4():
     assert np.unique(draw(enhances=False)["seg"]).tolist() == [0, 1, 2]
 
 
-def test_the_draws_say_how_large_a_tumour_is_and_how_bright():
-    large = [1.0, *MEDIAN[1:]]
+def test_the_draws_set_size_and_contrast():
+    large = [[1.0, 0, 0, 0], *MEDIAN[1:]]
     assert (draw(draws=large)["seg"] > 0).sum() > 1.4 * (draw()["seg"] > 0).sum()
-    bright = [*MEDIAN[:4], 1.5, *MEDIAN[5:]]  # FLAIR's common draw
+    bright = [MEDIAN[0], [1.5, 0, 0, 0], *MEDIAN[2:]]  # all classes of FLAIR
 
     def contrast(volumes):
         tumour, brain = volumes["seg"] > 0, volumes["flair"] > 0
@@ -46,7 +46,7 @@ def test_the_draws_say_how_large_a_tumour_is_and_how_bright():
     assert contrast(draw(draws=bright)) > contrast(draw()) > 0
 
 
-def test_brightness_scales_the_raw_values_alone():
+def test_brightness_changes_the_raw_values_only():
     dim, bright = draw(), draw(brightness=8)
     np.testing.assert_array_equal(dim["seg"], bright["seg"])
     assert bright["t2"].max() > 4 * dim["t2"].max()

@@ -1,7 +1,5 @@
 """Augmentation: image and labels stay together, background stays background."""
 
-from itertools import count
-
 import numpy as np
 import pytest
 
@@ -18,7 +16,7 @@ SHAPE = (6, 5, 4)
 
 
 class Fixed:
-    """A generator that turns by given degrees and zooms by a given factor."""
+    """A generator that draws the given rotation and the given zoom."""
 
     def __init__(self, degrees, zoom):
         self.draws = iter([np.array(degrees), zoom])
@@ -66,7 +64,7 @@ def test_flips_keep_image_and_labels_together():
     assert seen == {20 * x + 4 * y + z for x in (0, 5) for y in (0, 4) for z in (0, 3)}
 
 
-def test_no_turn_and_no_zoom_change_nothing():
+def test_zero_degrees_and_zoom_1_change_nothing():
     image, labels = patch()
     same = turn_and_zoom(image, labels, Fixed((0, 0, 0), 1.0))
     np.testing.assert_array_equal(same[0], image)
@@ -87,12 +85,12 @@ def test_a_zoom_by_two_about_the_middle():
     image[:, 0, 0, 0] = [1, 2, 4, 8, 16]
     labels = np.array([0, 1, 2, 3, 0], np.uint8).reshape(5, 1, 1)
     zoomed, zoomed_labels = turn_and_zoom(image, labels, Fixed((0, 0, 0), 2.0))
-    # Places 0..4 see 1, 1.5, 2, 2.5, 3 of the original.
+    # Positions 0..4 show positions 1, 1.5, 2, 2.5 and 3 of the original.
     assert zoomed.ravel().tolist() == [2, 3, 4, 6, 8]
     assert zoomed_labels.ravel()[::2].tolist() == [1, 2, 3]
 
 
-def test_turned_labels_are_labels_on_their_image():
+def test_turned_labels_lie_on_the_turned_image():
     shape = (17, 17, 17)
     labels = np.zeros(shape, np.uint8)
     labels[3:14, 3:14, 3:14] = 2
@@ -103,7 +101,7 @@ def test_turned_labels_are_labels_on_their_image():
         assert turned.shape == image.shape and turned.dtype == np.float32
         assert set(np.unique(mask)) <= {0, 2, 3} and mask.dtype == np.uint8
         assert mask[8, 8, 8] == 3
-        # Where interpolation mixed nothing, both saw the same place.
+        # Where no two values were interpolated, image and labels agree.
         pure = np.isin(turned[..., 0], (2, 3)) & (turned[..., 0] == mask)
         assert pure.sum() > 0.5 * (mask > 0).sum()
 
@@ -120,26 +118,22 @@ def test_each_intensity_change_by_hand(monkeypatch):
     assert image.ravel().tolist() == [0, 1, 2, 3]
 
 
-def test_background_and_other_channels_stay_as_they_are(monkeypatch):
+def test_channels_change_independently_and_background_stays(monkeypatch):
     monkeypatch.setattr(module, "INTENSITY_CHANCE", 0.2)
     image, _ = patch()
-    alone = 0
+    one_of_two = 0
     for seed in range(30):
         changed = change_intensities(image, np.random.default_rng(seed))
         assert changed.dtype == np.float32 and np.isfinite(changed).all()
         assert not changed[:3].any()
         equal = (changed == image).all(axis=(0, 1, 2))
-        alone += equal[0] != equal[1]
-    assert alone > 5  # each channel has its own chance: half of the time one changes
+        one_of_two += equal[0] != equal[1]
+    assert one_of_two > 5  # about half of the time
 
 
-def test_noise_has_the_standard_deviation_drawn(monkeypatch):
-    draws = count(start=0)
-    monkeypatch.setattr(module, "NOISE_SD", 0.1)
-
+def test_noise_has_the_standard_deviation_drawn():
     class OnlyNoise:
-        def random(self, _):
-            next(draws)
+        def random(self, n):
             return np.array([1, 1, 1, 0.0])
 
         def uniform(self, low, high):
@@ -151,7 +145,6 @@ def test_noise_has_the_standard_deviation_drawn(monkeypatch):
     image = np.ones((20, 20, 20, 1), np.float32)
     noise = change_intensities(image, OnlyNoise()) - image
     assert noise.std() == pytest.approx(0.1, rel=0.03)  # 8000 draws
-    assert next(draws) == 1
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
@@ -162,7 +155,7 @@ def test_a_constant_channel_stays_finite(value, monkeypatch):
     assert np.isfinite(changed).all() and (changed.any() or not value)
 
 
-def test_detail_is_lost_in_the_brain_alone_and_the_mean_stays(monkeypatch):
+def test_less_detail_changes_the_brain_only_and_keeps_its_mean(monkeypatch):
     monkeypatch.setattr(module, "DETAIL_CHANCE", 1)
     image, _ = patch(shape=(24, 24, 24))
     changed = lose_detail(image, np.random.default_rng(0))
@@ -172,18 +165,18 @@ def test_detail_is_lost_in_the_brain_alone_and_the_mean_stays(monkeypatch):
     assert changed[inner].mean() == pytest.approx(image[inner].mean(), abs=0.05)
 
 
-def test_what_is_smooth_already_stays_under_a_coarser_scan(monkeypatch):
+def test_a_smooth_image_survives_a_lower_resolution(monkeypatch):
     monkeypatch.setattr(module, "DETAIL_CHANCE", 1)
     monkeypatch.setattr(module, "BLUR_SD", (1e-3, 1e-3))
     monkeypatch.setattr(module, "RESOLUTION", (0.5, 0.5))
     ramp = np.broadcast_to(np.arange(1.0, 25.0), (8, 8, 24))[..., None]
     changed = lose_detail(ramp.astype(np.float32), np.random.default_rng(0))
-    # Every second voxel was kept; between them lie the means.
+    # Every second voxel is kept, and the others are interpolated.
     assert np.abs(changed - ramp)[:, :, 2:-2].max() <= 0.5 + 1e-5
     assert np.abs(changed - ramp).max() > 0
 
 
-def test_without_chance_no_detail_is_lost(monkeypatch):
+def test_with_a_chance_of_0_no_detail_is_lost(monkeypatch):
     monkeypatch.setattr(module, "DETAIL_CHANCE", 0)
     image, _ = patch()
     np.testing.assert_array_equal(lose_detail(image, np.random.default_rng(0)), image)

@@ -1,6 +1,5 @@
 """Notebook 04 and the report in a real browser: Chromium, driven by playwright."""
 
-import os
 import shutil
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_notebooks import NOTEBOOKS, TINY, code_of, execute
+from test_notebooks import NOTEBOOKS, TINY, code_of, environment, execute
 
 pytestmark = pytest.mark.notebooks
 MINUTE_MS = 60_000
@@ -33,11 +32,9 @@ def browser():
 
 
 @pytest.fixture
-def jupyter_lab(tmp_path, monkeypatch):
+def jupyter_lab(tmp_path):
     """Serve a copy of the notebooks with tiny phantoms prepared; give the address."""
-    for name in ("RAW", "MODEL"):
-        monkeypatch.delenv(f"BRATS_{name}", raising=False)
-    execute(NOTEBOOKS[0], tmp_path / "data", monkeypatch, **TINY)
+    execute(NOTEBOOKS[0], tmp_path / "data", **TINY)
     folder = shutil.copytree(NOTEBOOKS[0].parent, tmp_path / "notebooks")
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -45,12 +42,13 @@ def jupyter_lab(tmp_path, monkeypatch):
     options = [f"--ServerApp.port={port}", f"--ServerApp.root_dir={folder}"]
     options += ["--no-browser", "--allow-root", "--IdentityProvider.token="]
     options += ["--LabApp.expose_app_in_browser=True", "--LabApp.news_url="]
-    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
-    environment.pop("MPLBACKEND", None)  # pictures inline, as users have them
+    variables = environment(tmp_path / "data", **TINY)
+    variables["JUPYTER_CONFIG_DIR"] = str(tmp_path / "config")
+    variables.pop("MPLBACKEND", None)  # pictures inline, as users have them
     with open(tmp_path / "server.log", "w") as log:
         command = [sys.executable, "-m", "jupyterlab", *options]
         server = subprocess.Popen(
-            command, stdout=log, stderr=log, env=environment, cwd=folder
+            command, stdout=log, stderr=log, env=variables, cwd=folder
         )
     address = f"http://localhost:{port}/lab/tree"
     try:

@@ -1,7 +1,12 @@
+"""Cases: found in every layout, checked, read, and their label maps written."""
+
 import gzip
+import json
 import os
+import re
 import shutil
 import unicodedata
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -19,7 +24,9 @@ from brats_utils.cases import (
     rename_odd_segmentation,
     save_segmentation,
 )
-from brats_utils.nifti import from_lps, to_lps
+from brats_utils.inference import predict_cases
+from brats_utils.model import unet
+from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
 
 
@@ -37,7 +44,7 @@ def test_finds_cases_at_any_depth_sorted_by_id(toy_set):
     assert {case.labels for case in cases} == {"0124"}
 
 
-def test_A24_strays_are_passed_over(toy_set):
+def test_A24_strays_are_ignored(toy_set):
     folder = next(toy_set.rglob("BraTS20_Training_001"))
     for name in ("._x_flair.nii", ".DS_Store", "survival_info.csv", "atlas.nii.gz"):
         (folder / name).write_bytes(b"stray")
@@ -83,12 +90,12 @@ def test_A03_nii_and_nii_gz_may_be_mixed(toy_set):
     np.testing.assert_array_equal(load_case(case)[0], expected)
 
 
-def test_A02_the_odd_segmentation_is_taken_and_renamed_when_asked(tmp_path, capsys):
+def test_A02_the_odd_segmentation_is_taken_and_renamed_when_asked(tmp_path):
     odd = "W39_1998.09.19_Segm.nii"
     folder = write_case(tmp_path, "BraTS20_Training_355", seg_name=odd)
-    (case,) = find_cases(tmp_path)
+    with pytest.warns(UserWarning, match="355: W39_1998.09.19_Segm.nii is its seg"):
+        (case,) = find_cases(tmp_path)
     assert case.segmentation == folder / odd
-    assert "taking W39_1998.09.19_Segm.nii" in capsys.readouterr().out
     new = folder / "BraTS20_Training_355_seg.nii"
     assert rename_odd_segmentation(tmp_path) == [(folder / odd, new)]
     assert rename_odd_segmentation(tmp_path) == []
@@ -123,7 +130,7 @@ def test_A25_a_wrong_folder_says_what_it_holds(tmp_path):
         find_cases(tmp_path)
 
 
-def test_B02_brats_2023_names_and_labels(tmp_path, capsys):
+def test_B02_brats_2023_names_and_labels(tmp_path):
     folder = write_case(tmp_path, "BraTS-GLI-00000-000", suffix=".nii.gz")
     names = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w", "seg": "seg"}
     for old, new in names.items():
@@ -133,9 +140,9 @@ def test_B02_brats_2023_names_and_labels(tmp_path, capsys):
     segmentation = toy_volumes()[1]
     stored = np.where(segmentation == 4, 3, segmentation).astype(np.uint8)
     nib.save(nib.Nifti1Image(stored, AFFINE), path)
-    (case,) = find_cases(tmp_path)
+    with pytest.warns(UserWarning, match="3 is read as enhancing tumour"):
+        (case,) = find_cases(tmp_path)
     assert case.labels == "0123"
-    assert "3 is read as enhancing tumour" in capsys.readouterr().out
     np.testing.assert_array_equal(load_case(case)[1], segmentation)
     write_case(tmp_path, "BraTS20_Training_001")
     with pytest.raises(BratsDataError, match="two label conventions"):
@@ -204,18 +211,6 @@ def test_B01_B03_wrong_labels_are_refused_whatever_their_type(tmp_path):
     assert load_labels(path)[0].tolist() == [[[0, 1, 4]]]
 
 
-@pytest.mark.parametrize("codes", ["LPS", "RAS", "LAS", "PIR", "SRA"])
-def test_orientation_there_and_back(codes):
-    volume = np.arange(24).reshape(2, 3, 4)
-    lps = nib.orientations.axcodes2ornt("LPS")
-    turn = nib.orientations.ornt_transform(lps, nib.orientations.axcodes2ornt(codes))
-    stored = nib.orientations.apply_orientation(volume, turn)
-    affine = np.diag([-1.0, -1, 1, 1]) @ nib.orientations.inv_ornt_aff(turn, (2, 3, 4))
-    assert "".join(nib.aff2axcodes(affine)) == codes
-    np.testing.assert_array_equal(to_lps(stored, affine), volume)
-    np.testing.assert_array_equal(from_lps(volume, affine), stored)
-
-
 def test_saved_labels_lie_on_the_cases_own_grid(toy_set, tmp_path):
     case = find_cases(toy_set)[0]
     segmentation = load_case(case)[1]
@@ -233,7 +228,7 @@ def test_saved_labels_lie_on_the_cases_own_grid(toy_set, tmp_path):
         save_segmentation(np.full_like(segmentation, 3), case, path)
 
 
-def test_real_cases_are_sound(real_cases):
+def test_real_cases_are_valid(real_cases):
     cases = find_cases(real_cases)
     assert len(cases) >= 2
     image, segmentation, affine = load_case(cases[0], ALL_MODALITIES)
@@ -270,6 +265,18 @@ def test_A15_grids_that_differ_are_refused(tmp_path, name, change):
         load_case(find_cases(tmp_path)[0])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_A16_nan_and_infinity_are_counted_and_located(toy_set, value):
+    case = find_cases(toy_set)[0]
+    volume = toy_volumes(1)[0]["t2"].astype(np.float32)
+    volume[3, 4, 5] = volume[6, 7, 8] = value
+    nib.save(nib.Nifti1Image(volume, AFFINE), case.images["t2"])
+    told = r"2 voxels are NaN or infinite, first \[3, 4, 5\]"
+    with pytest.raises(BratsDataError, match=f"001, .*001_t2.*{told}"):
+        load_case(case)
+    assert re.search(told, check_cases([case])["problem"][0])
+
+
 @pytest.mark.parametrize("value", [0, 7])
 def test_A18_a_blank_modality_is_refused(tmp_path, value):
     folder = write_case(tmp_path, "one")
@@ -282,9 +289,10 @@ def test_A18_a_blank_modality_is_refused(tmp_path, value):
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
 def test_A21_spaces_and_accents_in_paths_work(tmp_path, form):
     folder = tmp_path / unicodedata.normalize(form, "Données é 脑 (1)") / ("x" * 200)
-    write_case(folder, "one", suffix=".nii.gz")
-    prepare_dataset(folder, folder / "prepared", crop_shape=None, min_labelled=0)
-    assert (folder / "prepared" / "masks" / "one.npy").is_file()
+    write_case(folder / "raw", "one", suffix=".nii.gz")
+    out = folder / "prepared"
+    prepare_dataset(folder / "raw", out, crop_shape=None, min_labelled=0)
+    assert (out / "masks" / "one.npy").is_file()
 
 
 def test_A02_an_odd_file_among_several_cases_without_segmentation(tmp_path):
@@ -297,3 +305,221 @@ def test_A02_an_odd_file_among_several_cases_without_segmentation(tmp_path):
     for look in (find_cases, rename_odd_segmentation):
         with pytest.raises(BratsDataError, match="W39_Segm.nii might be that of a, b"):
             look(tmp_path / "raw")
+
+
+NAMES_2023 = {"flair": "t2f", "t1": "t1n", "t1ce": "t1c", "t2": "t2w"}
+
+
+def write_2018(case, number, root):
+    stem = f"Brats18_TCIA{number:02}_{number:03}_1"
+    for key, path in case.images.items() | {("seg", case.segmentation)}:
+        rewrite(path, root / "HGG" / stem / f"{stem}_{key}.nii.gz")
+
+
+def write_2021(case, number, root):
+    stem = f"BraTS2021_{number:05}"
+    for key, path in case.images.items() | {("seg", case.segmentation)}:
+        rewrite(path, root / stem / f"{stem}_{key}.nii.gz")
+
+
+def write_2023(case, number, root):
+    stem = f"BraTS-GLI-{number:05}-000"
+    for key, path in case.images.items():
+        rewrite(path, root / stem / f"{stem}-{NAMES_2023[key]}.nii.gz")
+    rewrite(case.segmentation, root / stem / f"{stem}-seg.nii.gz", [0, 1, 2, 0, 3])
+
+
+def write_decathlon(case, number, root):
+    name = f"BRATS_{number:03}.nii.gz"
+    images = [nib.load(case.images[modality]) for modality in ALL_MODALITIES]
+    stacked = np.stack([np.asarray(image.dataobj) for image in images], axis=-1)
+    folder = root / "Task01_BrainTumour"
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / f"._{name}").write_bytes(b"a stray of macOS")
+    image = nib.Nifti1Image(stacked, images[0].affine)
+    nib.save(image, folder / "imagesTr" / name)
+    # Of the Decathlon: 1 is oedema, 2 the necrotic core, 3 enhancing tumour.
+    rewrite(case.segmentation, folder / "labelsTr" / name, [0, 2, 1, 0, 3])
+    order = dict(enumerate(["FLAIR", "T1w", "t1gd", "T2w"]))
+    (folder / "dataset.json").write_text(json.dumps({"modality": order}))
+
+
+def rewrite(source, target, values=None):
+    """Write a volume under another name, its labels by another table."""
+    image = nib.load(source)
+    volume = np.asarray(image.dataobj)
+    volume = volume if values is None else np.array(values, np.uint8)[volume]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(volume, image.affine), target)
+
+
+LAYOUTS = {
+    "2018": (write_2018, "0124"),
+    "2021": (write_2021, "0124"),
+    "2023": (write_2023, "0123"),
+    "decathlon": (write_decathlon, "0213"),
+}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    root = tmp_path_factory.mktemp("layouts") / "phantom"
+    write_phantom(root, 3, shape=(48, 48, 40), seed=5)
+    rename_odd_segmentation(root)
+    return find_cases(root, labels="0124")
+
+
+def in_layout(layout, cases, root):
+    write, labels = LAYOUTS[layout]
+    for number, case in enumerate(cases, 1):
+        write(case, number, root)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # label 3 in the layout of 2023
+        found = find_cases(root)
+    assert {case.labels for case in found} == {labels}
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_found_and_read_the_same_way(layout, phantoms, tmp_path):
+    found = in_layout(layout, phantoms, tmp_path)
+    assert len(found) == len(phantoms) and check_cases(found).empty
+    for case, phantom in zip(found, phantoms, strict=True):
+        for modalities in (("flair", "t1ce", "t2"), ("t2", "t1"), ()):
+            image, segmentation, affine = load_case(case, modalities)
+            expected = load_case(phantom, modalities)
+            np.testing.assert_array_equal(image, expected[0])
+            np.testing.assert_array_equal(segmentation, expected[1])
+            np.testing.assert_array_equal(affine, expected[2])
+
+
+@pytest.mark.filterwarnings("ignore:label 3")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_is_prepared_to_the_same_bytes(layout, phantoms, tmp_path):
+    found = in_layout(layout, phantoms, tmp_path / "raw")
+    options = {"crop_shape": (32, 32, 32), "min_labelled": 0.0, "jobs": 1}
+    prepare_dataset(tmp_path / "raw", tmp_path / "out", **options)
+    root = phantoms[0].images["flair"].parents[1]
+    prepare_dataset(root, tmp_path / "expected", **options)
+    for case, phantom in zip(found, phantoms, strict=True):
+        for kind in ("images", "masks"):
+            written = (tmp_path / "out" / kind / f"{case.id}.npy").read_bytes()
+            expected = tmp_path / "expected" / kind / f"{phantom.id}.npy"
+            assert written == expected.read_bytes()
+
+
+def test_the_decathlons_scans_are_predicted_on_their_own_grid(phantoms, tmp_path):
+    found = in_layout("decathlon", phantoms[:1], tmp_path)
+    task = tmp_path / "Task01_BrainTumour"
+    (task / "imagesTs").mkdir()
+    shutil.copy(task / "imagesTr/BRATS_001.nii.gz", task / "imagesTs/BRATS_485.nii.gz")
+    found = find_cases(tmp_path)
+    assert [bool(case.segmentation) for case in found] == [True, False]
+    model = unet((None, None, None, 3), filters=4, depth=2)
+    paths = predict_cases(model, found, tmp_path / "out", uncertainty=True)
+    for path, case in zip(paths, found, strict=True):
+        written, shape = nib.load(path), (48, 48, 40)
+        assert written.shape == shape and written.header["dim"][0] == 3
+        np.testing.assert_array_equal(written.affine, load_case(case, ())[2])
+        doubt = nib.load(tmp_path / "out" / "uncertainty" / path.name)
+        assert doubt.shape == shape
+    truth = load_labels(found[0].segmentation, found[0].labels)[0]
+    save_segmentation(truth, found[0], tmp_path / "back.nii.gz")
+    expected = load_case(phantoms[0])[1]
+    np.testing.assert_array_equal(load_labels(tmp_path / "back.nii.gz")[0], expected)
+
+
+def test_other_tasks_of_the_decathlon_are_refused(phantoms, tmp_path):
+    in_layout("decathlon", phantoms[:1], tmp_path)
+    task = tmp_path / "Task01_BrainTumour"
+    (task / "dataset.json").write_text('{"modality": {"0": "T2", "1": "ADC"}}')
+    with pytest.raises(BratsDataError, match="t2.*adc"):
+        find_cases(tmp_path)
+    (task / "dataset.json").unlink()
+    rewrite(phantoms[0].images["t2"], task / "imagesTr" / "BRATS_001.nii.gz")
+    problems = check_cases(find_cases(tmp_path))
+    assert "expected 4 images in one file" in problems["problem"][0]
+    with pytest.raises(BratsDataError, match="BRATS_001.*expected 4 images"):
+        load_case(find_cases(tmp_path)[0])
+
+
+def test_two_layouts_in_one_folder_are_refused(phantoms, tmp_path):
+    in_layout("decathlon", phantoms[:1], tmp_path)
+    write_case(tmp_path, "BraTS20_Training_001")
+    with pytest.raises(BratsDataError, match="two layouts"):
+        find_cases(tmp_path)
+
+
+def test_four_images_in_one_file_are_refused_elsewhere(tmp_path):
+    folder = write_case(tmp_path, "BraTS20_Training_001")
+    path = folder / "BraTS20_Training_001_t1.nii"
+    volume = np.asarray(nib.load(path).dataobj)
+    nib.save(nib.Nifti1Image(np.stack([volume] * 4, axis=-1), np.eye(4)), path)
+    problems = check_cases(find_cases(tmp_path))
+    assert "expected a 3-D volume" in problems["problem"][0]
+
+
+@pytest.mark.parametrize("name", ["flair", "seg"])
+def test_H1_a_scan_is_never_replaced_by_a_label_map(toy_set, name):
+    case = find_cases(toy_set)[0]
+    path = case.segmentation if name == "seg" else case.images[name]
+    before, segmentation = path.read_bytes(), load_case(case)[1]
+    with pytest.raises(ValueError, match="not written by this project.*another path"):
+        save_segmentation(segmentation, case, path)
+    assert path.read_bytes() == before
+
+
+def test_H1_our_own_label_map_is_replaced_and_a_foreign_one_is_not(toy_set, tmp_path):
+    case = find_cases(toy_set)[0]
+    segmentation = load_case(case)[1]
+    path = tmp_path / "mine.nii.gz"
+    for values in (segmentation, np.zeros_like(segmentation)):
+        save_segmentation(values, case, path)
+        np.testing.assert_array_equal(load_labels(path)[0], values)
+    for content in (b"text", b""):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="mine.nii.gz"):
+            save_segmentation(segmentation, case, path)
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["p.hdr", "p.img", "p", "p.mgz", "p.nii.zip"])
+def test_R6_another_suffix_is_refused(toy_set, tmp_path, name):
+    case = find_cases(toy_set)[0]
+    with pytest.raises(ValueError, match=r"\.nii or \.nii\.gz"):
+        save_segmentation(load_case(case)[1], case, tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_R7_texts_of_a_scan_are_not_copied(toy_set, tmp_path):
+    case = find_cases(toy_set)[0]
+    image = nib.load(case.images["flair"])
+    image = nib.Nifti1Image(np.array(image.dataobj), image.affine, image.header)
+    for field in ("descrip", "aux_file", "intent_name", "db_name"):
+        image.header[field] = "Jane Doe 1970"
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"Jane Doe"))
+    nib.save(image, case.images["flair"])
+    path = tmp_path / "out.nii"
+    save_segmentation(load_case(case)[1], case, path)
+    assert b"Jane" not in path.read_bytes() and b"1970" not in path.read_bytes()
+
+
+def hot_voxels(value, *others):
+    """Return a float32 scan in which some voxels squeeze all others together."""
+    volume = toy_volumes(1)[0]["flair"].astype(np.float32)
+    for number, each in enumerate((value, *others)):
+        volume[5 + number, 6, 7] = each
+    return nib.Nifti1Image(volume, AFFINE)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [((1e12,), "1e.12"), ((3e38, -3e38), "3e.38"), ((-1e9,), "1e.09")],
+)
+def test_J1_a_voxel_that_squeezes_all_others_is_named(toy_set, values, told):
+    case = find_cases(toy_set)[0]
+    nib.save(hot_voxels(*values), case.images["flair"])
+    (problem,) = check_cases([case])["problem"]
+    assert re.search(told, problem) and "grey levels" in problem
+    assert "[5, 6, 7]" in problem or "[6, 6, 7]" in problem

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-from test_notebooks import NOTEBOOKS, ROOT, TINY, code_of
+from test_notebooks import NOTEBOOKS, PREDICT, ROOT, TINY, code_of
 
 VERSIONS = Path(__file__).with_name("colab.txt")
 
@@ -95,7 +95,7 @@ def test_the_address_is_the_same_everywhere():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     address = project["urls"]["Repository"]
-    for path in NOTEBOOKS:
+    for path in [*NOTEBOOKS, PREDICT]:
         first = code_of(nbformat.read(path, as_version=4))[0]
         assert f'"{address}"' in first.source
     owner_and_name = address.removeprefix("https://github.com/")

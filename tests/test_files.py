@@ -1,21 +1,34 @@
+"""Settings, small files, output folders that have an owner, and archives."""
+
+import os
 import stat
+import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import tree
 
 from brats_utils.files import (
+    OutputFolder,
     atomic_write,
+    check_option,
+    describe_file,
     extract,
+    find_changed,
     free_gb,
     project_root,
+    read_csv,
     read_json,
+    read_manifest,
     setting,
-    sha256,
     write_json,
-    write_npy,
 )
+
+MANIFEST = {"kind": "a", "format": 1, "made_from": {}, "files": {}, "cases": {}}
 
 
 @pytest.mark.parametrize(
@@ -23,12 +36,17 @@ from brats_utils.files import (
     [
         ("7", 3, 7),
         ("0.5", 1.0, 0.5),
+        ("2", 1.0, 2.0),
         ("yes", False, True),
         ("0", True, False),
         ("64, 64,32", (128, 128, 128), (64, 64, 32)),
         ("none", (128, 128, 128), None),
         ("flair,t1", ("flair",), ("flair", "t1")),
+        ("flair", ("flair", "t1"), ("flair",)),
+        ("quick", "full", "quick"),
+        ("2024", "full", "2024"),
         ("/data/x", Path("y"), Path("/data/x")),
+        ("none", Path("y"), None),
         ("text", None, "text"),
         ("64, 64,32", None, (64, 64, 32)),
         ("/data/a, b", None, "/data/a, b"),
@@ -42,17 +60,34 @@ def test_setting_reads_by_the_type_of_the_default(monkeypatch, text, default, va
     assert type(found) is type(value)
 
 
-@pytest.mark.parametrize("default", [3, True, (1, 2)])
-def test_setting_names_the_variable_it_cannot_read(monkeypatch, default):
-    monkeypatch.setenv("BRATS_EPOCHS", "many")
-    with pytest.raises(ValueError, match="BRATS_EPOCHS='many'"):
-        setting("EPOCHS", default)
+def test_J4_a_setting_that_cannot_be_read_is_named(monkeypatch):
+    texts = ["many", "1,2", "[1]", "{[]: 1}", "(((", "96", "1.5", "yes,no", "nan"]
+    for default, fits in ((3, "96"), (True, ""), ((1, 2), "1,2"), (1.0, "96 1.5")):
+        for text in set(texts) - set(fits.split()):
+            monkeypatch.setenv("BRATS_EPOCHS", text)
+            with pytest.raises(ValueError, match="BRATS_EPOCHS"):
+                setting("EPOCHS", default)
+
+
+def test_setting_takes_relative_paths_from_the_projects_root(monkeypatch, tmp_path):
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setenv("BRATS_RAW", "scans of mine/raw")
+    assert setting("RAW", Path("x")) == tmp_path.resolve() / "scans of mine" / "raw"
 
 
 def test_project_root_is_the_nearest_with_pyproject(tmp_path):
     (tmp_path / "pyproject.toml").touch()
     (tmp_path / "notebooks").mkdir()
     assert project_root(tmp_path / "notebooks") == tmp_path.resolve()
+
+
+def test_J4_an_impossible_option_is_named_with_what_is_possible():
+    check_option("share", 0.5, lambda x: 0 <= x <= 1, "0 to 1")
+    for value in (1.5, float("nan"), "half", None):
+        with pytest.raises(ValueError, match="share is .*, expected 0 to 1"):
+            check_option("share", value, lambda x: 0 <= x <= 1, "0 to 1")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -72,29 +107,277 @@ def test_atomic_write_makes_folders_and_keeps_long_suffixes(tmp_path):
     assert (tmp_path / "new" / "a.nii.gz").read_bytes() == b"x"
 
 
-def test_npy_goes_there_and_back_but_objects_do_not(tmp_path):
-    array = np.arange(6, dtype=np.float16).reshape(2, 3)
-    write_npy(tmp_path / "a.npy", array)
-    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), array)
-    with pytest.raises(ValueError, match="[Oo]bject"):
-        write_npy(tmp_path / "b.npy", np.array([{}]))
-    assert not (tmp_path / "b.npy").exists()
+def test_json_round_trip(tmp_path):
+    value = {"Größe": [1, 2.5, None], "b": {"c": True}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
 
 
-def test_sha256_of_abc(tmp_path):
+def test_R3_broken_json_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    for data in (b"{", b"[1]", b"", b"\xff\xfe", b"[" * 100_000, b"3", b"null"):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"x\.json"):
+            read_json(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_R3_a_table_is_read_as_text(tmp_path, encoding, separator):
+    text = "id,Größe\nNA,1.50\n007,\n".replace(",", separator)
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    expected = [{"id": "NA", "Größe": "1.50"}, {"id": "007", "Größe": ""}]
+    assert read_csv(tmp_path / "t.csv") == expected
+
+
+def test_R3_what_is_no_table_is_named(tmp_path):
+    for data in (b"", b"a,b\n\0,1\n", b"PK\3\4\0\0", b"a,b\n" + b"x" * 200_000):
+        (tmp_path / "t.csv").write_bytes(data)
+        with pytest.raises(ValueError, match=r"t\.csv"):
+            read_csv(tmp_path / "t.csv")
+
+
+def test_describe_file_of_abc(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
+    noted = describe_file(tmp_path / "abc")
     # The first test vector of FIPS 180.
-    assert sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea")
+    assert noted["bytes"] == 3 and noted["sha256"].startswith("ba7816bf8f01cfea")
+
+
+def test_find_changed_names_what_is_missing_incomplete_or_changed(tmp_path):
+    files = {}
+    for name in ("same", "longer", "other", "missing"):
+        (tmp_path / name).write_text("abc")
+        files[name] = describe_file(tmp_path / name)
+    (tmp_path / "longer").write_text("abcd")
+    (tmp_path / "other").write_text("abd")
+    (tmp_path / "missing").unlink()
+    files["incomplete"] = None
+    changed = find_changed(tmp_path, files)
+    assert changed == ["longer", "other", "missing", "incomplete"]
 
 
 def test_free_gb_of_a_folder_that_is_not_there_yet(tmp_path):
     assert free_gb(tmp_path / "a" / "b") > 0
 
 
-def test_broken_json_is_named(tmp_path):
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(ValueError, match=r"x\.json is not valid JSON"):
-        read_json(tmp_path / "x.json")
+def test_R3_what_is_no_manifest_is_named(tmp_path):
+    assert read_manifest(tmp_path) == {}
+    for strange in ({"files": 3}, {"files": ["a", 1]}, {"cases": []}, {"format": "1"}):
+        write_json(tmp_path / "manifest.json", MANIFEST | strange)
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            read_manifest(tmp_path)
+
+
+def fill(path, names, kind="a", **options):
+    """Write an output folder with some files."""
+    with OutputFolder(path, kind, **options) as output:
+        output.clear()
+        output.begin({"names": names})
+        output.claim(names)
+        for name in names:
+            with output.write(name) as temporary:
+                temporary.write_text(name)
+        if options.get("beside"):
+            output.put_in_place()
+
+
+def test_an_output_folder_holds_its_files_and_a_manifest_of_them(tmp_path):
+    fill(tmp_path / "out", ["b", "sub/a"])
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["kind"] == "a" and manifest["made_from"]["names"] == ["b", "sub/a"]
+    assert sorted(tree(tmp_path / "out")) == ["b", "manifest.json", "sub", "sub/a"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no lock is left
+    assert find_changed(tmp_path / "out", manifest["files"]) == []
+    (tmp_path / "out" / "sub" / "a").write_text("A")
+    assert find_changed(tmp_path / "out", manifest["files"]) == ["sub/a"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_H1_a_users_own_files_survive_in_an_output_folder(tmp_path, beside):
+    out = tmp_path / "out"
+    fill(out, ["one", "sub/two"], beside=beside)
+    (out / "note.txt").write_text("mine")
+    (out / "sub" / "note.txt").write_text("mine too")
+    (out / "link").symlink_to(tmp_path)
+    fill(out, ["three"], beside=beside)
+    assert sorted(tree(out)) == [
+        "link",
+        "manifest.json",
+        "note.txt",
+        "sub",
+        "sub/note.txt",
+        "three",
+    ]
+    assert (out / "sub" / "note.txt").read_text() == "mine too"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_H1_a_users_file_with_the_name_of_a_new_one_is_not_lost(tmp_path, beside):
+    fill(tmp_path / "out", ["one"], beside=beside)
+    (tmp_path / "out" / "two").write_text("mine")
+    before = tree(tmp_path / "out")
+    with pytest.raises(ValueError, match="two"):
+        fill(tmp_path / "out", ["one", "two"], beside=beside)
+    after = tree(tmp_path / "out")
+    assert after["two"] == b"mine"
+    if beside:
+        assert after == before
+
+
+def test_H1_only_listed_files_can_be_removed(tmp_path):
+    fill(tmp_path / "out", ["one", "two"])
+    (tmp_path / "out" / "mine").touch()
+    with OutputFolder(tmp_path / "out", "a") as output:
+        output.remove(["one", "mine", "../other", "manifest.json"])
+    assert sorted(tree(tmp_path / "out")) == ["manifest.json", "mine", "two"]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(
+    "found",
+    [
+        {"thesis.txt": "mine"},
+        {"images/scan.nii": "mine"},
+        {"manifest.json": {**MANIFEST, "kind": "b"}, "x": "mine"},
+        {"manifest.json": {**MANIFEST, "format": 2}, "x": "mine"},
+        {"manifest.json": {**MANIFEST, "files": {"../precious": None}}},
+        {"manifest.json": {**MANIFEST, "files": {"/etc/passwd": None}}},
+        {"manifest.json": {"short_name": "a web page's manifest"}},
+        {"manifest.json": "damaged"},
+    ],
+    ids=[
+        "a text",
+        "scans",
+        "another kind",
+        "another format",
+        "a way out",
+        "an absolute path",
+        "a web page",
+        "damaged",
+    ],
+)
+def test_H1_a_folder_of_others_is_refused_as_it_is(tmp_path, found, beside):
+    for name, content in found.items():
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            write_json(path, content)
+        else:
+            path.write_text(content)
+    (tmp_path / "precious").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="out"):
+        fill(tmp_path / "out", ["one"], beside=beside)
+    assert tree(tmp_path) == before
+
+
+def test_H1_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out"):
+        fill(tmp_path / "out", ["one"])
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_H1_an_output_is_never_around_or_inside_an_input(tmp_path):
+    source = tmp_path / "set" / "images"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for out in (
+        source,
+        source / "new" / "deep",
+        source.parent,
+        tmp_path,
+        tmp_path / "link",
+        tmp_path / "link" / "new",
+        tmp_path / "elsewhere" / ".." / "set" / "images",
+    ):
+        for beside in (False, True):
+            for given in (source, tmp_path / "link"):
+                with pytest.raises(ValueError, match="choose another"):
+                    OutputFolder(out, "a", inputs=[given], beside=beside)
+    assert sorted(tree(tmp_path)) == ["link", "set", "set/images"]
+    fill(tmp_path / "set-new", ["one"], inputs=[source])  # a name that begins alike
+
+
+def test_an_output_folder_may_be_a_link_to_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for names in (["one"], ["two"]):
+        fill(tmp_path / "out", names, beside=True)
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(tree(tmp_path / "disk")) == ["manifest.json", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+def test_H2_an_error_while_writing_beside_keeps_the_former_result(tmp_path):
+    fill(tmp_path / "out", ["one"], beside=True)
+    before = tree(tmp_path / "out")
+    with (
+        pytest.raises(RuntimeError),
+        OutputFolder(tmp_path / "out", "a", beside=True) as output,
+    ):
+        output.begin({})
+        output.claim(["two"])
+        with output.write("two") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+    assert tree(tmp_path / "out") == before
+    fill(tmp_path / "out", ["two"], beside=True)
+    assert sorted(tree(tmp_path)) == ["out", "out/manifest.json", "out/two"]
+
+
+def test_a_file_of_the_former_result_can_be_taken_over(tmp_path):
+    fill(tmp_path / "out", ["sub/one", "two"], beside=True)
+    with OutputFolder(tmp_path / "out", "a", beside=True) as output:
+        output.begin({})
+        output.claim(["sub/one"])
+        output.take_over("sub/one")
+        output.put_in_place()
+    manifest = read_manifest(tmp_path / "out")
+    assert find_changed(tmp_path / "out", manifest["files"]) == []
+    assert sorted(tree(tmp_path / "out")) == ["manifest.json", "sub", "sub/one"]
+
+
+def test_H4_the_lock_is_given_up_when_the_last_save_fails(tmp_path):
+    with pytest.raises(TypeError), OutputFolder(tmp_path / "out", "a") as output:
+        output.begin({"seed": 1})
+        output.begin({"seed": np.int64(1)})  # JSON knows no such number
+    fill(tmp_path / "out", ["one"])
+
+
+HOLD = """
+import sys, time
+from brats_utils.files import OutputFolder
+with OutputFolder(sys.argv[1], "a", beside=True) as output:
+    output.begin({})
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_H4_a_second_writer_is_refused_until_the_first_has_ended(tmp_path, beside):
+    fill(tmp_path / "out", ["one"], beside=True)
+    command = [sys.executable, "-c", HOLD, tmp_path / "out"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "open\n"
+        before = tree(tmp_path)
+        with pytest.raises(ValueError, match=f"process {holder.pid}"):
+            fill(tmp_path / "out", ["two"], beside=beside)
+        assert tree(tmp_path) == before
+        holder.kill()
+    fill(tmp_path / "out", ["two"], beside=True)
+    assert sorted(tree(tmp_path)) == ["out", "out/manifest.json", "out/two"]
+
+
+def test_H4_two_writers_in_one_process(tmp_path):
+    with OutputFolder(tmp_path / "out", "a") as output:
+        output.begin({})
+        with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+            fill(tmp_path / "out", ["two"])
+    fill(tmp_path / "out", ["two"])
 
 
 def a_zip(path, entries):
@@ -126,46 +409,105 @@ def test_G01_a_hostile_archive_is_refused_whole(tmp_path, entries, message):
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
-@pytest.mark.parametrize("n", range(20))
-def test_G01_a_cut_or_damaged_archive_writes_nothing(tmp_path, n):
+def test_G01_a_cut_or_damaged_archive_writes_nothing(tmp_path):
     content = np.random.default_rng(0).bytes(5000)
-    archive = a_zip(tmp_path / "a.zip", {"one": content})
-    whole = bytearray(archive.read_bytes())
-    if n % 2:
-        del whole[-1 - n * 200 :]
-    else:
-        whole[100 + n * 200] ^= 4
-    archive.write_bytes(whole)
-    with pytest.raises(ValueError, match="a.zip.*download it again"):
-        extract(archive, tmp_path / "new")
+    whole = a_zip(tmp_path / "a.zip", {"one": content}).read_bytes()
+    for n in range(20):
+        data = bytearray(whole)
+        if n % 2:
+            del data[-1 - n * 200 :]
+        else:
+            data[100 + n * 200] ^= 4
+        (tmp_path / "a.zip").write_bytes(data)
+        with pytest.raises(ValueError, match="a.zip.*download it again"):
+            extract(tmp_path / "a.zip", tmp_path / "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+@pytest.mark.parametrize("field", ["encrypted", "method 9"])
+def test_R4_an_archive_of_another_kind_needs_another_tool(tmp_path, field):
+    path = a_zip(tmp_path / "a.zip", {"one": "x" * 100})
+    data = bytearray(path.read_bytes())
+    for start, offset in ((0, 6), (data.index(b"PK\1\2"), 8)):  # both headers
+        flags, method = (1, 8) if field == "encrypted" else (0, 9)
+        struct.pack_into("<HH", data, start + offset, flags, method)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="a.zip.*another tool"):
+        extract(path, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
 
 
-def test_G01_a_sound_archive_is_unpacked(tmp_path):
-    extract(a_zip(tmp_path / "a.zip", {"in/one": "x"}), tmp_path / "new")
+def test_G01_a_valid_archive_is_unpacked(tmp_path):
+    archive = a_zip(tmp_path / "a.zip", {"in/one": "x", "in/manifest.json": "{}"})
+    extract(archive, tmp_path / "new")
     assert (tmp_path / "new" / "in" / "one").read_text() == "x"
-    assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(OSError, match="new"):  # it holds something
-        extract(tmp_path / "a.zip", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "new"]
 
 
-def test_setting_asks_for_as_many_numbers_as_the_default_has(monkeypatch):
-    monkeypatch.setenv("BRATS_PATCH_SHAPE", "96")
-    with pytest.raises(ValueError, match="expected 3 numbers with commas"):
-        setting("PATCH_SHAPE", (128, 128, 128))
+def test_H1_an_archive_is_never_unpacked_over_something(tmp_path):
+    archive = a_zip(tmp_path / "a.zip", {"one": "x"})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "one").write_text("mine")
+    extract(archive, tmp_path / "new")
+    before = tree(tmp_path)
+    for folder in (tmp_path / "mine", tmp_path / "new", archive, tmp_path):
+        with pytest.raises(ValueError, match="new or empty"):
+            extract(archive, folder)
+    assert tree(tmp_path) == before
 
 
-def test_setting_counts_relative_paths_from_the_projects_root(monkeypatch, tmp_path):
-    (tmp_path / "pyproject.toml").touch()
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path / "notebooks")
-    monkeypatch.setenv("BRATS_RAW", "scans of mine/raw")
-    assert setting("RAW", Path("x")) == tmp_path.resolve() / "scans of mine" / "raw"
+def test_C02_a_full_disk_while_unpacking_leaves_no_half_set(tmp_path, monkeypatch):
+    archive = a_zip(tmp_path / "a.zip", {"one": "x", "two": "y"})
+
+    def full(self, path):
+        self.extract("one", path)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(zipfile.ZipFile, "extractall", full)
+        with pytest.raises(OSError, match="No space"):
+            extract(archive, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    extract(archive, tmp_path / "new")
+    names = sorted(tree(tmp_path / "new"))
+    assert names == ["manifest.json", "one", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "new"]
+
+
+def test_C01_unpacking_killed_at_any_file_operation_ends_in_the_same_bytes(tmp_path):
+    archive = a_zip(tmp_path / "a.zip", {"one": "x", "in/two": "y", "in/deep/3": "z"})
+    script = Path(__file__).with_name("kill_points.py")
+    command = [sys.executable, script, "extract", archive, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 25  # file operations, each of them a point to die at
+
+
+def test_R4_an_archive_that_cannot_be_unpacked_leaves_nothing(tmp_path):
+    for number, names in enumerate((["manifest.json", "x"], ["x", "x/y"])):
+        archive = a_zip(tmp_path / f"{number}.zip", dict.fromkeys(names, "{}"))
+        with pytest.raises(ValueError, match=f"{number}.zip"):
+            extract(archive, tmp_path / "new")
+        archive.unlink()
+        assert not list(tmp_path.iterdir())
 
 
 def test_G01_a_full_disk_is_not_called_a_bad_download(tmp_path, monkeypatch):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as zipped:
-        zipped.writestr("a.nii", bytes(1000))
+    a_zip(tmp_path / "a.zip", {"a.nii": bytes(1000)})
     monkeypatch.setattr("brats_utils.files.free_gb", lambda _: 1e-7)
     with pytest.raises(ValueError, match="over 0.0 GB$"):
         extract(tmp_path / "a.zip", tmp_path / "out")
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError
+
+    fill(tmp_path / "out", ["one"], beside=True)
+    monkeypatch.setattr(os, "link", refuse)
+    with OutputFolder(tmp_path / "out", "a", beside=True) as output:
+        output.begin({})
+        output.claim(["one"])
+        output.take_over("one")
+        output.put_in_place()
+    assert (tmp_path / "out" / "one").read_text() == "one"

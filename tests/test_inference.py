@@ -1,24 +1,39 @@
+import json
+import shutil
 import zipfile
 
 import keras
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import AFFINE, SHAPE, toy_volumes, write_case
+from conftest import AFFINE, SHAPE, toy_volumes, tree, write_case
 from keras import layers
 
+from brats_utils import inference
 from brats_utils.cases import BratsDataError, find_cases, load_case, load_labels
-from brats_utils.files import write_json
+from brats_utils.evaluation import score_cases
 from brats_utils.inference import (
+    decode_probabilities,
     load_model,
     predict_case,
     predict_cases,
     predict_probabilities,
-    tune_models,
+    tune_decoding,
+    tune_model,
 )
+from brats_utils.labels import REGIONS
 from brats_utils.model import size_factor, unet
 from brats_utils.nifti import to_lps
-from brats_utils.transforms import NORMALISATION
+from brats_utils.training import write_model
+from brats_utils.volumes import NORMALISATION
+
+DESCRIPTION = {
+    "modalities": ["flair", "t1ce", "t2"],
+    "outputs": "labels 0..3",
+    "normalisation": NORMALISATION,
+    "orientation": "LPS",
+    "keras": keras.__version__,
+}
 
 
 def pointwise_model(kernel, bias, *, size=None, activation="softmax"):
@@ -63,20 +78,20 @@ def test_sliding_window_equals_one_pass_of_a_pointwise_model(shape):
     model = pointwise_model(kernel, bias)
     by_hand = np.exp(image @ kernel + bias)
     by_hand /= by_hand.sum(-1, keepdims=True)
-    whole = predict_probabilities(model, image)
-    slid = predict_probabilities(model, image, patch_shape=(8, 4, 6))
-    fixed = predict_probabilities(pointwise_model(kernel, bias, size=8), image)
-    flipped = predict_probabilities(model, image, flips=True)
+    whole, _ = predict_probabilities(model, image)
+    slid, _ = predict_probabilities(model, image, patch_shape=(8, 4, 6))
+    fixed, _ = predict_probabilities(pointwise_model(kernel, bias, size=8), image)
+    flipped, _ = predict_probabilities(model, image, flips=True)
     for probabilities in (whole, slid, fixed, flipped):
         np.testing.assert_allclose(probabilities, by_hand, atol=1e-5)
 
 
 def test_flips_average_mirror_images_into_a_symmetric_answer():
     image = np.random.default_rng(0).normal(size=(6, 5, 4, 3)).astype(np.float32)
-    answer = predict_probabilities(sided_model(), image, flips=True)
-    mirrored = predict_probabilities(sided_model(), image[::-1], flips=True)
+    answer, _ = predict_probabilities(sided_model(), image, flips=True)
+    mirrored, _ = predict_probabilities(sided_model(), image[::-1], flips=True)
     np.testing.assert_allclose(mirrored[::-1], answer, atol=1e-6)
-    plain = predict_probabilities(sided_model(), image)
+    plain, _ = predict_probabilities(sided_model(), image)
     assert np.abs(plain - answer).max() > 0.01
 
 
@@ -92,7 +107,7 @@ def test_one_pass_pads_to_what_the_unet_needs(options, factor):
     model = unet((None, None, None, 3), filters=2, **options)
     assert size_factor(model) == factor
     image = np.zeros((9, 17, 5, 3), np.float32)
-    assert predict_probabilities(model, image).shape == (9, 17, 5, 4)
+    assert predict_probabilities(model, image)[0].shape == (9, 17, 5, 4)
 
 
 def test_predict_case_standardises_and_pastes_on_the_stored_grid(case):
@@ -163,21 +178,22 @@ def test_an_ensemble_is_a_mean_and_its_spread_an_sd():
         pointwise_model(rng.normal(size=(2, 3)), rng.normal(size=3)) for _ in range(3)
     ]
     image = rng.normal(size=(4, 5, 6, 2)).astype(np.float32)
-    each = [predict_probabilities(model, image, flips=True) for model in models]
-    mean, spread = predict_probabilities(models, image, flips=True, spread=True)
+    each = [predict_probabilities(model, image, flips=True)[0] for model in models]
+    mean, spread = predict_probabilities(models, image, flips=True)
     np.testing.assert_allclose(mean, np.mean(each, axis=0), atol=1e-6)
     np.testing.assert_allclose(spread, np.std(each, axis=0).max(-1), atol=1e-3)
 
 
 def test_uncertainty_is_written_on_the_scans_grid(tmp_path, case):
-    predict_cases(sided_model(), [case], tmp_path, flips=True, uncertainty=True)
-    written = nib.load(tmp_path / "uncertainty" / "toy.nii.gz")
+    out = tmp_path / "out"
+    predict_cases(sided_model(), [case], out, flips=True, uncertainty=True)
+    written = nib.load(out / "uncertainty" / "toy.nii.gz")
     segmentation, spread = predict_case(
         sided_model(), case, flips=True, uncertainty=True
     )
     np.testing.assert_array_equal(written.affine, load_case(case)[2])
     np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), spread)
-    np.testing.assert_array_equal(load_labels(tmp_path / "toy.nii.gz")[0], segmentation)
+    np.testing.assert_array_equal(load_labels(out / "toy.nii.gz")[0], segmentation)
     assert 0 < spread.max() <= 0.5  # the model prefers a side, its mirror the other
     outside = ~load_case(case)[0].any(axis=-1)
     assert outside.any() and not spread[outside].any()
@@ -185,31 +201,29 @@ def test_uncertainty_is_written_on_the_scans_grid(tmp_path, case):
     assert same.max() < 1e-3  # a voxel alone has no side
 
 
-def test_a_tuned_decoding_is_noted_and_heeded(tmp_path, case):
+def test_a_tuned_decoding_is_stored_and_used(tmp_path, case):
     """A shy model: its tumour lies below 0.5 and is found by lower thresholds."""
     kernel, bias = np.zeros((3, 3)), np.full(3, -2.0)
     kernel[0] = 0.35
     shy = pointwise_model(kernel, bias, activation="sigmoid")
-    shy.save(tmp_path / "best.keras")
-    description = {"modalities": ["flair", "t1ce", "t2"], "outputs": "WT, TC, ET"}
-    description |= {"normalisation": NORMALISATION, "orientation": "LPS"}
-    description["keras"] = keras.__version__
-    write_json(tmp_path / "model.json", description)
-    before = predict_case(tmp_path, case)
-    gain = tune_models([tmp_path], [[case]])
+    path = tmp_path / "shy.keras"
+    write_model(shy, path, {**DESCRIPTION, "outputs": "WT, TC, ET"})
+    before = predict_case(path, case)
+    gain = tune_model(path, [case])
     assert gain["tuned"].mean() > gain["plain"].mean() + 0.1
-    noted = load_model(tmp_path).description["decoding"]
+    noted = load_model(path).description["decoding"]
     assert min(noted["thresholds"]) < 0.5
-    after = predict_case(tmp_path, case)
+    after = predict_case(path, case)
     assert (after > 0).sum() > (before > 0).sum()
-    plain = predict_case(tmp_path, case, thresholds=(0.5, 0.5, 0.5), min_et_voxels=0)
+    plain = predict_case(path, case, thresholds=(0.5, 0.5, 0.5), min_et_voxels=0)
     np.testing.assert_array_equal(plain, before)
 
 
 def test_F06_predict_cases_writes_files_that_lie_over_the_scans(tmp_path, case):
     write_case(tmp_path / "raw", "blind", seed=4, seg_name=None, suffix=".nii.gz")
     cases = find_cases(tmp_path / "raw")
-    oracle(output=3).save(tmp_path / "model.keras")
+    described = {**DESCRIPTION, "outputs": "WT, TC, ET"}
+    write_model(oracle(output=3), tmp_path / "model.keras", described)
     paths = predict_cases(tmp_path / "model.keras", cases, tmp_path / "out", flips=True)
     assert [path.name for path in paths] == ["blind.nii.gz", "toy.nii.gz"]
     for one, path in zip(cases, paths, strict=True):
@@ -220,7 +234,7 @@ def test_F06_predict_cases_writes_files_that_lie_over_the_scans(tmp_path, case):
 
 def test_models_that_do_not_fit_are_refused(case):
     five = pointwise_model(np.zeros((5, 4)), np.zeros(4))
-    with pytest.raises(ValueError, match="5 channels; say which"):
+    with pytest.raises(ValueError, match="5 channels.*say which"):
         predict_case(five, case)
     four = pointwise_model(np.zeros((4, 4)), np.zeros(4))
     assert predict_case(four, case).shape == SHAPE
@@ -237,8 +251,8 @@ def test_models_that_do_not_fit_are_refused(case):
 
 def test_load_model_takes_a_file_or_a_run_folder(tmp_path):
     oracle().save(tmp_path / "best.keras")
-    assert load_model(tmp_path).output_shape == oracle().output_shape
-    assert not load_model(str(tmp_path / "best.keras")).jit_compile
+    assert load_model(tmp_path).model.output_shape == oracle().output_shape
+    assert not load_model(str(tmp_path / "best.keras")).model.jit_compile
 
 
 def test_F01_load_model_says_what_is_wrong(tmp_path):
@@ -297,19 +311,10 @@ def test_F01_two_hundred_damaged_models_are_refused_or_equal(tmp_path):
             assert str(path) in str(error)
             continue
         for value, expected in zip(
-            found.get_weights(), model.get_weights(), strict=True
+            found.model.get_weights(), model.get_weights(), strict=True
         ):
             np.testing.assert_array_equal(value, expected)
     assert refused > 100  # the others hit what nothing reads, such as dates
-
-
-DESCRIPTION = {
-    "modalities": ["flair", "t1ce", "t2"],
-    "outputs": "labels 0..3",
-    "normalisation": NORMALISATION,
-    "orientation": "LPS",
-    "keras": keras.__version__,
-}
 
 
 @pytest.mark.parametrize(
@@ -318,22 +323,27 @@ DESCRIPTION = {
         ({"modalities": ["flair", "t1"]}, "channels in: 2, found 3"),
         ({"outputs": "WT, TC, ET"}, "channels out: 3, found 4"),
         ({"normalisation": "0..255"}, "normalisation: 0..255"),
-        ({"keras": "2.15.0"}, "install keras==2.15.0"),
+        ({"modalities": None}, "channels in: 0, found 3"),
     ],
 )
 def test_F03_a_model_that_its_description_does_not_fit(tmp_path, change, message):
-    oracle().save(tmp_path / "best.keras")
-    write_json(tmp_path / "model.json", DESCRIPTION | change)
+    write_described(oracle(), tmp_path / "best.keras", DESCRIPTION | change)
     with pytest.raises(ValueError, match=message):
         load_model(tmp_path)
 
 
-def test_F03_the_modalities_are_fed_in_the_order_noted(tmp_path, case, capsys):
-    oracle().save(tmp_path / "best.keras")
-    noted = {"modalities": ["t2", "flair", "t1"], "keras": "3.0.0"}
-    write_json(tmp_path / "model.json", DESCRIPTION | noted)
-    model = load_model(tmp_path)
-    assert "made by Keras 3.0.0" in capsys.readouterr().out
+def test_F03_a_model_of_another_keras(tmp_path):
+    old = DESCRIPTION | {"keras": "2.15.0"}
+    write_described(oracle(), tmp_path / "best.keras", old)
+    with pytest.raises(ValueError, match="install keras==2.15.0"):
+        load_model(tmp_path)
+
+
+def test_F03_the_modalities_are_fed_in_the_described_order(tmp_path, case):
+    described = {"modalities": ["t2", "flair", "t1"], "keras": "3.0.0"}
+    write_described(oracle(), tmp_path / "best.keras", DESCRIPTION | described)
+    with pytest.warns(UserWarning, match="made by Keras 3.0.0"):
+        model = load_model(tmp_path)
     expected = predict_case(oracle(), case, modalities=("t2", "flair", "t1"))
     np.testing.assert_array_equal(predict_case(model, case), expected)
     assert not np.array_equal(expected, predict_case(oracle(), case))
@@ -346,14 +356,217 @@ def test_F04_another_spacing_is_refused(tmp_path):
         predict_case(oracle(), find_cases(tmp_path)[0])
 
 
-def test_windows_are_of_the_shape_that_is_noted_beside_the_model(tmp_path, case):
-    write_json(tmp_path / "model.json", {**DESCRIPTION, "patch_shape": [8, 8, 8]})
-    sided_model().save(tmp_path / "best.keras")
+def test_windows_are_of_the_shape_in_the_description(tmp_path, case):
+    described = {**DESCRIPTION, "patch_shape": [8, 8, 8]}
+    write_model(sided_model(), tmp_path / "best.keras", described)
     model = load_model(tmp_path)
     windows = predict_case(sided_model(), case, patch_shape=(8, 8, 8))
     np.testing.assert_array_equal(predict_case(model, case), windows)
-    whole = predict_case(sided_model(), case)
-    assert (whole != windows).any()
-    np.testing.assert_array_equal(
-        predict_case(model, case, patch_shape=(24, 24, 16)), whole
-    )
+    assert not np.array_equal(windows, predict_case(sided_model(), case))
+
+
+def write_described(model, path, description):
+    """Write a model whose file describes it, Keras's version included, as given."""
+    model.save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("brats.json", json.dumps(description))
+
+
+def test_I4_a_model_file_copied_alone_knows_what_it_needs(tmp_path, case):
+    described = {
+        **DESCRIPTION,
+        "modalities": ["t1", "t1ce", "t2"],
+        "train_cases": ["a"],
+    }
+    write_model(oracle(), tmp_path / "best.keras", described)
+    (tmp_path / "elsewhere").mkdir()
+    path = shutil.copy(tmp_path / "best.keras", tmp_path / "elsewhere" / "mine.keras")
+    expected = predict_case(oracle(), case, modalities=("t1", "t1ce", "t2"))
+    np.testing.assert_array_equal(predict_case(path, case), expected)
+    assert load_model(path).description["train_cases"] == ["a"]
+    keras.models.load_model(path, safe_mode=True)  # Keras reads it as ever
+
+
+def test_I4_a_model_without_description_needs_modalities(tmp_path, case):
+    path = tmp_path / "foreign.keras"
+    oracle().save(path)
+    with pytest.raises(ValueError, match=r"foreign.keras.*3 channels.*modalities=\("):
+        predict_case(path, case)
+    with pytest.raises(ValueError, match="modalities"):
+        predict_cases(path, [case], tmp_path / "out")
+    found = predict_case(path, case, modalities=("flair", "t1ce", "t2"))
+    np.testing.assert_array_equal(found, predict_case(oracle(), case))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '"text"'])
+def test_I4_a_damaged_description_is_refused(tmp_path, text):
+    path = tmp_path / "model.keras"
+    oracle().save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("brats.json", text)
+    with pytest.raises(ValueError, match="model.keras"):
+        load_model(path)
+
+
+def test_H1_label_maps_are_written_to_no_folder_of_others(tmp_path, case):
+    truths = tmp_path / "set" / "labelsTr"
+    truths.mkdir(parents=True)
+    (truths / "toy.nii.gz").write_bytes(b"the truth")
+    before = tree(tmp_path)
+    scans = case.images["flair"].parent
+    for folder in (truths, scans, scans / "out", tmp_path / "raw"):
+        with pytest.raises(ValueError, match="choose another"):
+            predict_cases(oracle(), [case], folder)
+    assert tree(tmp_path) == before
+
+
+@pytest.fixture
+def cases(tmp_path):
+    for number in range(3):
+        write_case(tmp_path / "raw", f"case{number}", seed=number)
+    return find_cases(tmp_path / "raw")
+
+
+def test_H5_old_and_new_predictions_are_not_scored_together(
+    tmp_path, cases, monkeypatch
+):
+    out = tmp_path / "out"
+    predict_cases(oracle(), cases, out)
+    first = score_cases(out, cases)
+    write = inference._predict_file
+
+    def stop(models, case, *arguments):
+        if case.id == "case1":
+            raise KeyboardInterrupt
+        write(models, case, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inference, "_predict_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            predict_cases(sided_model(), cases, out)
+    with pytest.raises(ValueError, match="case1, case2"):
+        score_cases(out, cases)
+    assert len(score_cases(out, cases[:1])) == 1
+    predict_cases(sided_model(), cases, out)
+    assert not score_cases(out, cases).equals(first)
+
+
+def test_H5_what_a_model_has_predicted_is_not_predicted_again(
+    tmp_path, cases, monkeypatch
+):
+    out = tmp_path / "out"
+    predict_cases(oracle(), cases[:2], out)
+    seen, write = [], inference._predict_file
+
+    def note(models, case, *arguments):
+        seen.append(case.id)
+        write(models, case, *arguments)
+
+    monkeypatch.setattr(inference, "_predict_file", note)
+    predict_cases(oracle(), cases, out)
+    (out / "case0.nii.gz").write_bytes(b"damaged")
+    write_case(tmp_path / "again", "case2", seed=9)  # the same id, another scan
+    predict_cases(oracle(), [*cases[:2], *find_cases(tmp_path / "again")], out)
+    predict_cases(oracle(), cases[:1], out, min_et_voxels=10**6)
+    assert seen == ["case2", "case0", "case2", "case0"]
+
+
+def test_H5_predictions_of_other_scans_are_not_scored(tmp_path, cases):
+    predict_cases(oracle(), cases, tmp_path / "out")
+    write_case(tmp_path / "others", "case1", seed=7)
+    with pytest.raises(ValueError, match="case1"):
+        score_cases(tmp_path / "out", find_cases(tmp_path / "others"))
+
+
+def test_softmax_and_sigmoids_decode_to_brats_labels():
+    labels = np.eye(4)[[0, 1, 2, 3]]
+    assert decode_probabilities(labels).tolist() == [0, 1, 2, 4]
+    # Columns are WT, TC, ET; a region outside the one round it does not count.
+    regions = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 1], [1, 0, 1]]
+    assert decode_probabilities(regions).tolist() == [0, 2, 1, 4, 0, 2]
+    with pytest.raises(ValueError, match="got 5"):
+        decode_probabilities(np.zeros((2, 5)))
+
+
+def test_regions_are_nested_whatever_the_probabilities():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        probabilities = rng.random((6, 6, 6, 3))
+        probabilities[:3] = np.sort(probabilities[:3], axis=-1)  # p(ET) > p(TC) > p(WT)
+        thresholds = rng.uniform(0.2, 0.8, 3)
+        found = decode_probabilities(probabilities, thresholds=list(thresholds))
+        above = probabilities > thresholds
+        assert not (np.isin(found, REGIONS["ET"]) & ~above.all(axis=-1)).any()
+        assert not (np.isin(found, REGIONS["TC"]) & ~above[..., :2].all(axis=-1)).any()
+        np.testing.assert_array_equal(found > 0, above[..., 0])
+
+
+def sure_case(truth, inside=0.9, outside=0.1):
+    """Return probabilities of the regions that fit a truth, and the truth."""
+    truth = np.asarray(truth)
+    regions = [np.isin(truth, values) for values in REGIONS.values()]
+    return np.where(np.stack(regions, -1), inside, outside), truth
+
+
+def test_nothing_is_tuned_where_nothing_is_better():
+    decoding, gain = tune_decoding([sure_case([0, 0, 1, 2, 4, 4])])
+    assert decoding == {}
+    assert (gain == 1).all(axis=None)
+
+
+def test_a_threshold_follows_the_probabilities_of_its_region():
+    probabilities, truth = sure_case([0, 0, 0, 1, 2, 4, 4, 4])
+    probabilities[truth == 4, 2] = 0.4
+    decoding, gain = tune_decoding([(probabilities, truth)])
+    assert decoding["thresholds"][:2] == [0.5, 0.5]
+    assert 0.1 < decoding["thresholds"][2] < 0.4
+    assert gain.loc["ET"].tolist() == [0, 1]
+    found = decode_probabilities(probabilities, **decoding)
+    np.testing.assert_array_equal(found, truth)
+
+
+def test_stray_enhancing_voxels_are_worth_a_least_volume():
+    truth = np.repeat([0, 1, 2], 500)
+    stray = sure_case(truth)[0]
+    stray[500:530, 2] = 0.95
+    many = sure_case(np.repeat([0, 1, 4], 500))
+    decoding, gain = tune_decoding([(stray, truth), many])
+    assert decoding["min_et_voxels"] == 50
+    assert gain.loc["ET"].tolist() == [0.5, 1]
+
+
+def test_labels_are_added_up_over_the_regions():
+    labels = [[0.4, 0.3, 0.1, 0.2], [0.6, 0.2, 0.1, 0.1]]
+    assert decode_probabilities(labels).tolist() == [0, 0]
+    found = decode_probabilities(labels, thresholds=[0.5, 0.4, 0.3])
+    assert found.tolist() == [1, 0]
+
+
+def test_labels_are_tuned_against_the_decoding_that_they_have():
+    # Background is the likeliest label of the last five voxels, and right, although the
+    # other labels together, whole tumour, have more than one half.
+    probabilities = np.tile([0.02, 0.01, 0.96, 0.01], (10, 1))
+    probabilities[5:] = [0.45, 0.2, 0.15, 0.2]
+    decoding, gain = tune_decoding([(probabilities, np.repeat([2, 0], 5))])
+    assert decoding == {}
+    assert (gain == 1).all(axis=None)
+    # Here the tumour is less likely than background, but far more than elsewhere.
+    hidden = np.tile([0.45, 0.3, 0.05, 0.2], (10, 1))
+    hidden[5:] = [0.98, 0.01, 0.01, 0]
+    decoding, gain = tune_decoding([(hidden, np.repeat([1, 0], 5))])
+    assert decoding["thresholds"][1] < 0.5
+    assert gain.loc["TC"].tolist() == [0, 1]
+
+
+def test_of_two_better_thresholds_the_best_is_taken():
+    # Four false voxels at 0.525, one at 0.775: the last gains less than LEAST_GAIN.
+    likely = np.r_[np.full(1000, 0.95), [0.525, 0.525, 0.525, 0.525, 0.775]]
+    regions = np.stack([likely] * 3, axis=-1)
+    truth = np.r_[np.full(1000, 4), np.zeros(5)].astype(np.uint8)
+    decoding, gain = tune_decoding([(regions, truth)])
+    assert decoding["thresholds"][0] >= 0.8 and gain.loc["WT", "tuned"] == 1
+
+
+def test_thresholds_may_be_an_array():
+    regions = [[0.9, 0.6, 0.6]]
+    assert decode_probabilities(regions, thresholds=np.full(3, 0.7)).tolist() == [2]

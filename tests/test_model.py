@@ -1,9 +1,9 @@
 import keras
 import numpy as np
 import pytest
+from keras import layers
 
-from brats_utils.losses import dice_focal_loss
-from brats_utils.metrics import RegionDice
+from brats_utils.losses import RegionDice, dice_focal_loss
 from brats_utils.model import (
     model_table,
     size_factor,
@@ -32,24 +32,24 @@ def test_standard_unet_has_the_published_tutorials_size():
     assert round(total.GFLOP) == 243
 
 
-def test_two_and_three_dimensions_differ_in_rank_only():
+def test_2d_and_3d_have_the_same_layers():
     flat, solid = unet((32, 32, 3)), unet((32, 32, 32, 3))
     assert [x.name for x in flat.layers] == [x.name for x in solid.layers]
     assert flat.output_shape == (None, 32, 32, 4)
     assert solid.output_shape == (None, 32, 32, 32, 4)
 
 
-def test_layers_are_named_as_a_map_of_the_u(tiny):
+def test_layers_are_named_by_stage(tiny):
     stages = dict.fromkeys(x.name.split("_")[0] for x in tiny.layers)
     assert list(stages) == ["image", "encoder1", "bottleneck", "decoder1", "head"]
 
 
-def test_open_sizes_take_any_multiple(tiny):
+def test_open_sizes_accept_any_multiple(tiny):
     assert tiny(np.zeros((1, 4, 6, 8, 3))).shape == (1, 4, 6, 8, 4)
     assert tiny(np.zeros((2, 2, 2, 10, 3))).shape == (2, 2, 2, 10, 4)
 
 
-def test_labels_share_a_voxel_and_regions_do_not(tiny, image):
+def test_labels_sum_to_one_and_regions_do_not(tiny, image):
     labels = np.asarray(tiny(image))
     np.testing.assert_allclose(labels.sum(-1), 1, rtol=1e-5)
     regions = np.asarray(unet(ANY_SIZE, filters=2, depth=2, n_classes=3)(image))
@@ -58,12 +58,12 @@ def test_labels_share_a_voxel_and_regions_do_not(tiny, image):
     assert np.ptp(regions.sum(-1)) > 0.01
 
 
-def test_a_sample_does_not_depend_on_the_batch(tiny, image):
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch(tiny, image):
     together, alone = np.asarray(tiny(image)), np.asarray(tiny(image[1:]))
     np.testing.assert_allclose(together[1:], alone, atol=1e-6)
 
 
-def test_stem_stride_halves_the_grid_and_restores_it():
+def test_stem_stride_halves_the_resolution_and_restores_it():
     model = unet((16, 16, 16, 3), filters=2, depth=3, stem_stride=2)
     assert model.get_layer("encoder1_conv1").output.shape == (None, 8, 8, 8, 2)
     assert model.get_layer("bottleneck_act2").output.shape == (None, 2, 2, 2, 8)
@@ -73,16 +73,16 @@ def test_stem_stride_halves_the_grid_and_restores_it():
     assert full / cheap > 7
 
 
-@pytest.mark.parametrize("stride, factors", [(1, (1, 2, 4)), (2, (1, 2, 4))])
-def test_coarser_outputs_learn_from_the_same_labels(stride, factors):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_deep_supervision_weighs_the_losses_of_all_outputs(stride):
     model = unet((16, 16, 16, 2), filters=2, depth=4, stem_stride=stride)
     supervised = supervise_deeply(model, 2)
-    assert supervised.factors == factors
+    assert supervised.factors == (1, 2, 4)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 16, 16, 16, 2)).astype("float32")
     y = rng.integers(0, 4, (2, 16, 16, 16, 1)).astype("uint8")
     outputs = [np.asarray(output) for output in supervised(x)]
-    assert [o.shape[1] for o in outputs] == [16 // factor for factor in factors]
+    assert [output.shape[1] for output in outputs] == [16, 8, 4]
     np.testing.assert_array_equal(outputs[0], model(x))
     supervised.compile("sgd", dice_focal_loss, metrics=[RegionDice("WT")])
     sampled = [y, y[:, 1::2, 1::2, 1::2], y[:, 2::4, 2::4, 2::4]]
@@ -90,13 +90,28 @@ def test_coarser_outputs_learn_from_the_same_labels(stride, factors):
         float(np.mean(dice_focal_loss(labels, output)))
         for labels, output in zip(sampled, outputs, strict=True)
     ]
+    # Validation looks at the first output alone, so it compares with other models.
     scores = supervised.test_on_batch(x, y, return_dict=True)
-    assert scores["loss"] == pytest.approx(losses[0], rel=1e-5)  # comparable
+    assert scores["loss"] == pytest.approx(losses[0], rel=1e-5)
     expected = (losses[0] + losses[1] / 2 + losses[2] / 4) / 1.75
     trained = supervised.train_on_batch(x, y, return_dict=True)
     assert trained["loss"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="stages can be supervised, not 4"):
-        supervise_deeply(model, 4)
+
+
+def test_copies_of_a_model_keep_their_factors(tmp_path):
+    model = unet(ANY_SIZE, filters=2, depth=3, stem_stride=2)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for copy in (loaded, keras.models.clone_model(model)):
+        assert size_factor(copy) == 8
+        assert supervise_deeply(copy, 2).factors == (1, 2, 4)
+
+
+@pytest.mark.parametrize("levels", [0, 3])
+def test_deep_supervision_needs_that_many_stages(levels):
+    model = unet(ANY_SIZE, filters=2, depth=4)  # decoder3 and decoder2 are coarser
+    with pytest.raises(ValueError, match=f"from 1 to 2 .*, got {levels}"):
+        supervise_deeply(model, levels)
 
 
 def test_dropout_acts_in_training_only(image):
@@ -132,7 +147,7 @@ def test_reloads_compiled_without_custom_objects(tiny, image, tmp_path):
     assert again.loss is dice_focal_loss
 
 
-def test_learns_one_patch_by_heart():
+def test_memorises_one_patch():
     keras.utils.set_random_seed(0)
     labels = np.zeros((1, 8, 8, 8, 1), "uint8")
     for label, edge in ((2, 1), (3, 2), (1, 3)):
@@ -144,24 +159,18 @@ def test_learns_one_patch_by_heart():
     np.testing.assert_array_equal(predicted, labels[..., 0])
 
 
-def test_cicek2016_has_the_published_size_and_valid_grid():
-    model = unet_cicek2016((132, 132, 116, 3), n_classes=3, padding="valid")
+def test_cicek2016_has_the_published_size_and_keeps_the_grid():
+    model = unet_cicek2016((32, 32, 32, 3), n_classes=3)
     assert model.count_params() == 19_069_955
-    assert model.output_shape == (None, 44, 44, 28, 3)
-
-
-def test_cicek2016_with_same_padding_keeps_the_grid_and_the_weights():
-    valid = unet_cicek2016((92, 92, 92, 3), padding="valid")
-    same = unet_cicek2016(ANY_SIZE)
-    assert [w.shape for w in same.weights] == [w.shape for w in valid.weights]
-    assert same(np.zeros((1, 8, 8, 16, 3))).shape == (1, 8, 8, 16, 4)
+    assert model.output_shape == (None, 32, 32, 32, 3)
+    assert model.get_layer("bottleneck_act2").output.shape == (None, 4, 4, 4, 512)
 
 
 @pytest.mark.parametrize(
     ("shape", "options", "says"),
     [
-        ((30, 32, 32, 3), {}, "multiple of 16"),
-        ((16, 16, 16, 3), {"stem_stride": 2}, "multiple of 32"),
+        ((30, 32, 32, 3), {}, "multiples of 16, got .30, 32, 32."),
+        ((16, 16, 16, 3), {"stem_stride": 2}, "multiples of 32"),
         ((32, 3), {}, r"\(X, Y, C\) or \(X, Y, Z, C\)"),
         ((32, 32, 32, None), {}, "channels"),
         ((32, 32, 32, 3), {"n_classes": 2}, "n_classes"),
@@ -169,7 +178,7 @@ def test_cicek2016_with_same_padding_keeps_the_grid_and_the_weights():
         ((32, 32, 32, 3), {"stem_stride": 3}, "stem_stride"),
     ],
 )
-def test_unet_says_what_does_not_fit(shape, options, says):
+def test_unet_rejects_what_does_not_fit(shape, options, says):
     with pytest.raises(ValueError, match=says):
         unet(shape, **options)
 
@@ -178,12 +187,11 @@ def test_unet_says_what_does_not_fit(shape, options, says):
     ("shape", "options", "says"),
     [
         ((64, 64, 3), {}, r"\(X, Y, Z, C\)"),
-        ((60, 64, 64, 3), {}, "multiple of 8"),
-        ((64, 64, 64, 3), {"padding": "full"}, "padding"),
+        ((60, 64, 64, 3), {}, "multiples of 8"),
         ((64, 64, 64, 3), {"n_classes": 5}, "n_classes"),
     ],
 )
-def test_cicek2016_says_what_does_not_fit(shape, options, says):
+def test_cicek2016_rejects_what_does_not_fit(shape, options, says):
     with pytest.raises(ValueError, match=says):
         unet_cicek2016(shape, **options)
 
@@ -222,16 +230,40 @@ def test_table_by_hand():
     ]
 
 
-def test_table_needs_sizes(tiny):
-    with pytest.raises(ValueError, match="give input_shape"):
+def test_table_needs_sizes_that_fit(tiny):
+    with pytest.raises(ValueError, match="pass input_shape"):
         model_table(tiny)
+    with pytest.raises(ValueError, match=r"multiples of 2, got \(5, 8, 8\)"):
+        model_table(tiny, (5, 8, 8, 3))
 
 
-def test_table_says_what_sizes_fit():
-    model = unet(ANY_SIZE, filters=2, depth=3, stem_stride=2)
-    model_table(model, (8, 8, 16, 3))
-    with pytest.raises(ValueError, match=r"\(12, 8, 16, 3\).*multiple of 8"):
-        model_table(model, (12, 8, 16, 3))
+def test_table_of_a_fixed_size_equals_that_of_an_open_one(tiny):
+    fixed = unet((8, 8, 16, 3), filters=2, depth=2)
+    expected = model_table(fixed)
+    assert expected.equals(model_table(tiny, (8, 8, 16, 3)))
+    assert expected.output["bottleneck"] == (4, 4, 8, 4)
+
+
+def foreign_network():
+    """Return a 2D U-Net unlike ours: a nested encoder, a shared layer, a gate."""
+    image = keras.Input((None, None, 3))
+    fine = layers.Conv2D(4, 3, padding="same")(image)
+    encoder = keras.Model(image, [fine, layers.MaxPooling2D(8)(fine)])
+    image = keras.Input((None, None, 3))
+    fine, coarse = encoder(image)
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(coarse)
+    coarse = layers.Multiply()([coarse, layers.Conv2D(4, 1)(gate)])
+    activation = layers.ReLU()
+    x = activation(layers.UpSampling2D(8)(coarse))
+    x = activation(layers.Concatenate()([fine, x]))
+    return keras.Model(image, layers.Conv2D(4, 1)(x))
+
+
+def test_size_factor_of_other_networks():
+    assert size_factor(foreign_network()) == 8
+    assert size_factor(unet((16, 16, 16, 1), filters=2, depth=5)) == 16  # one voxel
+    assert size_factor(unet(ANY_SIZE, filters=2, depth=1)) == 1
+    assert size_factor(unet_cicek2016(ANY_SIZE)) == 8
 
 
 def test_the_librarys_network_trains_with_our_loss_and_reloads(tmp_path):

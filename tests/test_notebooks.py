@@ -1,5 +1,6 @@
 """The notebooks: clean as committed, and run alone, twice, and top to bottom."""
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -10,12 +11,16 @@ import nbformat
 import pandas as pd
 import pytest
 
+from brats_utils import inference
 from brats_utils.cases import find_cases, load_labels
-from brats_utils.files import read_json, write_json
+from brats_utils.files import read_manifest
 from brats_utils.phantom import write_phantom
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+PREDICT = ROOT / "notebooks" / "predict_your_scans.ipynb"
+# TensorFlow's start-up lines stay out of the outputs, as in the Makefile.
+QUIET = ["--IPKernelApp.capture_fd_output=False"]
 TINY = {
     "N_PHANTOMS": "6",
     "PHANTOM_SHAPE": "48,48,40",
@@ -38,23 +43,36 @@ def code_of(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def execute(path, data, monkeypatch, **settings):
+def environment(data, **settings):
+    """Return the environment variables of a notebook with these parameters only."""
+    outside = {k: v for k, v in os.environ.items() if not k.startswith("BRATS_")}
+    settings = {**settings, "DATA": str(data)}
+    return outside | {f"BRATS_{name}": value for name, value in settings.items()}
+
+
+def execute(path, data, **settings):
     """Run a notebook with its own folder as the current one; return it."""
-    for name, value in {**settings, "DATA": str(data)}.items():
-        monkeypatch.setenv(f"BRATS_{name}", value)
     notebook = nbformat.read(path, as_version=4)
-    client = nbclient.NotebookClient(
-        notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}
-    )
-    return client.execute()
+    resources = {"metadata": {"path": str(path.parent)}}
+    options = {"timeout": 900, "extra_arguments": QUIET, "resources": resources}
+    client = nbclient.NotebookClient(notebook, **options)
+    return client.execute(env=environment(data, **settings))
 
 
-def test_there_are_four():
+def warnings_in(notebook):
+    outputs = [output for cell in code_of(notebook) for output in cell.outputs]
+    return [output["text"] for output in outputs if output.get("name") == "stderr"]
+
+
+def test_there_are_four_and_one_to_predict_with():
     names = ["01_prepare", "02_generator", "03_model", "04_train_predict"]
     assert [path.stem for path in NOTEBOOKS] == names
+    assert sorted(PREDICT.parent.glob("*.ipynb")) == [*NOTEBOOKS, PREDICT]
+    setups = {code_of(nbformat.read(p, 4))[0].source for p in [*NOTEBOOKS, PREDICT]}
+    assert len(setups) == 1
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, PREDICT], ids=lambda path: path.stem)
 def test_committed_with_pictures_clean_and_without_errors(path):
     notebook = nbformat.read(path, as_version=4)
     outputs = [output for cell in code_of(notebook) for output in cell.outputs]
@@ -69,7 +87,7 @@ def find_secrets(text):
     return SECRETS.findall(text)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, PREDICT], ids=lambda path: path.stem)
 def test_G02_no_secret_and_no_home_path(path):
     assert not find_secrets(path.read_text(encoding="utf-8"))
 
@@ -80,81 +98,80 @@ def test_G02_can_fail():
 
 
 @pytest.mark.notebooks
-def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path, monkeypatch):
-    for name in ("RAW", "MODEL"):
-        monkeypatch.delenv(f"BRATS_{name}", raising=False)
+def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path):
     for path in NOTEBOOKS:
-        notebook = execute(path, tmp_path, monkeypatch, EXPORT="1", **TINY)
-    assert exported_difference(notebook) < 1e-4
+        assert not warnings_in(execute(path, tmp_path, **TINY))
     (table,) = (tmp_path / "predictions").rglob("scores.csv")
     scores = pd.read_csv(table)
     assert {"case", "dice_WT", "hd95_ET", "mean_iou"} <= set(scores.columns)
-    (notes,) = (tmp_path / "models").rglob("model.json")
-    tuned = {**read_json(notes), "decoding": {"thresholds": [0.9, 0.9, 0.9]}}
-    write_json(notes, tuned)  # on the cases that are scored: it must not be used there
+    (run_dir,) = (tmp_path / "models").glob("*/")
+    trained = inference.load_model(run_dir)
+    trained.description["decoding"] = {"thresholds": [0.9, 0.9, 0.9]}
+    # Tuned on the cases that are scored: it must not be used for their scores.
+    inference._write_description(trained)
     for path in reversed(NOTEBOOKS):
-        execute(path, tmp_path, monkeypatch, **TINY)
+        assert not warnings_in(execute(path, tmp_path, **TINY))
     pd.testing.assert_frame_equal(pd.read_csv(table), scores)
-    check_a_trained_model_on_a_folder(tmp_path, monkeypatch)
-    check_folds_by_the_winners_recipe(tmp_path, monkeypatch)
+    check_a_trained_model_on_other_scans(tmp_path, run_dir)
+    check_folds_by_the_winners_recipe(tmp_path)
 
 
-def exported_difference(notebook):
-    """Return by how much the exported network's answer differs from the original's."""
-    (text,) = (
-        output["text"]
-        for cell in code_of(notebook)
-        for output in cell.outputs
-        if "model.onnx differs" in output.get("text", "")
-    )
-    return float(re.search(r"at most (\S+)", text)[1])
+def check_a_trained_model_on_other_scans(data, run_dir):
+    """Without any parameter, the newest run labels all that it was not trained on."""
+    tables = sorted((data / "predictions").rglob("*.csv"))
+    before = [path.read_bytes() for path in tables]
+    assert not warnings_in(execute(PREDICT, data))
+    assert [path.read_bytes() for path in tables] == before
+    out_dir = data / "predictions" / f"{run_dir.name}-on-phantom"
+    trained_on = inference.load_model(run_dir).description["train_cases"]
+    expected = {case.id for case in find_cases(data / "phantom")} - {*trained_on}
+    assert set(pd.read_csv(out_dir / "volumes_ml.csv")["case"]) == expected
+    for folder in (out_dir, out_dir / "uncertainty"):
+        found = {path.name.removesuffix(".nii.gz") for path in folder.glob("*.gz")}
+        assert found == expected
+    times = [path.stat().st_mtime_ns for path in sorted(out_dir.rglob("*.gz"))]
+    execute(PREDICT, data)
+    assert [p.stat().st_mtime_ns for p in sorted(out_dir.rglob("*.gz"))] == times
 
 
-def check_folds_by_the_winners_recipe(data, monkeypatch):
-    """Each prepared case is scored by the network of the fold that left it out."""
-    winners = {"RUN": "winners", "FOLDS": "2", "N_CLASSES": "3", "AVERAGE": "0.9"}
+def check_folds_by_the_winners_recipe(data):
+    """Each run is scored on its own fold; two of them make an ensemble."""
+    winners = {"RUN": "winners", "N_CLASSES": "3", "AVERAGE": "0.9"}
     winners |= {"DEEP_SUPERVISION": "1", "FLIPS": "1"}
-    for name in ("MODEL", "RAW"):
-        monkeypatch.delenv(f"BRATS_{name}", raising=False)
-    execute(NOTEBOOKS[3], data, monkeypatch, **{**TINY, **winners})
-    scores = pd.read_csv(data / "predictions" / "phantom-winners-folds2" / "scores.csv")
-    report = pd.read_csv(data / "prepared" / "cases.csv").query("kept")
-    assert sorted(scores["case"]) == sorted(report["case"])
-    runs = sorted((data / "models").glob("phantom-winners-fold*"))
-    notes = [read_json(run / "model.json") for run in runs]
-    assert [len(note["train_cases"]) for note in notes] == [3, 3]
-    assert notes[0]["decoding"] == notes[1]["decoding"]
-    assert notes[0]["deep_supervision"] == 1 and notes[0]["outputs"] == "WT, TC, ET"
-
-
-def check_a_trained_model_on_a_folder(data, monkeypatch):
-    """With `MODEL`, nobody trained on is scored, and no other scores are replaced."""
-    (run,) = (data / "models").glob("*-quick")
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="01_prepare"):
-        execute(NOTEBOOKS[3], data, monkeypatch, RAW=str(data), **TINY)
-    (before,) = (data / "predictions").rglob("scores.csv")
-    noted = before.stat().st_mtime_ns
-    other = {**TINY, "PATCH_SHAPE": "64,64,64", "RAW": str(data / "phantom")}
-    execute(NOTEBOOKS[3], data, monkeypatch, MODEL=str(run / "best.keras"), **other)
-    after = data / "predictions" / f"{run.name}-on-phantom" / "scores.csv"
-    trained_on = read_json(run / "model.json")["train_cases"]
-    assert not set(pd.read_csv(after)["case"]) & set(trained_on)
-    assert before.stat().st_mtime_ns == noted
+    runs = [data / "models" / f"phantom-winners-fold{i}" for i in range(2)]
+    scored = []
+    for number, run_dir in enumerate(runs):
+        execute(NOTEBOOKS[3], data, **{**TINY, **winners, "FOLD": str(number)})
+        description = inference.load_model(run_dir).description
+        assert description["outputs"] == "WT, TC, ET"
+        table = pd.read_csv(data / "predictions" / run_dir.name / "scores.csv")
+        assert sorted(table["case"]) == description["val_cases"]
+        assert not {*description["val_cases"]} & {*description["train_cases"]}
+        scored += description["val_cases"]
+    assert len(set(scored)) == len(scored)
+    out_dir = data / "ensemble"
+    names = {"MODEL": ",".join(map(str, runs)), "OUT": str(out_dir), "FLIPS": "0"}
+    execute(PREDICT, data, **names)
+    volumes_ml = pd.read_csv(out_dir / "volumes_ml.csv")
+    assert list(volumes_ml["case"]) == [
+        "BraTS20_Validation_001",
+        "BraTS20_Validation_002",
+    ]
+    assert len(read_manifest(out_dir)["made_from"]["models"]) == 2
 
 
 @pytest.mark.notebooks
-def test_G04_later_notebooks_alone_say_what_is_missing(tmp_path, monkeypatch):
-    for path in NOTEBOOKS[1:]:
-        with pytest.raises(nbclient.exceptions.CellExecutionError, match="01_prepare"):
-            execute(path, tmp_path / "empty", monkeypatch, **TINY)
+def test_G04_later_notebooks_alone_say_what_is_missing(tmp_path):
+    missing = {path: "01_prepare" for path in NOTEBOOKS[1:]} | {PREDICT: "notebook 04"}
+    for path, match in missing.items():
+        with pytest.raises(nbclient.exceptions.CellExecutionError, match=match):
+            execute(path, tmp_path / "empty", **TINY)
 
 
 @pytest.mark.notebooks
-def test_a_wrong_folder_is_an_error_and_never_replaced_by_phantoms(
-    tmp_path, monkeypatch
-):
+def test_a_wrong_folder_is_an_error_and_never_replaced_by_phantoms(tmp_path):
     with pytest.raises(nbclient.exceptions.CellExecutionError, match="no folder"):
-        execute(NOTEBOOKS[0], tmp_path, monkeypatch, RAW=str(tmp_path / "x"), **TINY)
+        execute(NOTEBOOKS[0], tmp_path, RAW=str(tmp_path / "x"), **TINY)
     assert not (tmp_path / "phantom").exists()
 
 
@@ -162,36 +179,37 @@ def test_a_wrong_folder_is_an_error_and_never_replaced_by_phantoms(
 @pytest.mark.parametrize(
     "rows, expected",
     [
-        (("one,True,", "two,False,small", "six,False,not sound: cut"), ["two"]),
-        (("one,True,", "two,True,"), []),
+        (("one,True,", "two,False,labelled below 1", "six,False,not valid"), ["two"]),
+        (("one,True,", "two,True,", "six,False,no segmentation"), []),
     ],
 )
-def test_cases_left_out_as_not_sound_are_not_predicted(tmp_path, rows, expected):
+def test_of_the_cases_left_out_only_the_small_are_predicted(tmp_path, rows, expected):
     (tmp_path / "prepared").mkdir()
     table = "\n".join(("case,kept,reason", *rows))
     (tmp_path / "prepared" / "cases.csv").write_text(table)
     cells = code_of(nbformat.read(NOTEBOOKS[3], as_version=4))
-    (source,) = (cell.source for cell in cells if "report_path" in cell.source)
+    (source,) = (cell.source for cell in cells if "dropped = [" in cell.source)
     scores = pd.DataFrame({"case": ["two"], "dice_WT": [1.0]})
     names = {
         "scans": {i: SimpleNamespace(segmentation=i) for i in ("one", "two", "six")},
         "inference": SimpleNamespace(predict_cases=lambda *args, **options: None),
         "evaluation": SimpleNamespace(score_cases=lambda folder, cases: scores),
-        **{"DATA": tmp_path, "MODEL": None, "FLIPS": False, "pd": pd},
-        **{"models": [], "out_dir": tmp_path},
+        **{"DATA": tmp_path, "FLIPS": False, "pd": pd},
+        **{"trained": None, "out_dir": tmp_path},
     }
     exec(source, names)  # this one cell, where prediction would raise on "six"
     assert [case.segmentation for case in names["dropped"]] == expected
 
 
-def test_scans_without_labels_are_sent_to_notebook_04(tmp_path, monkeypatch):
+@pytest.mark.notebooks
+def test_scans_without_labels_are_sent_to_the_notebook_that_predicts(tmp_path):
     write_phantom(tmp_path / "raw", 0, without_segmentation=1, shape=(48, 48, 40))
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="notebook 04"):
-        execute(NOTEBOOKS[0], tmp_path, monkeypatch, RAW=str(tmp_path / "raw"), **TINY)
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match=PREDICT.stem):
+        execute(NOTEBOOKS[0], tmp_path, RAW=str(tmp_path / "raw"), **TINY)
 
 
 @pytest.mark.notebooks
-def test_a_zip_of_real_cases_from_scan_to_label_map(real_cases, tmp_path, monkeypatch):
+def test_a_zip_of_real_cases_from_scan_to_label_map(real_cases, tmp_path):
     small = {"FILTERS": "4", "DEPTH": "4", "EPOCHS": "1"}
     small |= {"PATCH_SHAPE": "64,64,64"}
     archive = tmp_path / "scans.zip"
@@ -200,7 +218,7 @@ def test_a_zip_of_real_cases_from_scan_to_label_map(real_cases, tmp_path, monkey
             for path in folder.iterdir():
                 zipped.write(path, f"{folder.name}/{path.name}")
     for path in (NOTEBOOKS[0], NOTEBOOKS[3]):
-        execute(path, tmp_path, monkeypatch, RAW=str(archive), **small)
+        execute(path, tmp_path, RAW=str(archive), **small)
     written = list((tmp_path / "predictions").rglob("*.nii.gz"))
     cases = {case.id: case for case in find_cases(tmp_path / "raw" / "scans")}
     assert written
@@ -227,8 +245,8 @@ def test_the_kaggle_set_is_downloaded_when_asked_for(tmp_path, monkeypatch):
     (tmp_path / "stubs" / "kagglehub.py").write_text(stub)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "stubs"))
     before = sorted((tmp_path / "cache").rglob("*"))
-    execute(NOTEBOOKS[0], tmp_path / "data", monkeypatch, DOWNLOAD="1", **TINY)
-    settings = read_json(tmp_path / "data" / "split" / "train" / "settings.json")
+    execute(NOTEBOOKS[0], tmp_path / "data", DOWNLOAD="1", **TINY)
+    settings = read_manifest(tmp_path / "data" / "split")["made_from"]["settings"]
     assert settings["raw"] == str(tmp_path / "cache")
     assert sorted((tmp_path / "cache").rglob("*")) == before  # Kaggle's is read-only
     assert not (tmp_path / "data" / "phantom").exists()
@@ -241,7 +259,7 @@ def test_the_notebooks_run_on_jax(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     for path in NOTEBOOKS:
-        notebook = execute(path, tmp_path, monkeypatch, DEVICES="2", **TINY)
+        notebook = execute(path, tmp_path, DEVICES="2", **TINY)
     text = "".join(
         output.get("text", "") for cell in code_of(notebook) for output in cell.outputs
     )

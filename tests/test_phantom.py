@@ -4,19 +4,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brats_utils.cases import find_cases, load_case, read_grid
+from brats_utils.cases import find_cases, load_case, rename_odd_segmentation
+from brats_utils.files import read_manifest
 from brats_utils.labels import REGIONS
-from brats_utils.phantom import write_phantom
+from brats_utils.phantom import write, write_phantom
 
 SHAPE = (24, 24, 16)
+TRAINING = "BraTS2020_TrainingData/MICCAI_BraTS2020_TrainingData"
 
 
 def checksums(root):
+    """Return {relative path: SHA-256} of all files; links are not followed."""
     return {
-        path.relative_to(root): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(Path(root).rglob("*"))
         if path.is_file()
     }
+
+
+def scans(root):
+    return {name: s for name, s in checksums(root).items() if ".nii" in name}
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +34,34 @@ def small_set(tmp_path_factory):
 
 def test_writes_the_layout_and_names_of_the_data_set(small_set):
     root, cases = small_set
-    folder = root / "BraTS2020_TrainingData" / "MICCAI_BraTS2020_TrainingData"
-    first = folder / "BraTS20_Training_001"
+    first = root / TRAINING / "BraTS20_Training_001"
     assert sorted(path.name for path in first.iterdir()) == [
         f"BraTS20_Training_001_{key}.nii"
         for key in ("flair", "seg", "t1", "t1ce", "t2")
     ]
-    assert (folder / "name_mapping.csv").read_text().count("\n") == 11
-    assert (folder / "survival_info.csv").read_text().startswith("Brats20ID,Age,")
-    assert (folder / "BraTS20_Training_003" / "W39_1998.09.19_Segm.nii").is_file()
+    odd = root / TRAINING / "BraTS20_Training_003" / "W39_1998.09.19_Segm.nii"
+    assert cases[2].segmentation == odd and odd.is_file()
     assert find_cases(root) == cases
     assert [case.segmentation is None for case in cases] == [False] * 10 + [True]
     assert "MICCAI_BraTS2020_ValidationData" in str(cases[-1].images["t1"])
 
 
+def test_tables_have_a_row_for_each_training_case(small_set):
+    folder = small_set[0] / TRAINING
+    mapping = (folder / "name_mapping.csv").read_text().splitlines()
+    assert mapping[0].startswith("Grade,") and len(mapping) == 11
+    assert mapping[7:9] == [
+        "HGG,NA,NA,NA,NA,BraTS20_Training_007",
+        "LGG,NA,NA,NA,NA,BraTS20_Training_008",
+    ]
+    survival = (folder / "survival_info.csv").read_text().splitlines()
+    assert survival[0] == "Brats20ID,Age,Survival_days,Extent_of_Resection"
+    assert survival[10].startswith("BraTS20_Training_010,") and len(survival) == 11
+
+
 def test_a_phantom_is_stored_as_a_real_case_is(small_set):
     _, cases = small_set
     image, segmentation, affine = load_case(cases[0], ("flair", "t1", "t1ce", "t2"))
-    assert read_grid(cases[0])[0] == SHAPE
     assert image.shape == (*SHAPE, 4)
     np.testing.assert_array_equal(np.diag(affine), [-1, -1, 1, 1])
     np.testing.assert_array_equal(affine[:3, 3], [0, 23, 0])
@@ -55,7 +72,7 @@ def test_a_phantom_is_stored_as_a_real_case_is(small_set):
     assert not segmentation[~brain].any()
 
 
-def test_every_tumour_class_is_there_but_in_one_case_of_ten(small_set):
+def test_every_tumour_class_is_there_except_in_one_case_of_ten(small_set):
     for number, case in enumerate(small_set[1][:10], start=1):
         segmentation = load_case(case, ())[1]
         held = {region: np.isin(segmentation, v).any() for region, v in REGIONS.items()}
@@ -68,43 +85,130 @@ def test_same_seed_same_bytes_whatever_the_number_of_threads(tmp_path):
     assert checksums(tmp_path / "one") == checksums(tmp_path / "two")
 
 
-def test_a_case_depends_on_seed_and_number_alone(tmp_path):
+def test_a_case_depends_only_on_seed_and_number(tmp_path):
     write_phantom(tmp_path / "few", 1, seed=5, shape=SHAPE)
     write_phantom(tmp_path / "more", 2, seed=5, shape=SHAPE)
     write_phantom(tmp_path / "other", 1, seed=6, shape=SHAPE)
-    few, more, other = (checksums(tmp_path / n) for n in ("few", "more", "other"))
-    scans = [path for path in few if path.suffix == ".nii"]
-    assert len(scans) == 5
-    assert all(few[path] == more[path] for path in scans)
-    assert all(few[path] != other[path] for path in scans)
+    few, more, other = (scans(tmp_path / name) for name in ("few", "more", "other"))
+    assert len(few) == 5
+    assert few.items() <= more.items()
+    assert few.keys() == other.keys() and not few.items() & other.items()
 
 
 def test_compressed_scans_hold_the_same_voxels(tmp_path, small_set):
     case = write_phantom(tmp_path, 1, shape=SHAPE, compressed=True)[0]
-    assert all(p.name.endswith(".nii.gz") for p in case.images.values())
+    assert all(path.name.endswith(".nii.gz") for path in case.images.values())
     for packed, plain in zip(load_case(case), load_case(small_set[1][0]), strict=True):
         np.testing.assert_array_equal(packed, plain)
 
 
-def test_a_second_call_replaces_phantoms_and_spares_other_scans(tmp_path):
-    write_phantom(tmp_path, 2, shape=SHAPE)
-    write_phantom(tmp_path, 1, shape=SHAPE, compressed=True)
-    assert len(find_cases(tmp_path)) == 1
-    (tmp_path / "real" / "BraTS2020_TrainingData").mkdir(parents=True)
-    with pytest.raises(ValueError, match="not written by write_phantom"):
-        write_phantom(tmp_path / "real", 1, shape=SHAPE)
+def test_the_manifest_lists_what_was_written_and_from_which_settings(small_set):
+    root = small_set[0]
+    manifest = read_manifest(root)
+    assert manifest["kind"] == "phantoms"
+    assert manifest["made_from"] == {
+        "n_cases": 10,
+        "without_segmentation": 1,
+        "seed": 0,
+        "shape": list(SHAPE),
+        "compressed": False,
+    }
+    files = manifest["files"].items()
+    written = {name: noted["sha256"] for name, noted in files if noted}
+    found = checksums(root)
+    assert found.pop("manifest.json") and written == found
+
+
+def test_a_second_call_deletes_only_the_files_of_the_first(tmp_path):
+    root, fresh = tmp_path / "root", tmp_path / "fresh"
+    write_phantom(root, 2, shape=SHAPE, without_segmentation=1)
+    stray = {
+        "notes.txt": "mine",
+        f"{TRAINING}/BraTS20_Training_002/mask.nii": "mine too",
+        "BraTS2020_ValidationData/x.nii": "and this",
+    }
+    for name, text in stray.items():
+        (root / name).write_text(text)
+    for folder in (root, fresh):
+        write_phantom(folder, 1, seed=1, shape=SHAPE, compressed=True)
+    assert {name: (root / name).read_text() for name in stray} == stray
+    for name in stray:
+        (root / name).unlink()
+    assert checksums(root) == checksums(fresh)
+
+
+def test_an_interrupted_call_can_be_repeated(tmp_path, monkeypatch):
+    save_volume, written = write.save_volume, []
+
+    def fail_at_the_seventh(volume, path, **options):
+        written.append(path)
+        if len(written) == 7:
+            raise KeyboardInterrupt
+        save_volume(volume, path, **options)
+
+    monkeypatch.setattr(write, "save_volume", fail_at_the_seventh)
+    with pytest.raises(KeyboardInterrupt):
+        write_phantom(tmp_path / "root", 2, shape=SHAPE, jobs=1)
+    monkeypatch.undo()
+    for name in ("root", "fresh"):
+        write_phantom(tmp_path / name, 1, shape=SHAPE)
+    assert checksums(tmp_path / "root") == checksums(tmp_path / "fresh")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "name",
+    ["BraTS2020_TrainingData/x.nii", "notes.txt", "BraTS20_Training_001_t1.nii.gz"],
+)
+def test_a_folder_with_files_of_the_user_is_refused_and_kept(tmp_path, name):
+    root = tmp_path / "raw"
+    (root / name).parent.mkdir(parents=True)
+    (root / name).write_text("mine")
+    with pytest.raises(ValueError, match="no folder of this project"):
+        write_phantom(root, 1, shape=SHAPE)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [root / name]
+    assert (root / name).read_text() == "mine"
+
+
+def test_a_scan_of_the_user_in_the_way_is_not_overwritten(tmp_path):
+    write_phantom(tmp_path, 1, shape=SHAPE)
+    scan = tmp_path / TRAINING / "BraTS20_Training_002" / "BraTS20_Training_002_t1.nii"
+    scan.parent.mkdir()
+    scan.write_text("mine")
+    before = checksums(tmp_path)
+    with pytest.raises(ValueError, match="BraTS20_Training_002_t1.nii"):
+        write_phantom(tmp_path, 2, seed=1, shape=SHAPE)
+    assert checksums(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
     [
-        ({"n_cases": -1}, "count patients"),
-        ({"n_cases": 0}, "one or more in all, not 0 and 0"),
-        ({"n_cases": 1, "shape": (24, 24)}, "three sizes of 16"),
-        ({"n_cases": 1, "shape": (240, 240, 8)}, "three sizes of 16"),
+        ({"n_cases": -1}, ValueError, "no negative number"),
+        ({"n_cases": 0}, ValueError, "at least one case"),
+        ({"seed": -1}, ValueError, "no negative number"),
+        ({"shape": (24, 24)}, ValueError, "three sizes of 16"),
+        ({"shape": (240, 240, 8)}, ValueError, "three sizes of 16"),
+        ({"n_cases": 1.5}, TypeError, "float"),
+        ({"shape": (24, 24, 16.0)}, TypeError, "float"),
+        ({"jobs": "two"}, TypeError, "str"),
     ],
 )
-def test_impossible_wishes_are_refused_in_plain_words(tmp_path, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        write_phantom(tmp_path, **arguments)
-    assert not any(tmp_path.iterdir())
+def test_wrong_arguments_leave_everything_as_it_was(
+    tmp_path, arguments, error, message
+):
+    write_phantom(tmp_path, 1, shape=SHAPE)
+    before = checksums(tmp_path)
+    with pytest.raises(error, match=message):
+        write_phantom(tmp_path, **{"n_cases": 1, "shape": SHAPE, **arguments})
+    assert checksums(tmp_path) == before
+
+
+def test_a_renamed_segmentation_does_not_outlive_its_patients(tmp_path):
+    root, fresh = tmp_path / "root", tmp_path / "fresh"
+    for seed in (1, 2):
+        write_phantom(root, 3, shape=SHAPE, seed=seed)
+        assert len(rename_odd_segmentation(root)) == 1
+    write_phantom(fresh, 3, shape=SHAPE, seed=2)
+    rename_odd_segmentation(fresh)
+    found, expected = checksums(root), checksums(fresh)
+    assert {**found, "manifest.json": ""} == {**expected, "manifest.json": ""}

@@ -1,4 +1,6 @@
-import ipywidgets
+import gc
+import weakref
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -8,6 +10,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
 
+from brats_utils import plotting  # noqa: E402
 from brats_utils.labels import COLOURS, LABELS  # noqa: E402
 from brats_utils.plotting import (  # noqa: E402
     best_slice,
@@ -16,6 +19,7 @@ from brats_utils.plotting import (  # noqa: E402
     plot_case,
     plot_history,
     plot_prediction,
+    plot_slices,
     plot_uncertainty,
 )
 
@@ -42,12 +46,64 @@ def drawn(axes, layer):
     return axes.images[layer].get_array()
 
 
+def pixel_of(axes, column, row):
+    """Return where a pixel is in its picture, 0 to 1 from the left and the bottom."""
+    position = axes.transData.transform((column, row))
+    return axes.transAxes.inverted().transform(position)
+
+
+def test_best_slice_by_content(toy):
+    segmentation = toy[1]
+    assert best_slice(segmentation, axis=2) == 4
+    assert best_slice(segmentation, axis=0) == 7
+    assert best_slice(np.zeros((4, 6, 9)), axis=1) == 3
+
+
+@pytest.mark.parametrize(
+    ("axis", "letters"), [(0, "A P S I"), (1, "R L S I"), (2, "R L A P")]
+)
+def test_each_end_of_a_plane_is_on_the_side_of_its_letter(axis, letters):
+    """LPS: the first voxel of each axis is right, front and foot."""
+    volume = np.ones((5, 6, 7), np.float32)
+    first = [edge for edge, a in (("R", 0), ("A", 1), ("I", 2)) if a != axis]
+    (axes,) = plot_slices([volume], axis=axis)
+    # The letters follow the text of the slice's index.
+    places = {text.get_text(): text.get_position() for text in axes.texts[1:]}
+    assert " ".join(places) == letters
+    corner = pixel_of(axes, 0, 0)
+    for edge, i in zip(first, (0, 1), strict=True):
+        assert (places[edge][i] < 0.5) == (corner[i] < 0.5)
+
+
+def test_a_flipped_volume_is_not_marked(toy):
+    scan = toy[0][..., 0]
+    axes = plot_slices([scan, scan[::-1]], sides=[True, False], index=[5, 6])
+    assert [text.get_text() for text in axes[0].texts] == ["axial 5", *"RLAP"]
+    assert [text.get_text() for text in axes[1].texts] == ["axial 6"]
+
+
+def test_plot_slices_outlines_a_box_and_keeps_it_in_view(toy):
+    volume = toy[0][..., 0]
+    box = (slice(0, 20), slice(3, 9), slice(0, 10))
+    axes = plot_slices([volume, volume], ["box", "no box"], boxes=[box, None], axis=1)
+    (outline,) = axes[0].patches
+    assert outline.get_xy() == (-0.5, -0.5)
+    assert (outline.get_width(), outline.get_height()) == (20, 10)
+    assert axes[1].get_xlim() == axes[0].get_xlim() == (-9.5, 28.5)
+    assert not axes[1].patches
+
+
+def test_volumes_of_other_shapes_have_frames_of_their_own():
+    axes = plot_slices([np.ones((4, 5, 6)), np.ones((8, 9, 6)), np.zeros((3, 3, 6))])
+    assert [each.get_xlim()[1] for each in axes] == [12.5, 16.5, 11.5]
+
+
 def test_plot_case_draws_every_channel_and_its_labels(toy):
     axes = plot_case(*toy, spacing_mm=(1, 2, 3), axis=0)
     assert [each.get_title() for each in axes] == ["FLAIR", "T1CE", "T2"]
     overlay = axes[1].images[1]
-    # Label 4 is the third colour; sagittal slice 7, seen from the head downwards.
-    assert overlay.get_array()[11 - 5, 6] == 3
+    # Label 4 is the third colour; sagittal slice 7, with Z as rows and Y as columns.
+    assert overlay.get_array()[5, 6] == 3
     assert overlay.get_array().mask[0, 0]
     assert matplotlib.colors.to_hex(overlay.cmap(2)) == COLOURS[4].lower()
     assert axes[0].get_aspect() == 3 / 2
@@ -60,7 +116,7 @@ def test_grey_window_is_of_brain_voxels_and_background_is_black(toy):
     axes = plot_case(standardised, index=6)
     low, high = axes[0].images[0].get_clim()
     assert -3 < low < -1.5 and 1.5 < high < 3
-    assert drawn(axes[0], 0)[0, 0] == np.float32(low)
+    assert drawn(axes[0], 0).mask[0, 0] and axes[0].get_facecolor() == (0, 0, 0, 1)
     assert not axes[0].figure.legends
 
 
@@ -74,26 +130,36 @@ def test_plot_prediction_tells_errors_apart(toy):
     errors = drawn(axes[3], 1)
     assert (errors[5, 5], errors[7, 11], errors[6, 6]) == (1, 2, 3)
     assert errors.count() == 3
-    assert len(axes[0].figure.legends[0].get_texts()) == 6
+    names = [text.get_text() for text in axes[0].figure.legends[0].get_texts()]
+    assert names[3:] == ["missed", "false positive", "wrong label"]
     assert len(axes[0].images) == 1 and len(axes[1].images) == 2
 
 
-def test_plot_uncertainty_has_one_scale_for_all_figures(toy):
+def test_no_colour_means_two_things():
+    colours = [*plotting.LABEL_COLOURS.values(), *plotting.ERRORS.values()]
+    colours += [plotting.BOX_COLOUR, *plotting.REGION_COLOURS.values()]
+    assert plotting.REGION_COLOURS["ET"] == COLOURS[4]  # the same voxels
+    assert len(set(colours)) == len(colours) - 1
+
+
+def test_plot_uncertainty_has_one_scale_for_all_figures_on_a_dimmed_scan(toy):
     image, prediction = toy
     spread = np.zeros(prediction.shape, np.float32)
     spread[6, 5, 5] = 0.3
     axes = plot_uncertainty(image, prediction, spread, index=5)
-    doubt = axes[1].images[1]
-    assert doubt.get_clim() == (0, 0.5)
-    assert doubt.get_array().count() == 1 and drawn(axes[1], 1)[5, 6] == np.float32(0.3)
-    index = best_slice(prediction)
-    assert f"axial {index}" in plot_uncertainty(*toy, spread)[0].texts[0].get_text()
+    sd = axes[2].images[1]
+    assert sd.get_clim() == (0.05, 0.5)
+    assert sd.get_array().count() == 1 and drawn(axes[2], 1)[5, 6] == np.float32(0.3)
+    low, high = axes[0].images[0].get_clim()
+    assert axes[2].images[0].get_clim() == (low, high + (high - low))
+    bar = axes[0].figure.axes[3]
+    assert bar.get_ylabel() == "standard deviation" and bar.get_ylim() == (0.05, 0.5)
 
 
 def test_plot_prediction_finds_the_slice_where_nothing_is_true(toy):
     image, prediction = toy
     axes = plot_prediction(image, np.zeros_like(prediction), prediction)
-    assert drawn(axes[3], 1).count() == 25  # the whole of slice 4 is invented
+    assert drawn(axes[3], 1).count() == 25  # the whole of slice 4 is a false positive
 
 
 def test_plots_use_the_axes_given(toy):
@@ -101,13 +167,19 @@ def test_plots_use_the_axes_given(toy):
     for row in axes:
         assert plot_prediction(*toy, toy[1], axes=row)[0] is row[0]
     assert len(figure.legends) == 1 and plt.get_fignums() == [figure.number]
-    with pytest.raises(ValueError, match="got 2"):
+    with pytest.raises(ValueError, match="3 pictures need 3 axes, got 2"):
         plot_case(*toy, axes=axes[0, :2])
 
 
-def test_training_labels_are_refused(toy):
-    with pytest.raises(ValueError, match="found 3 in 320"):
-        plot_case(toy[0], np.full((20, 16, 12), 3))
+def test_what_does_not_fit_is_refused(toy):
+    image, segmentation = toy
+    with pytest.raises(ValueError, match="found 3 in 3840"):
+        plot_case(image, np.full((20, 16, 12), 3))
+    with pytest.raises(ValueError, match=r"of \(20, 16, 12\), got \(20, 16, 11\)"):
+        plot_case(image, segmentation[..., 1:])
+    with pytest.raises(ValueError, match="expected one image"):
+        plot_case(image[None], segmentation)
+    assert not plt.get_fignums()
 
 
 def test_plot_history_skips_what_is_missing():
@@ -123,102 +195,99 @@ def test_plot_history_skips_what_is_missing():
     assert [list(line.get_ydata()) for line in loss.lines] == [[3, 2, 1]]
     assert list(dice.lines[1].get_xdata()) == [2]
     assert dice.lines[1].get_label() == "enhancing tumour, validation"
+    assert (dice.get_xlabel(), dice.get_ylabel()) == ("epoch", "Dice")
     assert len(plot_history(history.drop(columns="epoch"))[1].lines) == 2
 
 
 @pytest.fixture
 def displayed(monkeypatch):
+    """What is displayed: figures and mime bundles."""
     shown = []
-    monkeypatch.setattr("IPython.display.display", shown.append)
-    monkeypatch.setattr("brats_utils.plotting._display_live", shown.append)
+    monkeypatch.setattr("IPython.display.display", lambda each, **_: shown.append(each))
     return shown
 
 
-def controls_of(viewer):
-    """Return the picture and {name: widget} of a viewer."""
-    picture, (plane, index, jump, scan, overlay, opacity) = (
-        viewer.children[0],
-        viewer.children[1].children,
+@pytest.fixture
+def browsers(monkeypatch):
+    """The browsers that are made."""
+    made, show = [], plotting._Browser.show
+    monkeypatch.setattr(
+        plotting._Browser, "show", lambda self: (made.append(self), show(self))
     )
-    names = {"plane": plane, "index": index, "jump": jump, "scan": scan}
-    return picture, names | {"overlay": overlay, "opacity": opacity}
+    return made
 
 
-def test_browse_shows_a_still_picture_then_a_viewer(toy, displayed):
+def test_browse_shows_a_still_picture_then_a_browser(toy, displayed, browsers):
     spread = np.where(toy[1] != 0, np.float32(0.3), np.float32(0))
     browse(*toy, toy[1], spread)
-    still, viewer = displayed
-    assert len(still.axes) == 4 and not plt.get_fignums()
-    picture, controls = controls_of(viewer)
-    index, overlay = controls["index"], controls["overlay"]
-    assert (index.value, index.max) == (4, 11)
-    assert overlay.options == (
-        *("nothing", "uncertainty", "errors", "truth", "prediction"),
-    )
-    changes = [("index", 5), ("overlay", "nothing"), ("overlay", "uncertainty")]
+    still, live = displayed
+    titles = [axes.get_title() for axes in still.axes[:5]]
+    assert titles == ["FLAIR", "truth", "prediction", "errors", "uncertainty"]
+    assert not plt.get_fignums()
+    # A saved notebook, where no widgets can run, holds a line in their place.
+    assert live["text/plain"].startswith("A slice browser is shown here")
+    (browser,) = browsers
+    shown = live["application/vnd.jupyter.widget-view+json"]
+    assert shown["model_id"] == browser.box.model_id
+    assert (browser.index.value, browser.index.max) == (4, 11)
+    assert browser.layer.options == ("nothing", *titles[1:])
+
+
+def test_every_control_of_a_browser_changes_the_picture(toy, displayed, browsers):
+    browse(*toy, toy[1], np.where(toy[1] != 0, np.float32(0.3), np.float32(0)))
+    (browser,) = browsers
+    picture, controls = browser.box.children
+    changes = [("index", 5), ("layer", "nothing"), ("layer", "uncertainty")]
     changes += [("opacity", 1.0), ("scan", "T2"), ("plane", 0)]
     for name, value in changes:
         before = bytes(picture.value)
         assert before.startswith(b"\x89PNG")
-        controls[name].value = value
+        control = getattr(browser, name)
+        assert control in controls.children
+        control.value = value
         assert bytes(picture.value) != before, name
     assert not plt.get_fignums()
 
 
-def test_the_still_picture_of_a_spread_is_of_the_spread(toy, displayed):
-    browse(toy[0], prediction=toy[1], spread=np.ones(toy[1].shape, np.float32))
-    titles = [axes.get_title() for axes in displayed[0].axes]
-    assert titles[:2] == ["FLAIR, prediction", "standard deviation"]
-
-
-def test_the_viewer_goes_to_the_slice_with_most_tumour(toy, displayed):
+def test_a_browser_goes_to_the_slice_with_most_tumour(toy, displayed, browsers):
     browse(*toy)
-    _, controls = controls_of(displayed[1])
+    (browser,) = browsers
+    jump = browser.box.children[1].children[-1]
     for axis in (0, 1, 2):
-        controls["plane"].value = axis
-        controls["index"].value = 0
-        controls["jump"].click()
-        assert controls["index"].value == best_slice(toy[1], axis)
-        assert controls["index"].max == toy[1].shape[axis] - 1
+        browser.plane.value = axis
+        assert browser.index.value == best_slice(toy[1], axis)
+        browser.index.value = 0
+        jump.click()
+        assert browser.index.value == best_slice(toy[1], axis)
+        assert browser.index.max == toy[1].shape[axis] - 1
 
 
-def widgets_alive():
-    return len(ipywidgets.widgets.widget._instances)
-
-
-def test_browse_cases_begins_with_the_worst(toy, displayed):
+def test_browse_cases_begins_with_the_worst_and_keeps_one_case(
+    toy, displayed, browsers
+):
     scores = pd.Series({"good": 0.9, "bad": 0.1, "fair": 0.5})
     loaded = []
 
     def load(case_id):
-        loaded.append(case_id)
-        return *toy, toy[1]
+        # The next case has fewer slices, and no prediction.
+        size = 12 - len(loaded)
+        image = toy[0][..., :size, :].copy()
+        loaded.append((case_id, weakref.ref(image)))
+        label_map = toy[1][..., :size]
+        return (image, label_map, label_map) if len(loaded) == 1 else (image, label_map)
 
     browse_cases(scores, load)
-    still, box = displayed
-    chooser, viewer = box.children
-    assert [case_id for _, case_id in chooser.options] == ["bad", "fair", "good"]
-    assert set(loaded) == {"bad"} and len(still.axes) == 4
-    (picture, _), every = viewer.children, widgets_alive()
-    chooser.value = "fair"
-    assert loaded[-1] == "fair" and box.children[1] is not viewer
-    # What was left open would keep its volumes in memory.
-    assert widgets_alive() == every and picture.comm is None
-
-
-def test_a_saved_notebook_holds_a_line_in_the_place_of_widgets(toy, monkeypatch):
-    bundles = []
-    monkeypatch.setattr(
-        "IPython.display.display", lambda each, **_: bundles.append(each)
+    (browser,) = browsers
+    chooser = browser.box.children[1].children[0]
+    assert chooser.options == (
+        *(("bad: 0.10", "bad"), ("fair: 0.50", "fair"), ("good: 0.90", "good")),
     )
-    browse(*toy)
-    live = bundles[1]
-    assert live["text/plain"] == "In a running notebook a slice browser stands here."
-    assert live["application/vnd.jupyter.widget-view+json"]["model_id"]
-
-
-def test_without_ipywidgets_there_is_a_still_picture(toy, displayed, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    browse(toy[0])
-    browse_cases(pd.Series({"one": 1.0}), lambda case_id: (*toy, None))
-    assert [len(figure.axes) for figure in displayed] == [3, 3]
+    assert [case_id for case_id, _ in loaded] == ["bad"] and len(displayed[0].axes) == 4
+    displayed.clear()  # the still picture shows views of the first case
+    browser.index.value = 11
+    before = bytes(browser.picture.value)
+    chooser.value = "fair"
+    assert loaded[-1][0] == "fair" and browser.index.max == 10
+    assert bytes(browser.picture.value) != before
+    gc.collect()
+    assert [image() is None for _, image in loaded] == [True, False]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from conftest import prepared_toys
 
-from brats_utils.dataset import split_dataset
 from brats_utils.labels import encode_labels
+from brats_utils.split import split_dataset, split_folds
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "seed_recipe.py"
 
@@ -26,14 +26,14 @@ def test_network_has_the_published_size(recipe):
     assert model.output_shape == (None, 128, 128, 128, 4)
 
 
-def test_each_axial_slice_is_scaled_on_its_own(recipe):
+def test_each_axial_slice_is_scaled_separately(recipe):
     volume = np.array([[[0, 10], [5, 20]], [[10, 30], [2, 50]]])
     # Slice 0 spans 0..10, slice 1 spans 10..50: a 10 becomes 1 in one, 0 in the other.
     expected = [[[0, 0], [0.5, 0.25]], [[1, 0.5], [0.2, 1]]]
     np.testing.assert_allclose(recipe.scale_slicewise(volume), expected, atol=1e-12)
 
 
-def test_window_loses_what_lies_outside(recipe):
+def test_window_loses_tumour_outside_it(recipe):
     segmentation = np.zeros((240, 240, 155), np.uint8)
     segmentation[50:60, 100, 100] = 4  # six of ten voxels lie before index 56
     segmentation[183:185, 100, 140] = 1  # one lies beyond 183
@@ -58,7 +58,7 @@ def test_loss_of_a_perfect_prediction_is_three_quarters(recipe):
     assert float(recipe.tutorial_loss(perfect, perfect)) == pytest.approx(0.75)
 
 
-def test_batches_keep_the_order_and_the_rest(recipe, tmp_path):
+def test_batches_keep_the_order_and_include_the_last_case(recipe, tmp_path):
     for i in "abc":
         np.save(tmp_path / f"image_{i}.npy", np.full(2, ord(i)))
         np.save(tmp_path / f"mask_{i}.npy", np.full(2, -ord(i)))
@@ -78,12 +78,15 @@ def test_clock_stops_within_an_epoch(recipe):
 
 def test_cases_are_those_of_the_split(recipe, toy_set, tmp_path):
     prepared, _ = prepared_toys(toy_set, tmp_path)
-    ids = split_dataset(prepared, tmp_path / "split")
-    found = recipe.split_cases(tmp_path / "split")
-    assert [[case.id for case in part] for part in found] == list(ids.values())
-    assert found[0][0].segmentation.is_relative_to(toy_set)
+    splits = {tmp_path / "split": split_dataset(prepared, tmp_path / "split")}
+    folds = split_folds(prepared, tmp_path / "folds", folds=2)
+    splits[tmp_path / "folds/fold1"] = folds[1]
+    for folder, ids in splits.items():
+        found = recipe.split_cases(folder)
+        assert [[case.id for case in side] for side in found] == list(ids.values())
+        assert found[0][0].segmentation.is_relative_to(toy_set)
 
 
 def test_missing_split_says_what_to_run(recipe, tmp_path):
-    with pytest.raises(SystemExit, match="run notebook 01"):
+    with pytest.raises(FileNotFoundError, match="01_prepare"):
         recipe.split_cases(tmp_path)

@@ -1,0 +1,172 @@
+"""Write synthetic patients to disk, in the folders and names of the BraTS2020 set."""
+
+import operator
+from pathlib import Path
+
+import numpy as np
+from joblib import Parallel, delayed
+from scipy.special import ndtri
+
+from brats_utils.cases import ALL_MODALITIES, Case
+from brats_utils.files import OutputFolder
+from brats_utils.nifti import save_volume
+from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
+
+SET_FOLDER = "BraTS2020_{0}Data/MICCAI_BraTS2020_{0}Data"
+# As in folder 355 of the Kaggle set, one segmentation has another name.
+ODD_NAME, ODD_INDEX = "W39_1998.09.19_Segm", 2
+
+
+def _is_low_grade(index):
+    """Return whether a case has no enhancing tumour: one in ten."""
+    return index % 10 == 7
+
+
+def _even_draws(seed, kind_number, index):
+    """Return (5, 4) standard normal values, spread evenly over every eight cases."""
+    rng = np.random.default_rng([seed, kind_number, 1, index // 8])
+    eighths = rng.permuted(np.tile(np.arange(8), (20, 1)), axis=1)
+    draws = ndtri((eighths + rng.random((20, 8))) / 8)
+    return np.clip(draws[:, index % 8], -1.8, 1.8).reshape(5, 4).tolist()
+
+
+def _plan_case(root, kind, index, suffix):
+    """Return where the files of a patient will be."""
+    case_id = f"BraTS20_{kind}_{index + 1:03}"
+    folder = Path(root, SET_FOLDER.format(kind), case_id)
+    images = {m: folder / f"{case_id}_{m}{suffix}" for m in ALL_MODALITIES}
+    stem = ODD_NAME if index == ODD_INDEX else f"{case_id}_seg"
+    segmentation = folder / f"{stem}{suffix}" if kind == "Training" else None
+    return Case(case_id, images, segmentation)
+
+
+def _write_case(folder, root, case, index, seed, shape):
+    """Draw one patient and write its files."""
+    kind_number = int(case.segmentation is None)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[1, 3] = shape[1] - 1
+    volumes = draw_patient(
+        [seed, kind_number, 0, index],
+        _even_draws(seed, kind_number, index),
+        shape,
+        enhances=not _is_low_grade(index),
+        # One case in eight is from a scanner with values about thirty times higher.
+        brightness=25 if index % 8 == 3 else 1,
+    )
+    paths = {**case.images, "seg": case.segmentation}
+    for key, volume in volumes:
+        if paths[key]:
+            with folder.write(paths[key].relative_to(root).as_posix()) as temporary:
+                save_volume(volume, temporary, affine=affine)
+
+
+def _fill_tables(n_cases, seed):
+    """Return {path: text} of the two tables that accompany the training cases."""
+    rng = np.random.default_rng([seed, 2])
+    names = "BraTS_2017_subject_ID,BraTS_2018_subject_ID,TCGA_TCIA_subject_ID"
+    mapping = f"Grade,{names},BraTS_2019_subject_ID,BraTS_2020_subject_ID\n"
+    survival = "Brats20ID,Age,Survival_days,Extent_of_Resection\n"
+    for index in range(n_cases):
+        case_id = f"BraTS20_Training_{index + 1:03}"
+        mapping += f"{'LGG' if _is_low_grade(index) else 'HGG'},NA,NA,NA,NA,{case_id}\n"
+        age, days = rng.normal(60, 12), rng.lognormal(5.8, 0.8)
+        survival += f"{case_id},{age:.3f},{days:.0f},NA\n"
+    tables = {"name_mapping.csv": mapping, "survival_info.csv": survival}
+    folder = SET_FOLDER.format("Training")
+    return {f"{folder}/{name}": text for name, text in tables.items()}
+
+
+def _check_arguments(n_cases, without_segmentation, seed, shape, compressed):
+    """Validate the arguments and return them in a form that JSON can hold."""
+    names = ("n_cases", "without_segmentation", "seed")
+    numbers = (n_cases, without_segmentation, seed)
+    settings = {name: operator.index(n) for name, n in zip(names, numbers, strict=True)}
+    if min(numbers) < 0 or n_cases + without_segmentation == 0:
+        raise ValueError(
+            f"expected at least one case and no negative number, got {settings}"
+        )
+    sizes = [operator.index(n) for n in shape]
+    if len(sizes) != 3 or min(sizes) < 16:
+        raise ValueError(f"shape must be three sizes of 16 voxels or more, got {shape}")
+    return {**settings, "shape": sizes, "compressed": bool(compressed)}
+
+
+def _odd_folders(names):
+    """Return the folders of segmentations with the odd name."""
+    return [str(Path(name).parent) for name in names if ODD_NAME in name]
+
+
+def write_phantom(
+    root,
+    n_cases,
+    *,
+    seed=0,
+    shape=FULL_SHAPE,
+    without_segmentation=0,
+    compressed=False,
+    jobs=None,
+):
+    """Write synthetic BraTS-like patients, in the folders and names of the Kaggle set.
+
+    The third training case has a segmentation with another name, as folder 355 of that
+    set has. The 8th, 18th, 28th and so on have no enhancing tumour. The same seed gives
+    the same bytes, whatever `jobs` is, and case i does not depend on how many cases are
+    written.
+
+    Parameters
+    ----------
+    root : path
+        Folder to write to: absent, empty, or written by an earlier call. The files of
+        that call are replaced; other files in the folder are kept.
+    n_cases : int
+        Number of training patients, which have a segmentation.
+    seed : int
+        Another seed gives other patients.
+    shape : tuple of 3 int
+        Voxels of a volume, at least 16 along each axis. The anatomy is scaled to it.
+    without_segmentation : int
+        Number of validation patients, which have no segmentation.
+    compressed : bool
+        Write `.nii.gz` instead of `.nii`, which is slower.
+    jobs : int, optional
+        How many patients to draw at once, in threads. By default, one per core.
+
+    Returns
+    -------
+    cases : list of Case
+        Training cases, then validation cases, sorted by id.
+
+    Raises
+    ------
+    ValueError
+        If a number is negative, no case is asked for, `shape` is too small, or `root`
+        holds files that this function did not write. Nothing is changed then.
+    TypeError
+        If a number is not an integer.
+    """
+    settings = _check_arguments(n_cases, without_segmentation, seed, shape, compressed)
+    jobs = operator.index(jobs or -1)  # -1: one per core
+    suffix = ".nii.gz" if compressed else ".nii"
+    patients = [("Training", i) for i in range(n_cases)]
+    patients += [("Validation", i) for i in range(without_segmentation)]
+    cases = [_plan_case(root, *patient, suffix) for patient in patients]
+    paths = [path for c in cases for path in (*c.images.values(), c.segmentation)]
+    tables = _fill_tables(n_cases, seed) if n_cases else {}
+    names = [*tables, *(p.relative_to(root).as_posix() for p in paths if p)]
+    # The odd segmentation is ours under the name that renaming gives it, too.
+    names += [
+        f"{place}/{Path(place).name}_seg{suffix}" for place in _odd_folders(names)
+    ]
+    with OutputFolder(root, "phantoms") as folder:
+        folder.claim(names)  # refuses a user's file before anything is deleted
+        folder.clear()
+        folder.begin(settings)
+        folder.claim(names)
+        Parallel(jobs, prefer="threads")(
+            delayed(_write_case)(folder, root, case, index, seed, tuple(shape))
+            for case, (_, index) in zip(cases, patients, strict=True)
+        )
+        for name, text in tables.items():
+            with folder.write(name) as temporary:
+                temporary.write_text(text)
+    return cases
