@@ -22,7 +22,13 @@ from brats_utils.cases import (
     read_scan,
     write_segmentation,
 )
-from brats_utils.files import OutputFolder, atomic_write, find_changed, progress_bar
+from brats_utils.files import (
+    OutputFolder,
+    atomic_write,
+    find_changed,
+    progress_bar,
+    read_manifest,
+)
 from brats_utils.labels import ENCODED_REGIONS, LABELS, REGIONS, decode_labels
 from brats_utils.model import size_factor
 from brats_utils.nifti import save_volume, to_lps
@@ -143,7 +149,8 @@ def load_model(path):
 
 def _write_description(trained):
     """Store a changed description in the model's file."""
-    path, own = trained.path, trained.path.name == BEST
+    path = trained.path
+    own = path.name == BEST and read_manifest(path.parent).get("kind") == "run"
     run = OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
     with run, run.write(BEST) if own else atomic_write(path) as temporary:
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:

@@ -364,6 +364,8 @@ def model_table(model, input_shape=None):
     if None in shape:
         raise ValueError(f"the model has open sizes, {shape}: pass input_shape")
     _check_sizes(shape[:-1], size_factor(model))
+    if None not in model.input_shape[1:] and shape != model.input_shape[1:]:
+        model = keras.models.clone_model(model, keras.Input(shape))
     parts = model.layers[1:]  # without the input layer
     shapes = _output_shapes(model, [layer.output for layer in parts], shape)
     table = pd.DataFrame(

@@ -243,7 +243,7 @@ def test_C10_a_missing_partner_is_named(split):
 
 
 def test_another_folder_than_a_side_of_a_split_says_what_to_run(split, tmp_path):
-    for folder in (tmp_path, split.parent, tmp_path / "nowhere", split / "images"):
+    for folder in (tmp_path, split.parent, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="01_prepare"):
             BratsGenerator(folder)
 
@@ -357,6 +357,12 @@ def test_a_fold_is_a_split(toy_set, tmp_path):
             assert data.case_ids == ids[side] == list(data.rows)
             assert data.settings["crop_shape"] == [16, 16, 8]
             data.verify()
-    for folder in ("fold2/train", "fold0"):
+
+
+def test_a_folder_above_or_below_a_side_is_refused(toy_set, tmp_path):
+    options = {"crop_shape": (16, 16, 8), "jobs": 1}
+    prepare_dataset(toy_set, tmp_path / "prepared", **options)
+    split_folds(tmp_path / "prepared", tmp_path / "folds", folds=2)
+    for folder in ("fold2/train", "fold0", "fold0/train/images"):
         with pytest.raises(FileNotFoundError, match="01_prepare"):
             BratsGenerator(tmp_path / "folds" / folder)

@@ -1,3 +1,5 @@
+"""Prediction: on the scan's own grid, by a model that knows its channels."""
+
 import json
 import shutil
 import zipfile
@@ -9,7 +11,6 @@ import pytest
 from conftest import AFFINE, SHAPE, toy_volumes, tree, write_case
 from keras import layers
 
-from brats_utils import inference
 from brats_utils.cases import BratsDataError, find_cases, load_case, load_labels
 from brats_utils.evaluation import score_cases
 from brats_utils.inference import (
@@ -209,12 +210,15 @@ def test_a_tuned_decoding_is_stored_and_used(tmp_path, case):
     path = tmp_path / "shy.keras"
     write_model(shy, path, {**DESCRIPTION, "outputs": "WT, TC, ET"})
     before = predict_case(path, case)
+    predict_cases(path, [case], tmp_path / "out")
     gain = tune_model(path, [case])
     assert gain["tuned"].mean() > gain["plain"].mean() + 0.1
     noted = load_model(path).description["decoding"]
     assert min(noted["thresholds"]) < 0.5
     after = predict_case(path, case)
     assert (after > 0).sum() > (before > 0).sum()
+    (written,) = predict_cases(path, [case], tmp_path / "out")
+    np.testing.assert_array_equal(load_labels(written)[0], after)
     plain = predict_case(path, case, thresholds=(0.5, 0.5, 0.5), min_et_voxels=0)
     np.testing.assert_array_equal(plain, before)
 
@@ -398,7 +402,7 @@ def test_I4_a_model_without_description_needs_modalities(tmp_path, case):
     np.testing.assert_array_equal(found, predict_case(oracle(), case))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '"text"'])
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '"text"', "{}"])
 def test_I4_a_damaged_description_is_refused(tmp_path, text):
     path = tmp_path / "model.keras"
     oracle().save(path)
@@ -406,6 +410,19 @@ def test_I4_a_damaged_description_is_refused(tmp_path, text):
         archive.writestr("brats.json", text)
     with pytest.raises(ValueError, match="model.keras"):
         load_model(path)
+
+
+def test_I4_a_model_file_alone_can_be_tuned(tmp_path, case):
+    path = tmp_path / "best.keras"  # copied out of the folder of its run
+    write_model(oracle(), path, DESCRIPTION)
+    tune_model(path, [case])
+    assert "thresholds" in load_model(path).description["decoding"]
+    foreign = tmp_path / "foreign.keras"
+    oracle().save(foreign)
+    modalities = {"modalities": ("flair", "t1ce", "t2")}
+    tune_model(foreign, [case], **modalities)
+    tuned = predict_case(foreign, case, **modalities)
+    np.testing.assert_array_equal(tuned, predict_case(path, case))
 
 
 def test_H1_label_maps_are_written_to_no_folder_of_others(tmp_path, case):
@@ -420,6 +437,33 @@ def test_H1_label_maps_are_written_to_no_folder_of_others(tmp_path, case):
     assert tree(tmp_path) == before
 
 
+def test_H1_a_label_map_of_the_user_among_predictions_stays(tmp_path, cases):
+    predict_cases(oracle(), cases[:1], tmp_path / "out")
+    (tmp_path / "out" / "case1.nii.gz").write_bytes(b"drawn by hand")
+    before = tree(tmp_path / "out")
+    with pytest.raises(ValueError, match="case1.nii.gz"):
+        predict_cases(oracle(), cases[:2], tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"modalities": ("FLAIR", "t1ce", "t2")},
+        {"modalities": ("flair",)},
+        {"patch_shape": (8, 8)},
+        {"patch_shape": (0, 8, 8)},
+        {"thresholds": (0.5,)},
+    ],
+)
+def test_H2_a_wrong_option_leaves_former_predictions_usable(tmp_path, cases, wrong):
+    predict_cases(oracle(), cases, tmp_path / "out")
+    before, (name,) = tree(tmp_path / "out"), wrong
+    with pytest.raises(ValueError, match=name):
+        predict_cases(oracle(), cases, tmp_path / "out", **wrong)
+    assert tree(tmp_path / "out") == before
+
+
 @pytest.fixture
 def cases(tmp_path):
     for number in range(3):
@@ -427,23 +471,26 @@ def cases(tmp_path):
     return find_cases(tmp_path / "raw")
 
 
-def test_H5_old_and_new_predictions_are_not_scored_together(
-    tmp_path, cases, monkeypatch
-):
+def watched(model, stop_at=None):
+    """Return a model that notes each image it predicts, and may be interrupted."""
+    predict, seen = model.predict_on_batch, []
+
+    def note(x):
+        if len(seen) == stop_at:
+            raise KeyboardInterrupt
+        seen.append(x)
+        return predict(x)
+
+    model.predict_on_batch = note
+    return model, seen
+
+
+def test_H5_old_and_new_predictions_are_not_scored_together(tmp_path, cases):
     out = tmp_path / "out"
     predict_cases(oracle(), cases, out)
     first = score_cases(out, cases)
-    write = inference._predict_file
-
-    def stop(models, case, *arguments):
-        if case.id == "case1":
-            raise KeyboardInterrupt
-        write(models, case, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(inference, "_predict_file", stop)
-        with pytest.raises(KeyboardInterrupt):
-            predict_cases(sided_model(), cases, out)
+    with pytest.raises(KeyboardInterrupt):
+        predict_cases(watched(sided_model(), stop_at=1)[0], cases, out)
     with pytest.raises(ValueError, match="case1, case2"):
         score_cases(out, cases)
     assert len(score_cases(out, cases[:1])) == 1
@@ -451,24 +498,35 @@ def test_H5_old_and_new_predictions_are_not_scored_together(
     assert not score_cases(out, cases).equals(first)
 
 
-def test_H5_what_a_model_has_predicted_is_not_predicted_again(
-    tmp_path, cases, monkeypatch
-):
+def test_H5_what_a_model_has_predicted_is_not_predicted_again(tmp_path, cases):
     out = tmp_path / "out"
-    predict_cases(oracle(), cases[:2], out)
-    seen, write = [], inference._predict_file
+    model, seen = watched(oracle())
 
-    def note(models, case, *arguments):
-        seen.append(case.id)
-        write(models, case, *arguments)
+    def count(cases, **options):
+        """Return how many cases were predicted."""
+        before = len(seen)
+        predict_cases(model, cases, out, **options)
+        return len(seen) - before
 
-    monkeypatch.setattr(inference, "_predict_file", note)
-    predict_cases(oracle(), cases, out)
+    assert count(cases[:2]) == 2
+    assert count(cases) == 1
     (out / "case0.nii.gz").write_bytes(b"damaged")
+    assert count(cases) == 1
     write_case(tmp_path / "again", "case2", seed=9)  # the same id, another scan
-    predict_cases(oracle(), [*cases[:2], *find_cases(tmp_path / "again")], out)
-    predict_cases(oracle(), cases[:1], out, min_et_voxels=10**6)
-    assert seen == ["case2", "case0", "case2", "case0"]
+    cases = [*cases[:2], *find_cases(tmp_path / "again")]
+    assert count(cases) == 1
+    assert count(cases, thresholds=np.full(3, 0.4)) == 3
+    predict_cases(sided_model(), cases, out)
+    assert count(cases) == 3
+
+
+def test_H5_a_description_that_changes_the_prediction_counts_too(tmp_path, cases):
+    for number, changed in enumerate(({}, {"patch_shape": [8, 8, 8]})):
+        path = tmp_path / f"{number}.keras"
+        write_model(sided_model(), path, {**DESCRIPTION, **changed})
+        (written, *_) = predict_cases(path, cases, tmp_path / "out")
+        expected = predict_case(path, cases[0])
+        np.testing.assert_array_equal(load_labels(written)[0], expected)
 
 
 def test_H5_predictions_of_other_scans_are_not_scored(tmp_path, cases):

@@ -285,3 +285,12 @@ def test_the_librarys_network_trains_with_our_loss_and_reloads(tmp_path):
     np.testing.assert_allclose(
         again.predict_on_batch(x), network.predict_on_batch(x), atol=1e-5
     )
+
+
+def test_the_table_of_a_model_of_fixed_size_may_be_asked_for_another_patch():
+    fixed = unet((8, 8, 8, 3), filters=2, depth=2)
+    table = model_table(fixed, (16, 16, 16, 3))
+    expected = model_table(
+        unet((None,) * 3 + (3,), filters=2, depth=2), (16, 16, 16, 3)
+    )
+    assert table.equals(expected)
