@@ -22,8 +22,8 @@ ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
 _KEYS = {f"_{key}": key for key in (*ALL_MODALITIES, "seg")}
 _KEYS |= {"-t2f": "flair", "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-seg": "seg"}
 # The Decathlon's Task01 keeps the four images of a case in one file, in this order.
-_DECATHLON = {"imagesTr": ALL_MODALITIES, "imagesTs": ALL_MODALITIES}
-_DECATHLON["labelsTr"] = ("seg",)
+_DECATHLON = dict.fromkeys(("imagesTr", "imagesTs"), ALL_MODALITIES)
+_DECATHLON |= {"labelsTr": ("seg",)}
 _DECATHLON_CHANNELS = ["flair", "t1w", "t1gd", "t2w"]
 CONVENTIONS = ("0124", "0123", "0213")
 _NAME = re.compile(rf"(.+)({'|'.join(_KEYS)})\.nii(\.gz)?", re.I)
@@ -148,12 +148,9 @@ def _group_files(root):
         files = groups.setdefault((folder, case_id), {})
         for key in keys:
             if files.setdefault(key, path) != path:
-                raise BratsDataError(
-                    f"two files for {key}: {files[key].name} and {path.name}",
-                    case=case_id,
-                    file=path.parent,
-                    advice="Keep one of them",
-                )
+                problem = f"two files for {key}: {files[key].name} and {path.name}"
+                where = {"case": case_id, "file": path.parent}
+                raise BratsDataError(problem, **where, advice="Keep one of them")
     return groups, leftovers
 
 
@@ -168,13 +165,11 @@ def _add_odd_segmentations(groups, leftovers):
     for folder, case_ids in lacking.items():
         paths = [p for p in leftovers.get(folder, []) if "seg" in p.name.lower()]
         if len(paths) * len(case_ids) > 1:
-            raise BratsDataError(
-                f"no {case_ids[0]}_seg file, and {', '.join(p.name for p in paths)} "
-                f"might be that of {', '.join(case_ids)}",
-                case=case_ids[0],
-                file=folder,
-                advice=f"Rename the right one to {case_ids[0]}_seg.nii",
-            )
+            found = ", ".join(path.name for path in paths)
+            problem = f"no {case_ids[0]}_seg file, and {found} might be that of "
+            problem += ", ".join(case_ids)
+            advice = f"Rename the right one to {case_ids[0]}_seg.nii"
+            raise BratsDataError(problem, case=case_ids[0], file=folder, advice=advice)
         if paths:
             given[folder, case_ids[0]] = groups[folder, case_ids[0]]["seg"] = paths[0]
     return given
@@ -184,10 +179,9 @@ def _check_complete(root, groups):
     """Raise one error that lists all missing modalities and doubled case ids."""
     if not groups:
         here = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
-        raise BratsDataError(
-            f"no BraTS case (<id>_flair.nii, ...) in {root} or below; it holds: {here}",
-            advice="Pass the folder that holds the case folders, or one above it",
-        )
+        problem = f"no BraTS case (<id>_flair.nii, ...) in {root}; it holds: {here}"
+        advice = "Pass the folder that holds the case folders, or one above it"
+        raise BratsDataError(problem, advice=advice)
     problems, seen = [], {}
     for (folder, case_id), files in groups.items():
         missing = [m for m in ALL_MODALITIES if m not in files]
@@ -197,9 +191,8 @@ def _check_complete(root, groups):
         if other != folder:
             problems.append(f"{case_id} is there twice: {other} and {folder}")
     if problems:
-        raise BratsDataError(
-            "; ".join(problems), advice="Download them again, or take those folders out"
-        )
+        advice = "Download them again, or take those folders out"
+        raise BratsDataError("; ".join(problems), advice=advice)
 
 
 def find_cases(root, *, labels="auto"):
@@ -233,9 +226,8 @@ def find_cases(root, *, labels="auto"):
     """
     root = Path(root)
     if not root.is_dir():
-        raise BratsDataError(
-            f"there is no folder {root}", advice="Check the path; see data/README.md"
-        )
+        advice = "Check the path; see data/README.md"
+        raise BratsDataError(f"there is no folder {root}", advice=advice)
     if labels not in ("auto", *CONVENTIONS):
         raise ValueError(f"labels is 'auto' or one of {CONVENTIONS}, not {labels!r}")
     groups, leftovers = _group_files(root)
@@ -270,11 +262,12 @@ def _decide_labels(root, cases):
         for value in (3, 4)
     )
     if threes and fours:
-        raise BratsDataError(
-            f"label 3 in {threes[0].name} and label 4 in {fours[0].name}: two label "
-            "conventions in one set, or labels that this project does not know",
-            advice="Keep sets apart, or say labels='0124' or labels='0123'",
+        problem = (
+            f"label 3 in {threes[0].name} and label 4 in {fours[0].name}: two label"
         )
+        problem += " conventions in one set, or labels that this project does not know"
+        advice = "Keep sets apart, or say labels='0124' or labels='0123'"
+        raise BratsDataError(problem, advice=advice)
     if threes:
         text = "label 3 and no label 4 in this set: 3 is read as enhancing tumour"
         warnings.warn(text, stacklevel=3)
@@ -286,11 +279,9 @@ def _check_decathlon(path):
     modality = read_json(path).get("modality", {})
     order = [str(modality[key]).lower() for key in sorted(modality)]
     if order not in ([], _DECATHLON_CHANNELS):
-        raise BratsDataError(
-            f"its channels are {order}, not {_DECATHLON_CHANNELS}",
-            file=path,
-            advice="Only the Decathlon's Task01_BrainTumour is known here",
-        )
+        problem = f"its channels are {order}, not {_DECATHLON_CHANNELS}"
+        advice = "Only the Decathlon's Task01_BrainTumour is known here"
+        raise BratsDataError(problem, file=path, advice=advice)
 
 
 def _threes_and_fours(path):
@@ -483,10 +474,8 @@ def load_case(case, modalities=MODALITIES):
     image = np.empty(shape, np.float32, order="F")  # (X, Y, Z, C)
     for channel, volume in enumerate(scan.volumes):
         image[..., channel] = scan.restore(volume)
-    segmentation = scan.segmentation
-    if segmentation is not None:
-        segmentation = scan.restore(segmentation)
-    return image, segmentation, scan.affine
+    labels = scan.segmentation
+    return image, None if labels is None else scan.restore(labels), scan.affine
 
 
 def check_cases(cases, *, voxels=True):
@@ -576,10 +565,8 @@ def save_segmentation(segmentation, case, path):
     path = Path(path)
     nifti.check_suffix(path)
     if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
-        raise ValueError(
-            f"{path} is there and was not written by this project; it is left as it "
-            "is. Choose another path"
-        )
+        problem = f"{path} is there and was not written by this project"
+        raise ValueError(f"{problem}; it is left as it is. Choose another path")
     header = read_header(case.images["flair"], case.channels)
     with atomic_write(path) as temporary:
         write_segmentation(segmentation, header, temporary)
@@ -604,9 +591,8 @@ def write_segmentation(segmentation, header, path):
     """
     segmentation, shape = np.asarray(segmentation), header.get_data_shape()
     if segmentation.shape != shape:
-        raise ValueError(
-            f"the label map has shape {segmentation.shape}, the case's images {shape}"
-        )
+        found = f"the label map has shape {segmentation.shape}"
+        raise ValueError(f"{found}, the case's images {shape}")
     encode_labels(segmentation)  # raises if a value is no label
     volume = segmentation.astype(np.uint8)
     nifti.save_volume(volume, path, like=header, name=WRITTEN_BY)

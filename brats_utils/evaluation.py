@@ -10,9 +10,14 @@ from scipy.stats import bootstrap
 
 from brats_utils.cases import file_states, load_labels
 from brats_utils.files import read_manifest
-from brats_utils.labels import ENCODED_REGIONS, encode_labels
+from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.nifti import spacing_mm as spacing_of
+from brats_utils.nifti import to_lps
 from brats_utils.volumes import bounding_box, dice
+
+THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)
+MIN_ET_VOXELS = (0, 25, 50, 100, 200, 400)
+LEAST_GAIN = 0.001  # of mean Dice: less is chance
 
 # The diagonal of BraTS's 240×240×155 mm grid: the official HD95 where only one of
 # prediction and truth holds the region.
@@ -238,3 +243,105 @@ def score_cases(predictions_dir, cases):
     _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {predictions_dir}")
     rows = [{"case": case.id, **_score_file(path, case)} for case, path in found]
     return pd.DataFrame(rows)
+
+
+def _mean_dice(cases, decoding):
+    """Return the mean Dice of WT, TC and ET over cases, (3,), with one decoding."""
+    from brats_utils.inference import decode_probabilities  # Keras: scores need none
+
+    rows = []
+    for probabilities, truth in cases:
+        found = decode_probabilities(probabilities, **decoding)
+        masks = ((np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values())
+        rows.append([dice(*pair) for pair in masks])
+    return np.mean(rows, axis=0)
+
+
+def _trials(decoding, step):
+    """Return decodings with other values of one threshold, or last of the volume."""
+    if step == len(REGIONS):
+        return [{**decoding, "min_et_voxels": n} for n in MIN_ET_VOXELS]
+    before, after = decoding["thresholds"][:step], decoding["thresholds"][step + 1 :]
+    return [{**decoding, "thresholds": [*before, float(t), *after]} for t in THRESHOLDS]
+
+
+def tune_decoding(cases):
+    """Choose thresholds and the least enhancing volume by the mean Dice over cases.
+
+    The threshold of WT first, then TC's, then ET's, then the volume. If it is tuned on
+    few cases and scored on the same, the gain is too optimistic.
+
+    Parameters
+    ----------
+    cases : iterable of (probabilities, truth)
+        (..., K) float as `decode_probabilities` takes them, and (...) integer labels
+        0, 1, 2, 4. Only the voxels of each case that can matter are kept in memory.
+
+    Returns
+    -------
+    decoding : dict
+        "thresholds" and "min_et_voxels", keywords of `decode_probabilities`: 0.5 and 0
+        wherever no other value is better; empty if nothing is better than to decode
+        without them, as `decode_probabilities` does by default.
+    gain : pandas.DataFrame
+        Rows WT, TC and ET; mean Dice by default, "plain", and "tuned".
+    """
+    from brats_utils.inference import PLAIN, region_probabilities
+
+    kept, plain = [], []
+    for probabilities, truth in cases:
+        regions = region_probabilities(probabilities)
+        matters = (regions[..., 0] > THRESHOLDS[0]) | (truth > 0)
+        kept.append((regions[matters], truth[matters]))
+        plain.append(
+            _mean_dice([(np.asarray(probabilities)[matters], truth[matters])], {})
+        )
+    plain = np.mean(plain, axis=0)
+    best, tuned = PLAIN, _mean_dice(kept, PLAIN)
+    for step in range(len(REGIONS) + 1):
+        found = [(_mean_dice(kept, trial), trial) for trial in _trials(best, step)]
+        score, trial = max(found, key=lambda pair: pair[0].mean())
+        if score.mean() > tuned.mean() + LEAST_GAIN:
+            best, tuned = trial, score
+    if tuned.mean() <= plain.mean() + LEAST_GAIN:
+        best, tuned = {}, plain
+    return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
+
+
+def tune_model(run_dir, cases, **options):
+    """Tune the decoding of a trained model on validation cases, and store it with it.
+
+    Parameters
+    ----------
+    run_dir : path
+        The folder of a run, or its `.keras` file, whose description gets "decoding".
+    cases : sequence of Case
+        With segmentations; the model was not trained on them.
+    **options
+        `modalities`, `flips` and `patch_shape` of `predict_case`.
+
+    Returns
+    -------
+    gain : pandas.DataFrame
+        See `tune_decoding`.
+
+    Raises
+    ------
+    ValueError
+        If the file has no description; it is left as it is.
+    """
+    from brats_utils.inference import load_model, predict_scan, store_description
+
+    trained = load_model(run_dir)
+    if not trained.description:
+        raise ValueError(f"{trained.path} has no description to store a decoding in")
+
+    def predicted():
+        for case in cases:
+            found = predict_scan([trained], case, **options)
+            truth, affine = load_labels(case.segmentation, case.labels)
+            yield found.probabilities, to_lps(truth, affine)[found.box]
+
+    trained.description["decoding"], gain = tune_decoding(predicted())
+    store_description(trained)
+    return gain

@@ -14,11 +14,8 @@ import json
 import os
 import platform
 import shutil
-import stat
 import sys
 import time
-import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
@@ -618,64 +615,3 @@ def _unlink(folder, names):
     for parent in sorted(parents, reverse=True):
         with contextlib.suppress(OSError):
             parent.rmdir()
-
-
-def extract(archive, folder, *, max_gb=100):
-    """Unpack a downloaded zip file, checked as a whole before anything is written.
-
-    Parameters
-    ----------
-    archive : path
-        The zip file.
-    folder : path
-        New or empty. It appears once all of the archive is unpacked.
-    max_gb : float
-        An archive that unpacks to more is refused, in GB (10⁹ bytes).
-
-    Raises
-    ------
-    ValueError
-        If the folder holds something; if the archive is incomplete, damaged, encrypted
-        or too large; or if a name in it is a link or leads out of the folder.
-    OSError
-        If the disk refuses.
-    """
-    root = Path(folder).resolve()
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} is there already; choose a new or empty folder")
-    try:
-        with (
-            zipfile.ZipFile(archive) as zipped,
-            OutputFolder(root, "unpacked", inputs=[archive], beside=True) as output,
-        ):
-            names = _check_archive(zipped, root, max_gb)
-            output.clear()  # what a killed call left
-            output.begin({"archive": Path(archive).name})
-            output.claim(names)
-            zipped.extractall(output.path)
-            output.put_in_place()
-    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{archive}: {error}; download it again") from None
-    except (NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{archive}: {error}; unpack it with another tool") from None
-
-
-def _check_archive(zipped, root, max_gb):
-    """Return the names of an archive's files; raise unless all can be unpacked."""
-    entries = zipped.infolist()
-    size_gb, room = sum(e.file_size for e in entries) / 1e9, min(max_gb, free_gb(root))
-    problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
-    problems = [problem] if size_gb > room else []
-    for entry in entries:
-        inside = (root / entry.filename).resolve().is_relative_to(root)
-        if not inside or stat.S_ISLNK(entry.external_attr >> 16):
-            problems.append(f"{entry.filename!r} leads out of the folder")
-    names = {entry.filename for entry in entries if not entry.is_dir()}
-    parents = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    if mixed := names & (parents | {MANIFEST}):
-        problems.append(f"it cannot hold a file named {mixed.pop()!r}")
-    if problems:
-        raise ValueError(f"{zipped.filename}: {problems[0]}")
-    if damaged := zipped.testzip():
-        raise zipfile.BadZipFile(f"{damaged} is damaged")
-    return names

@@ -22,7 +22,8 @@ def _read_side(folder):
         manifest = read_manifest(root)
         if manifest.get("kind") in ("split", "folds"):
             side = folder.relative_to(root).as_posix()
-            names = [n for n in manifest["files"] if n.startswith(f"{side}/")]
+            parts = f"{side}/images/", f"{side}/masks/"
+            names = [name for name in manifest["files"] if name.startswith(parts)]
             if names:
                 return root, manifest, names
     problem = f"no volumes in {folder}, or it is not the train or val folder of a split"
@@ -111,7 +112,7 @@ class BratsGenerator(keras.utils.PyDataset):
         check_option("batch_size", batch_size, *at_least_1)
         check_option("patches_per_case", patches_per_case, *at_least_1)
         check_option("tumour_share", tumour_share, lambda x: 0 <= x <= 1, "0 to 1")
-        check_shape(patch_shape)
+        check_shape(patch_shape, "patch_shape")
         self.folder = Path(folder).resolve()
         self._root, manifest, names = _read_side(self.folder)
         self._noted = {name: manifest["files"][name] for name in names}

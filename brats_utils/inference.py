@@ -12,40 +12,29 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import pandas as pd
 
+from brats_utils import files
 from brats_utils.cases import (
     ALL_MODALITIES,
     MODALITIES,
     file_states,
-    load_labels,
     read_scan,
     write_segmentation,
 )
-from brats_utils.files import (
-    OutputFolder,
-    atomic_write,
-    find_changed,
-    progress_bar,
-    read_manifest,
-)
-from brats_utils.labels import ENCODED_REGIONS, LABELS, REGIONS, decode_labels
+from brats_utils.labels import ENCODED_REGIONS, LABELS, decode_labels
 from brats_utils.model import size_factor
-from brats_utils.nifti import save_volume, to_lps
+from brats_utils.nifti import save_volume
 from brats_utils.training import BEST, DESCRIPTION, describe_model
 from brats_utils.volumes import (
     NORMALISATION,
     bounding_box,
-    dice,
+    check_shape,
     pad,
     standardise,
 )
 
 MOST_UNPACKED = 8e9  # bytes of a .keras file, more than any of our networks
-THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)
-MIN_ET_VOXELS = (0, 25, 50, 100, 200, 400)
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_et_voxels": 0}
-LEAST_GAIN = 0.001  # of mean Dice: less is chance
 
 
 @dataclass
@@ -147,12 +136,18 @@ def load_model(path):
     return TrainedModel(model, description, path)
 
 
-def _write_description(trained):
-    """Store a changed description in the model's file."""
+def store_description(trained):
+    """Store a changed description in the model's file.
+
+    Parameters
+    ----------
+    trained : TrainedModel
+        From `load_model`, its description changed.
+    """
     path = trained.path
-    own = path.name == BEST and read_manifest(path.parent).get("kind") == "run"
-    run = OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
-    with run, run.write(BEST) if own else atomic_write(path) as temporary:
+    own = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
+    run = files.OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
+    with run, run.write(BEST) if own else files.atomic_write(path) as temporary:
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
             for entry in old.infolist():
                 if entry.filename != DESCRIPTION:
@@ -306,8 +301,44 @@ def _choose_modalities(trained, modalities):
     return modalities
 
 
-def _predict(models, case, *, modalities=None, flips=False, patch_shape=None):
-    """Return the Prediction of a case."""
+def _check_options(
+    trained, *, modalities=None, patch_shape=None, thresholds=None, min_et_voxels=0, **_
+):
+    """Raise if an option of a prediction is not possible."""
+    names, known = _choose_modalities(trained, modalities), set(ALL_MODALITIES)
+    files.check_option(
+        "modalities", names, known.issuperset, f"some of {ALL_MODALITIES}"
+    )
+    check_shape(patch_shape, "patch_shape")
+    thresholds = PLAIN["thresholds"] if thresholds is None else thresholds
+    shares = "three numbers from 0 to 1"
+    files.check_option("thresholds", thresholds, lambda t: len(t) == 3, shares)
+    files.check_option(
+        "thresholds", thresholds, lambda t: 0 <= min(t) <= max(t) <= 1, shares
+    )
+    files.check_option(
+        "min_et_voxels", min_et_voxels or 0, lambda n: n >= 0, "0 or more"
+    )
+
+
+def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):
+    """Return the probabilities of a scan, and where they belong.
+
+    Parameters
+    ----------
+    models : list of TrainedModel
+    case, modalities, flips, patch_shape
+        As in `predict_case`.
+
+    Returns
+    -------
+    prediction : Prediction
+
+    Raises
+    ------
+    BratsDataError, ValueError
+        As `predict_case` does.
+    """
     scan = read_scan(case, _choose_modalities(models[0], modalities), labelled=False)
     scan.check_spacing()
     box = bounding_box(scan.brain_mask)
@@ -353,7 +384,7 @@ def predict_case(
         As in `predict_probabilities`. The default shape is that of the training
         patches, if the model is described.
     thresholds, min_et_voxels : optional
-        As in `decode_probabilities`. By default those that `tune_model` stored.
+        As in `decode_probabilities`. By default as `evaluation.tune_model` stored them.
     uncertainty : bool
         Return the spread over flips and models as well.
 
@@ -379,10 +410,11 @@ def predict_case(
 
 def _predict_maps(models, case, *, thresholds=None, min_et_voxels=None, **options):
     """Return the label map, the spread and the header of their grid."""
-    found = _predict(models, case, **options)
-    given = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
+    chosen = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
+    _check_options(models[0], **chosen, **options)
+    found = predict_scan(models, case, **options)
     decoding = {**models[0].description.get("decoding", {})}
-    decoding |= {key: value for key, value in given.items() if value is not None}
+    decoding |= {key: value for key, value in chosen.items() if value is not None}
     segmentation = decode_probabilities(found.probabilities, **decoding)
     return found.place(segmentation), found.place(found.spread), found.scan.header
 
@@ -425,22 +457,24 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         As `predict_case` does; or if `out_dir` holds something else.
     """
     models, cases = _as_trained(model), list(cases)
+    _check_options(models[0], **options)
     made_from = {"models": [_fingerprint(m) for m in models], "options": options}
-    made_from = json.loads(json.dumps({**made_from, "uncertainty": uncertainty}))
+    made_from = {**made_from, "uncertainty": uncertainty}
+    made_from = json.loads(json.dumps(made_from, default=np.ndarray.tolist))
     names = {case.id: [f"{case.id}.nii.gz"] for case in cases}
     for case_id in names if uncertainty else ():
         names[case_id].append(f"uncertainty/{case_id}.nii.gz")
     sources = {path.parent for case in cases for path in case.images.values()}
-    with OutputFolder(out_dir, "predictions", inputs=sources) as output:
+    with files.OutputFolder(out_dir, "predictions", inputs=sources) as output:
         if output.manifest["made_from"] != made_from:
             output.manifest["cases"] = {}
         output.begin(made_from)
         output.claim(name for each in names.values() for name in each)
-        for case in progress_bar(cases, desc="predicting", unit="case"):
-            files = {name: output.manifest["files"][name] for name in names[case.id]}
+        for case in files.progress_bar(cases, desc="predicting", unit="case"):
+            noted = {name: output.manifest["files"][name] for name in names[case.id]}
             state = file_states(case.images.values())
             known = output.manifest["cases"].get(case.id) == state
-            if not known or find_changed(output.path, files):
+            if not known or files.find_changed(output.path, noted):
                 _predict_file(models, case, output, names[case.id], options)
                 output.note_case(case.id, state)
     return [Path(out_dir) / names[case.id][0] for case in cases]
@@ -528,92 +562,3 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
     if np.count_nonzero(segmentation == 4) < min_et_voxels:
         segmentation[segmentation == 4] = 1
     return segmentation
-
-
-def _mean_dice(cases, decoding):
-    """Return the mean Dice of WT, TC and ET over cases, (3,), with one decoding."""
-    rows = []
-    for probabilities, truth in cases:
-        found = decode_probabilities(probabilities, **decoding)
-        masks = ((np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values())
-        rows.append([dice(*pair) for pair in masks])
-    return np.mean(rows, axis=0)
-
-
-def _trials(decoding, step):
-    """Return decodings with other values of one threshold, or last of the volume."""
-    if step == len(REGIONS):
-        return [{**decoding, "min_et_voxels": n} for n in MIN_ET_VOXELS]
-    before, after = decoding["thresholds"][:step], decoding["thresholds"][step + 1 :]
-    return [{**decoding, "thresholds": [*before, float(t), *after]} for t in THRESHOLDS]
-
-
-def tune_decoding(cases):
-    """Choose thresholds and the least enhancing volume by the mean Dice over cases.
-
-    The threshold of WT first, then TC's, then ET's, then the volume. If it is tuned on
-    few cases and scored on the same, the gain is too optimistic.
-
-    Parameters
-    ----------
-    cases : iterable of (probabilities, truth)
-        (..., K) float as `decode_probabilities` takes them, and (...) integer labels
-        0, 1, 2, 4. Only the voxels of each case that can matter are kept in memory.
-
-    Returns
-    -------
-    decoding : dict
-        "thresholds" and "min_et_voxels", keywords of `decode_probabilities`: 0.5 and 0
-        wherever no other value is better; empty if nothing is better than to decode
-        without them, as `decode_probabilities` does by default.
-    gain : pandas.DataFrame
-        Rows WT, TC and ET; mean Dice by default, "plain", and "tuned".
-    """
-    kept, plain = [], []
-    for probabilities, truth in cases:
-        regions = region_probabilities(probabilities)
-        matters = (regions[..., 0] > THRESHOLDS[0]) | (truth > 0)
-        kept.append((regions[matters], truth[matters]))
-        plain.append(
-            _mean_dice([(np.asarray(probabilities)[matters], truth[matters])], {})
-        )
-    plain = np.mean(plain, axis=0)
-    best, tuned = PLAIN, _mean_dice(kept, PLAIN)
-    for step in range(len(REGIONS) + 1):
-        found = [(_mean_dice(kept, trial), trial) for trial in _trials(best, step)]
-        score, trial = max(found, key=lambda pair: pair[0].mean())
-        if score.mean() > tuned.mean() + LEAST_GAIN:
-            best, tuned = trial, score
-    if tuned.mean() <= plain.mean() + LEAST_GAIN:
-        best, tuned = {}, plain
-    return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
-
-
-def tune_model(run_dir, cases, **options):
-    """Tune the decoding of a trained model on validation cases, and store it with it.
-
-    Parameters
-    ----------
-    run_dir : path
-        The folder of a run, or its `.keras` file, whose description gets "decoding".
-    cases : sequence of Case
-        With segmentations; the model was not trained on them.
-    **options
-        `modalities`, `flips` and `patch_shape` of `predict_case`.
-
-    Returns
-    -------
-    gain : pandas.DataFrame
-        See `tune_decoding`.
-    """
-    trained = load_model(run_dir)
-
-    def predicted():
-        for case in cases:
-            found = _predict([trained], case, **options)
-            truth, affine = load_labels(case.segmentation, case.labels)
-            yield found.probabilities, to_lps(truth, affine)[found.box]
-
-    trained.description["decoding"], gain = tune_decoding(predicted())
-    _write_description(trained)
-    return gain

@@ -2,7 +2,10 @@
 
 import errno
 import os
-from pathlib import Path
+import stat
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -332,9 +335,7 @@ def prepare_dataset(
         If the disk has no room for the result.
     """
     options = _check_options(crop_shape, min_labelled, modalities, scaling)
-    files.check_option(
-        "jobs", jobs, lambda n: n is None or n >= 1, "None, or 1 or more"
-    )
+    files.check_option("jobs", jobs, lambda n: n is None or n >= 1, "1 or more")
     given, (raw, cases, labelled) = raw, _find(raw, labels)
     bad = _bad_headers(labelled)
     if bad and not skip_bad:
@@ -407,8 +408,73 @@ def _bad_headers(cases):
 
 def _refuse(bad):
     """Raise one error for all invalid cases, {id: what is wrong}."""
-    raise BratsDataError(
-        f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip("."),
-        advice="Correct them, or leave them out with prepare_dataset(skip_bad=True); "
-        "check_cases lists all that is wrong, inside the files too",
+    problem = f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip(".")
+    advice = "Correct them, or leave them out with prepare_dataset(skip_bad=True); "
+    advice += "check_cases lists all that is wrong, inside the files too"
+    raise BratsDataError(problem, advice=advice)
+
+
+def extract(archive, folder, *, max_gb=100):
+    """Unpack a downloaded zip file, checked as a whole before anything is written.
+
+    Parameters
+    ----------
+    archive : path
+        The zip file.
+    folder : path
+        New or empty. It appears once all of the archive is unpacked.
+    max_gb : float
+        An archive that unpacks to more is refused, in GB (10⁹ bytes).
+
+    Raises
+    ------
+    ValueError
+        If the folder holds something; if the archive is incomplete, damaged, encrypted
+        or too large; or if a name in it is a link or leads out of the folder.
+    OSError
+        If the disk refuses.
+    """
+    root = Path(folder).resolve()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(f"{root} is there already; choose a new or empty folder")
+    try:
+        with (
+            zipfile.ZipFile(archive) as zipped,
+            files.OutputFolder(
+                root, "unpacked", inputs=[archive], beside=True
+            ) as output,
+        ):
+            names = _check_archive(zipped, root, max_gb)
+            output.clear()  # what a killed call left
+            output.begin({"archive": Path(archive).name})
+            output.claim(names)
+            zipped.extractall(output.path)
+            output.put_in_place()
+    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{archive}: {error}; download it again") from None
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{archive}: {error}; unpack it with another tool") from None
+
+
+def _check_archive(zipped, root, max_gb):
+    """Return the names of an archive's files; raise unless all can be unpacked."""
+    entries = zipped.infolist()
+    size_gb, room = (
+        sum(e.file_size for e in entries) / 1e9,
+        min(max_gb, files.free_gb(root)),
     )
+    problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
+    problems = [problem] if size_gb > room else []
+    for entry in entries:
+        inside = (root / entry.filename).resolve().is_relative_to(root)
+        if not inside or stat.S_ISLNK(entry.external_attr >> 16):
+            problems.append(f"{entry.filename!r} leads out of the folder")
+    names = {entry.filename for entry in entries if not entry.is_dir()}
+    parents = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if mixed := names & (parents | {files.MANIFEST}):
+        problems.append(f"it cannot hold a file named {mixed.pop()!r}")
+    if problems:
+        raise ValueError(f"{zipped.filename}: {problems[0]}")
+    if damaged := zipped.testzip():
+        raise zipfile.BadZipFile(f"{damaged} is damaged")
+    return names

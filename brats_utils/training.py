@@ -72,22 +72,22 @@ def _advice_on_memory(model, data):
     except Exception as error:  # each backend has a class of its own
         if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):
             raise
-        raise MemoryError(
-            f"out of memory with {data.batch_size} patches of {data.patch_shape} a "
-            f"step ({str(error)[:200]}). Lower batch_size to 1 first, then patch_shape "
-            "(96 or 64), then the model's filters. Nothing that was saved is lost"
-        ) from error
+        found = f"{data.batch_size} patches of {data.patch_shape} a step"
+        problem = (
+            f"out of memory with {found} ({str(error)[:200]}). Lower batch_size to "
+        )
+        problem += (
+            "1 first, then patch_shape (96 or 64). Nothing that was saved is lost"
+        )
+        raise MemoryError(problem) from error
 
 
 def _compile(model, loss, learning_rate, steps, average):
     """Compile with AdamW, clipped gradients and the Dice of each region."""
     warmup = max(1, round(WARMUP_SHARE * steps))
-    schedule = keras.optimizers.schedules.CosineDecay(
-        learning_rate / warmup,
-        max(1, steps - warmup),
-        warmup_target=learning_rate,
-        warmup_steps=warmup,
-    )
+    plan = {"warmup_target": learning_rate, "warmup_steps": warmup}
+    plan |= {"decay_steps": max(1, steps - warmup)}
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate / warmup, **plan)
     # Keras's average begins with the first weights, which a short run would keep.
     momentum = min(average, max(0.5, 1 - 1 / (AVERAGED_SHARE * steps)))
     ema = {"use_ema": average > 0, "ema_momentum": momentum}
@@ -147,10 +147,18 @@ def describe_model(model):
     config : dict
         What JSON can hold.
     """
-    text = json.dumps(model.get_config(), default=str)
-    for number, layer in enumerate(model.layers):
-        text = text.replace(f'"{layer.name}"', f'"layer {number}"')
-    return {**json.loads(text), "name": ""}
+    numbers = {}  # of the layers, in the order in which the configuration names them
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(each) for k, each in value.items() if k != "name"}
+        if not isinstance(value, list):
+            return value
+        if [type(each) for each in value] == [str, int, int]:  # layer, node, tensor
+            return [numbers.setdefault(value[0], len(numbers)), *value[1:]]
+        return [strip(each) for each in value]
+
+    return strip(json.loads(json.dumps(model.get_config(), default=str)))
 
 
 def _describe_run(model, train_data, val_data, loss, **settings):
@@ -339,8 +347,7 @@ class FiniteCheck(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Raise FloatingPointError, with advice."""
-        weights = self.model.weights
-        finite = all(bool(ops.all(ops.isfinite(weight))) for weight in weights)
+        finite = all(bool(ops.all(ops.isfinite(w))) for w in self.model.weights)
         if not (finite and np.isfinite(logs["loss"])):
             problem = f"epoch {epoch + 1}: the loss or a weight is NaN or infinite"
             advice = "Lower the learning rate, or look for a bad scan with check_cases"
@@ -352,6 +359,7 @@ class TimeLimit(keras.callbacks.Callback):
 
     def __init__(self, minutes):
         super().__init__()
+        minutes = np.inf if minutes is None else minutes
         self.deadline = time.perf_counter() + 60 * minutes
 
     def on_epoch_end(self, epoch, logs=None):
@@ -365,8 +373,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def __init__(self, run, train_data, val_data, bar):
         super().__init__()
-        self.run, self.train_data, self.val_data = run, train_data, val_data
-        self.bar = bar
+        self.train_data, self.val_data = train_data, val_data
+        self.run, self.bar = run, bar
 
     def on_epoch_begin(self, epoch, logs=None):
         """Tell the generator which epoch it is."""
@@ -399,9 +407,8 @@ class Checkpoint(keras.callbacks.Callback):
         with output.write(HISTORY) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False)
         self.run.save(self.model)
-        shown = {"loss": f"{logs['loss']:.3f}"}
-        shown |= {"val Dice": f"{score:.3f}"} if score >= 0 else {}
-        self.bar.set_postfix(shown, refresh=False)
+        validated = {"val Dice": f"{score:.3f}"} if score >= 0 else {}
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", **validated, refresh=False)
         self.bar.update()
 
 
@@ -413,7 +420,6 @@ def _fit(model, checkpoint, epochs, validation_freq, max_minutes):
     for region in ENCODED_REGIONS:
         if not any(row[f"{region}_ml"] for row in train_data.rows.values()):
             warnings.warn(f"no training case has {region}", stacklevel=3)
-    limit = [] if max_minutes is None else [TimeLimit(max_minutes)]
     validated = [e for e in range(1, epochs) if e % validation_freq == 0]
     model.fit(
         train_data,
@@ -423,7 +429,7 @@ def _fit(model, checkpoint, epochs, validation_freq, max_minutes):
         epochs=epochs,
         shuffle=False,  # the generator's order is its own
         verbose=0,
-        callbacks=[FiniteCheck(), checkpoint, *limit],
+        callbacks=[FiniteCheck(), checkpoint, TimeLimit(max_minutes)],
     )
 
 
@@ -508,18 +514,20 @@ def train(
     check_option("learning_rate", learning_rate, lambda x: 0 < x < np.inf, "above 0")
     check_option("average", average, lambda x: 0 <= x < 1, "from 0 to below 1")
     check_option("validation_freq", validation_freq, lambda n: n >= 1, "1 or more")
+    minutes, fits = max_minutes, lambda n: n is None or n >= 0
+    check_option("max_minutes", minutes, fits, "None, or 0 or more")
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
     description = _describe_run(model, train_data, val_data, loss, **settings)
     trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
-    sources = [train_data.folder, val_data.folder]
-    with OutputFolder(run_dir, "run", inputs=sources) as output:
+    inputs = [train_data.folder.parent, val_data.folder.parent]
+    with OutputFolder(run_dir, "run", inputs=inputs) as output:
         _compile(trained, loss, learning_rate, epochs * len(train_data), average)
         run = Run(output, description)
         run.resume(trained)
         if len(run.rows) < epochs:
-            options = {"initial": len(run.rows), "total": epochs, "unit": "epoch"}
-            bar = progress_bar(desc="training", disable=not verbose, **options)
+            done = {"initial": len(run.rows), "total": epochs, "unit": "epoch"}
+            bar = progress_bar(desc="training", disable=not verbose, **done)
             checkpoint = Checkpoint(run, train_data, val_data, bar)
             with bar, _advice_on_memory(model, train_data):
                 _fit(trained, checkpoint, epochs, validation_freq, max_minutes)

@@ -255,24 +255,25 @@ def dice(first, second):
     return float(2 * np.count_nonzero(first & second) / size) if size else 1.0
 
 
-def check_shape(shape):
+def check_shape(shape, name="crop_shape"):
     """Raise unless a shape is three positive whole numbers, or None.
 
     Parameters
     ----------
     shape : tuple of 3 int or None
         Voxels along X, Y and Z.
+    name : str
+        Of the option, for the message.
 
     Raises
     ------
     ValueError
         If it is something else.
     """
-    sizes = np.atleast_1d(np.asarray(shape))
-    if shape is not None and not (
-        sizes.shape == (3,) and sizes.dtype.kind in "iu" and min(sizes) >= 1
-    ):
-        raise ValueError(f"a shape is three positive numbers or None, not {shape!r}")
+    sizes = np.array([] if shape is None else shape)
+    whole = sizes.shape == (3,) and sizes.dtype.kind in "iu" and sizes.min() >= 1
+    if shape is not None and not whole:
+        raise ValueError(f"{name} is three positive numbers or None, not {shape!r}")
 
 
 def _plane_counts(mask):

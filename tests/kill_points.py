@@ -59,7 +59,7 @@ def prepare_quietly(raw, out, **options):
 def extract(archive, folder):
     """Unpack, if it has not been done: the folder appears when it is complete."""
     if not (folder / "raw").exists():
-        files.extract(archive, folder / "raw")
+        preparing.extract(archive, folder / "raw")
 
 
 def extracted(folder):
@@ -91,11 +91,13 @@ def train(split, folder):
 
 def trained(folder):
     """Return what a run's folder holds, except for dates and seconds."""
+    names = sorted(path.name for path in folder.iterdir())
     with np.load(folder / "last.npz") as state:
         found = {
             name: state[name].tobytes() for name in state.files if name != "record"
         }
         rows = json.loads(state["record"].item())["history"]
+    found["names"] = str(names)  # nothing unfinished is left
     found["rows"] = str([row | {"seconds": 0} for row in rows])
     history = pd.read_csv(folder / "history.csv").drop(columns="seconds")
     found["history"] = history.to_csv()
@@ -281,7 +283,7 @@ def main(kind, source, folder, step):
     if kind == "prepare":
         return resume_at_every_point(prepare, contents, source, folder)
     if kind == "train":
-        import keras  # noqa: F401, once, before the forks
+        from brats_utils import generator, training  # noqa: F401, before the forks
 
         return resume_at_every_point(train, trained, source, folder, step)
     if kind == "reprepare":

@@ -17,7 +17,6 @@ from brats_utils.files import (
     atomic_write,
     check_option,
     describe_file,
-    extract,
     find_changed,
     free_gb,
     project_root,
@@ -27,6 +26,7 @@ from brats_utils.files import (
     setting,
     write_json,
 )
+from brats_utils.prepare import extract
 
 MANIFEST = {"kind": "a", "format": 1, "made_from": {}, "files": {}, "cases": {}}
 
