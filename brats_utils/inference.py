@@ -420,9 +420,11 @@ def _predict_maps(models, case, *, thresholds=None, min_et_voxels=None, **option
 
 
 def _fingerprint(trained):
-    """Return a checksum of a model's architecture, weights and decoding."""
+    """Return a checksum of all of a model that changes a prediction."""
     digest = hashlib.sha256(json.dumps(describe_model(trained.model)).encode())
-    digest.update(json.dumps(trained.description.get("decoding")).encode())
+    used = ("modalities", "patch_shape", "decoding")
+    used = [trained.description.get(name) for name in used]
+    digest.update(json.dumps(used).encode())
     for weights in trained.model.get_weights():
         digest.update(np.ascontiguousarray(weights))
     return digest.hexdigest()
