@@ -22,9 +22,9 @@ from brats_utils.cases import (
     write_segmentation,
 )
 from brats_utils.labels import ENCODED_REGIONS, LABELS, decode_labels
-from brats_utils.model import size_factor
+from brats_utils.model import describe_model, size_factor
 from brats_utils.nifti import save_volume
-from brats_utils.training import BEST, DESCRIPTION, describe_model
+from brats_utils.training import BEST, DESCRIPTION
 from brats_utils.volumes import (
     NORMALISATION,
     bounding_box,

@@ -1,5 +1,6 @@
 """U-Nets in two and three dimensions, and a table of what each stage costs."""
 
+import json
 import math
 
 import keras
@@ -381,3 +382,29 @@ def model_table(model, input_shape=None):
     table = table.groupby("stage", sort=False).agg({"output": "last", **sums})
     table.loc["total"] = [table["output"].iloc[-1], *table[list(sums)].sum()]
     return table.astype({"parameters": int})
+
+
+def describe_model(model):
+    """Return a model's configuration without its names, which Keras may number.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Returns
+    -------
+    config : dict
+        What JSON can hold.
+    """
+    numbers = {}  # of the layers, in the order in which the configuration names them
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(each) for k, each in value.items() if k != "name"}
+        if not isinstance(value, list):
+            return value
+        if [type(each) for each in value] == [str, int, int]:  # layer, node, tensor
+            return [numbers.setdefault(value[0], len(numbers)), *value[1:]]
+        return [strip(each) for each in value]
+
+    return strip(json.loads(json.dumps(model.get_config(), default=str)))

@@ -20,7 +20,7 @@ from keras import ops
 from brats_utils.files import OutputFolder, check_option, progress_bar
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import RegionDice, dice_cross_entropy_loss
-from brats_utils.model import model_table, supervise_deeply
+from brats_utils.model import describe_model, model_table, supervise_deeply
 from brats_utils.volumes import NORMALISATION
 
 BEST, HISTORY, DESCRIPTION = "best.keras", "history.csv", "brats.json"
@@ -133,32 +133,6 @@ def _describe(value):
             known = isinstance(each, PLAIN) or hasattr(each, "__array__")
             config[key] = each if known else type(each).__qualname__
     return {"class": type(value), **config}
-
-
-def describe_model(model):
-    """Return a model's configuration without its names, which Keras may number.
-
-    Parameters
-    ----------
-    model : keras.Model
-
-    Returns
-    -------
-    config : dict
-        What JSON can hold.
-    """
-    numbers = {}  # of the layers, in the order in which the configuration names them
-
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(each) for k, each in value.items() if k != "name"}
-        if not isinstance(value, list):
-            return value
-        if [type(each) for each in value] == [str, int, int]:  # layer, node, tensor
-            return [numbers.setdefault(value[0], len(numbers)), *value[1:]]
-        return [strip(each) for each in value]
-
-    return strip(json.loads(json.dumps(model.get_config(), default=str)))
 
 
 def _describe_run(model, train_data, val_data, loss, **settings):
@@ -514,8 +488,7 @@ def train(
     check_option("learning_rate", learning_rate, lambda x: 0 < x < np.inf, "above 0")
     check_option("average", average, lambda x: 0 <= x < 1, "from 0 to below 1")
     check_option("validation_freq", validation_freq, lambda n: n >= 1, "1 or more")
-    minutes, fits = max_minutes, lambda n: n is None or n >= 0
-    check_option("max_minutes", minutes, fits, "None, or 0 or more")
+    check_option("max_minutes", max_minutes or 0, lambda n: n >= 0, "0 or more")
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
     description = _describe_run(model, train_data, val_data, loss, **settings)
