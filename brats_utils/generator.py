@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import threading
 import zlib
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from brats_utils.augment import augment as augment_patch
 from brats_utils.files import check_option, find_changed, read_manifest
 from brats_utils.volumes import check_shape, pad, standardise
 
+# npy headers are parsed by `ast`, which is not thread-safe in some Pythons 3.11
+# (python/cpython#106905).
+PARSING = threading.Lock()
 PREPARE_AGAIN = "Run notebooks/01_prepare.ipynb again"
 
 
@@ -252,12 +256,12 @@ class BratsGenerator(keras.utils.PyDataset):
         """Return image and mask: as stored, memory-mapped, or standardised, cached."""
         if self._cache is not None and case_id in self._cache:
             return self._cache[case_id]
-        mode = "r" if self._cache is None else None
         paths = [self.folder / kind / f"{case_id}.npy" for kind in ("images", "masks")]
         try:
             if any(_state(path) != self._states[path] for path in paths):
                 raise ValueError("changed since the generator was made")
-            image, mask = (np.load(path, mode, allow_pickle=False) for path in paths)
+            with PARSING:
+                image, mask = (np.load(p, "r", allow_pickle=False) for p in paths)
             shape = *mask.shape, len(self.modalities)
             if mask.ndim != 3 or (image.shape, image.dtype) != (shape, np.float16):
                 found = f"image {image.shape} {image.dtype} and mask {mask.shape}"
@@ -267,6 +271,7 @@ class BratsGenerator(keras.utils.PyDataset):
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from error
         if self._cache is not None:
             image = self._standardise(case_id, image)
+            mask = np.array(mask)
             self._cache[case_id] = image, mask
         return image, mask
 

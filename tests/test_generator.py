@@ -1,7 +1,11 @@
 """Batches: paired by id, every case once, in an order that seed and epoch decide."""
 
+import gc
 import os
+import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -255,6 +259,32 @@ def test_D06_a_damaged_volume_is_named_in_a_thread_too(split):
     model.compile(loss="mse", jit_compile=False)
     with pytest.raises(Exception, match="case_001"):
         model.fit(BratsGenerator(split, workers=2), verbose=0)
+
+
+def test_D06_reading_in_threads_survives_python_3_11s_parser(split):
+    """Python before 3.11.8 parses one text at a time: the header of an npy file is one.
+
+    Elsewhere it raises SystemError if the garbage collector lets another thread run in
+    the middle (python/cpython#106905), some times in a million reads. Here it always
+    lets it.
+    """
+    generator = BratsGenerator(split, batch_size=1, patch_shape=(4, 4, 4))
+    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+
+    def give_way(phase, info):
+        time.sleep(0)
+
+    gc.callbacks.append(give_way)
+    gc.set_threshold(50)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            batches = list(pool.map(lambda i: generator[i % 5], range(300)))
+    finally:
+        gc.callbacks.remove(give_way)
+        gc.set_threshold(*threshold)
+        sys.setswitchinterval(interval)
+    assert len(batches) == 300
 
 
 class Trap:
