@@ -448,15 +448,16 @@ class OutputFolder:
         self._lock_path.write_text(holder, encoding="utf-8")
         if self._spare.exists():  # killed within _exchange
             self._spare.rename(self.path if self.final.exists() else self.final)
-        blank = {"kind": self.kind, "format": FORMAT, "made_from": {}}
-        self.manifest = read_manifest(self.path) or blank | {"files": {}, "cases": {}}
-        self.former = self.manifest
-        if self.path != self.final:
-            self.former = read_manifest(self.final) or blank | {
-                "files": {},
-                "cases": {},
-            }
+        self.former = self._read(self.final)
+        self.manifest = (
+            self._read(self.path) if self.path != self.final else self.former
+        )
         return self
+
+    def _read(self, path):
+        """Return the manifest of one of our folders, a new one if it has none."""
+        blank = {"kind": self.kind, "format": FORMAT, "made_from": {}}
+        return read_manifest(path) or {**blank, "files": {}, "cases": {}}
 
     def __exit__(self, kind, error, traceback):
         """Save the manifest and give up the lock."""

@@ -127,9 +127,9 @@ def load_model(path):
         model.jit_compile = False  # XLA would compile again for each brain's size
     except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
         problem = (
-            f"{path} cannot be loaded: it is damaged, holds code (Lambda layers), "
+            f"{path} cannot be loaded: it is damaged, holds code (Lambda layers) or"
         )
-        problem += f"or comes from another version than Keras {keras.__version__}"
+        problem += f" comes from another version than Keras {keras.__version__}"
         raise ValueError(f"{problem}: {error}") from None
     if described:
         _check_description(model, description, path)
@@ -158,17 +158,11 @@ def store_description(trained):
 def _check_description(model, description, path):
     """Raise if a model does not fit the description in its file."""
     outputs = {"labels 0..3": 4, "WT, TC, ET": 3}
-    version = str(description.get("keras", "(unknown)"))
-    major = version.split(".")[0]
+    version, takes = str(description.get("keras")), description.get("modalities") or ()
+    gives, major = outputs.get(description.get("outputs")), version.split(".")[0]
     expected = {
-        "channels in": (
-            len(description.get("modalities") or ()),
-            model.input_shape[-1],
-        ),
-        "channels out": (
-            outputs.get(description.get("outputs")),
-            model.output_shape[-1],
-        ),
+        "channels in": (len(takes), model.input_shape[-1]),
+        "channels out": (gives, model.output_shape[-1]),
         "normalisation": (description.get("normalisation"), NORMALISATION),
         "orientation": (description.get("orientation"), "LPS"),
         f"Keras (install keras=={version})": (major, keras.__version__.split(".")[0]),

@@ -68,17 +68,14 @@ def _is_done(case_id, made_of, output):
 
     `made_of` is what the case would be made of now.
     """
-    for folder, manifest in (
-        (output.path, output.manifest),
-        (output.final, output.former),
-    ):
+    places = (output.path, output.manifest), (output.final, output.former)
+    for folder, manifest in places:
         record = manifest["cases"].get(case_id, {})
         if record.get("made_of") != made_of:
             continue
         names = _names(case_id) if record["row"]["kept"] else ()
-        if files.find_changed(
-            folder, {name: manifest["files"].get(name) for name in names}
-        ):
+        noted = {name: manifest["files"].get(name) for name in names}
+        if files.find_changed(folder, noted):
             continue
         if folder != output.path:
             for name in names:

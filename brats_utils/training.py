@@ -100,11 +100,9 @@ def _compile(model, loss, learning_rate, steps, average):
     model.optimizer.build(model.trainable_variables)
     # Keras has no public way to build losses and metrics. On JAX and torch, `fit`
     # builds them with a batch it takes from the generator, which then comes again.
-    factors, (*grid, n_outputs) = (
-        getattr(model, "factors", (1,)),
-        model.outputs[0].shape,
-    )
-    shapes = [(1, *[factors[-1] // f] * len(grid[1:])) for f in factors]
+    factors = getattr(model, "factors", (1,))
+    _, *grid, n_outputs = model.outputs[0].shape
+    shapes = [(1, *[factors[-1] // f] * len(grid)) for f in factors]
     outputs = [np.full((*shape, n_outputs), 0.5, np.float32) for shape in shapes]
     labels = np.zeros((*shapes[0], 1), np.uint8)
     outputs = outputs if len(factors) > 1 else outputs[0]
