@@ -46,8 +46,9 @@ def _offset_and_divisor(volume, method):
 def _apply(volume, offset, divisor, method):
     """Return `(volume - offset) / divisor` in float32; "zscore" leaves zeros zero."""
     scaled = volume.astype(np.float32)
-    scaled -= np.float32(offset)
-    scaled /= np.float32(divisor)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is stored is checked
+        scaled -= np.float32(offset)
+        scaled /= np.float32(divisor)
     if method == "zscore":
         scaled[volume == 0] = 0
     return scaled

@@ -246,7 +246,7 @@ def test_E01_killed_at_any_file_operation_it_ends_in_the_same_bits(
     command = [sys.executable, script, "train", split, tmp_path, str(step)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 90  # file operations, each of them a point to die at
+    assert int(done.stdout) > 110  # file operations, each of them a point to die at
 
 
 def interrupted(split, run_dir, epoch=2):
