@@ -1,6 +1,5 @@
 """Find the cases of a folder, check them, read them, write their label maps."""
 
-import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -11,22 +10,26 @@ from pathlib import Path
 import numpy as np
 
 from brats_utils import nifti
-from brats_utils.files import atomic_write, read_json
-from brats_utils.labels import LABELS, encode_labels, relabel
+from brats_utils.files import atomic_write, check_option, read_json, walk
+from brats_utils.labels import (
+    ALL_MODALITIES,
+    CONVENTIONS,
+    MODALITIES,
+    are_modalities,
+    encode_labels,
+    label_code,
+    label_table,
+    naming,
+    parse_description,
+    parse_name,
+    relabel,
+)
 from brats_utils.nifti import BratsDataError, read_header, read_volume
-from brats_utils.volumes import brain_mask, check_grey_levels
+from brats_utils.volumes import background_problem, brain_mask, check_image
 
-MODALITIES = ("flair", "t1ce", "t2")
-ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
-# BraTS 2017-2021 write <id>_t1ce.nii, BraTS 2023 <id>-t1c.nii.
-_KEYS = {f"_{key}": key for key in (*ALL_MODALITIES, "seg")}
-_KEYS |= {"-t2f": "flair", "-t1n": "t1", "-t1c": "t1ce", "-t2w": "t2", "-seg": "seg"}
-# The Decathlon's Task01 keeps the four images of a case in one file, in this order.
-_DECATHLON = dict.fromkeys(("imagesTr", "imagesTs"), ALL_MODALITIES)
-_DECATHLON |= {"labelsTr": ("seg",)}
-_DECATHLON_CHANNELS = ["flair", "t1w", "t1gd", "t2w"]
-CONVENTIONS = ("0124", "0123", "0213")
-_NAME = re.compile(rf"(.+)({'|'.join(_KEYS)})\.nii(\.gz)?", re.I)
+_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")  # Decathlon, nnU-Net
+_IN_FOLDERS = re.compile(r"(.+?)(?:_(\d{4}))?\.nii(?:\.gz)?", re.I)
+_ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
 WRITTEN_BY = "brats_utils"  # in the header of our label maps: those may be replaced
 SPACING_MM = (1.0, 1.0, 1.0)  # of BraTS scans, and of what networks are trained on
 
@@ -40,13 +43,12 @@ class Case:
     id : str
         Name of the case, for example `BraTS20_Training_001`.
     images : dict of str to Path
-        A file for each of "flair", "t1", "t1ce" and "t2"; or one file for all four
-        that holds them as channels in this order.
+        A file for each of "flair", "t1", "t1ce" and "t2" that is there; or one file
+        for all that holds them as channels in this order.
     segmentation : Path or None
         The label map; None for a case to be predicted.
-    labels : {"0124", "0123", "0213"}
-        How the label map writes background, necrotic core, oedema and enhancing tumour:
-        BraTS until 2021, BraTS since 2023, the Decathlon.
+    labels : str
+        How the label map is written, see `find_cases`.
     """
 
     id: str
@@ -56,7 +58,7 @@ class Case:
 
     @property
     def channels(self):
-        """Return how many images a file holds: 4 in the Decathlon's layout, else 1."""
+        """Return how many images a file holds: 1 except in the Decathlon's layout."""
         stacked = len(set(self.images.values())) < len(self.images)
         return len(self.images) if stacked else 1
 
@@ -91,13 +93,14 @@ class Scan:
         """Return the (X, Y, Z) mask of voxels that are not zero in all modalities."""
         return brain_mask(self.volumes)
 
+    @property
+    def background_problem(self):
+        """Return what is wrong with the first background that is not 0, if any."""
+        return next(filter(None, map(background_problem, self.volumes)), "")
+
     def check_spacing(self):
         """Raise unless voxels are 1 mm wide, as in all BraTS scans."""
-        spacing = np.round(nifti.spacing_mm(self.affine), 2).tolist()
-        if not np.allclose(spacing, SPACING_MM, atol=0.05):
-            problem = f"voxels of {spacing} mm; networks here know {SPACING_MM}"
-            advice = "Resample the scan to 1 mm first"
-            raise BratsDataError(problem, case=self.case.id, advice=advice)
+        _check_spacing(self.header, self.case.id)
 
     def restore(self, volume):
         """Return a volume (X, Y, Z) in the orientation of the stored grid."""
@@ -120,62 +123,91 @@ def file_states(paths):
     return {p: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats.items()}
 
 
-def _nifti_files(root):
-    """Yield every NIfTI file below `root`, sorted; hidden and macOS strays left out."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = sorted(
-            f for f in folders if not f.startswith(".") and f != "__MACOSX"
-        )
-        for name in sorted(names):
-            if name.lower().endswith((".nii", ".nii.gz")) and not name.startswith("."):
-                yield Path(folder) / name
+def _place(path, sets):
+    """Return (folder, case id) of a file, and which images it holds; () if unknown.
+
+    `sets` keeps what each `dataset.json` says: (channels, label code).
+    """
+    for name, folder in ((path.parent.name, path.parent), (path.name, path)):
+        case_id, key = parse_name(name)  # the folder's, in Kaggle's nested sets
+        if key:
+            return (folder.parent, case_id or folder.parent.name), (key,)
+    root, part = path.parent.parent, path.parent.name
+    if part not in _FOLDERS:
+        return None, ()
+    if root not in sets:
+        sets[root] = _read_description(root / "dataset.json")
+    case_id, number = _IN_FOLDERS.fullmatch(path.name).groups()
+    if part.startswith("labels"):
+        return (root, case_id + (f"_{number}" if number else "")), ("seg",)
+    channels = sets[root][0]
+    if not channels and not number and naming(case_id)[1] == "0213":
+        channels = ALL_MODALITIES  # the order of Task01
+    if not channels or int(number or 0) >= len(channels):
+        problem = f"which modality is which in {path.name} is not known"
+        advice = "Give dataset.json, with its channels in order, beside imagesTr"
+        raise BratsDataError(problem, file=root, advice=advice)
+    return (root, case_id), (channels[int(number)],) if number else channels
+
+
+def _read_description(path):
+    """Return the channels and the label code of a `dataset.json`, empty if unknown."""
+    try:
+        return parse_description(read_json(path)) if path.is_file() else ((), "")
+    except ValueError as error:
+        advice = "Only sets of brain tumours with FLAIR, T1, T1CE and T2 can be read"
+        raise BratsDataError(str(error), file=path, advice=advice) from None
 
 
 def _group_files(root):
-    """Return {(folder, id): {key: path}} and {folder: [files of no known name]}."""
-    groups, leftovers = {}, {}
-    for path in _nifti_files(root):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            folder, case_id = path.parent, match[1]
-            keys = (_KEYS[match[2].lower()],)
-        elif keys := _DECATHLON.get(path.parent.name):
-            folder = path.parent.parent
-            case_id = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I)
-        else:
-            leftovers.setdefault(path.parent, []).append(path)
+    """Return {(folder, id): {key: path}}, [files of no known name], descriptions."""
+    groups, leftovers, sets = {}, [], {}
+    for path in (Path(folder, name) for folder, names in walk(root) for name in names):
+        if not path.name.lower().endswith((".nii", ".nii.gz")):
             continue
-        files = groups.setdefault((folder, case_id), {})
+        place, keys = _place(path, sets)
         for key in keys:
+            files = groups.setdefault(place, {})
             if files.setdefault(key, path) != path:
                 problem = f"two files for {key}: {files[key].name} and {path.name}"
-                where = {"case": case_id, "file": path.parent}
+                where = {"case": place[1], "file": path.parent}
                 raise BratsDataError(problem, **where, advice="Keep one of them")
-    return groups, leftovers
+        leftovers += [] if keys else [path]
+    # UPENN-GBM has its label maps in a folder of their own; others without images are
+    # not those of a case, such as `<id>_brain_segm`.
+    for folder, case_id in [place for place in groups if [*groups[place]] == ["seg"]]:
+        path = groups.pop((folder, case_id))["seg"]
+        same = [p for p in groups if p[1] == case_id and "seg" not in groups[p]]
+        if {"images_segm", "labelsTr"} & {*path.parts} and len(same) == 1:
+            groups[same[0]]["seg"] = path
+        else:
+            leftovers.append(path)
+    return groups, leftovers, sets
 
 
 def _add_odd_segmentations(groups, leftovers):
-    """Give each case without a label map the one file that must be it, if any.
-
-    Returns {(folder, id): path} of those given.
-    """
-    lacking, given = {}, {}
-    for folder, case_id in (key for key, files in groups.items() if "seg" not in files):
-        lacking.setdefault(folder, []).append(case_id)
-    for folder, case_ids in lacking.items():
-        paths = [p for p in leftovers.get(folder, []) if "seg" in p.name.lower()]
-        if len(paths) * len(case_ids) > 1:
-            found = ", ".join(path.name for path in paths)
-            problem = f"no {case_ids[0]}_seg file, and {found} might be that of "
-            problem += ", ".join(case_ids)
-            advice = f"Rename the right one to {case_ids[0]}_seg.nii"
-            raise BratsDataError(problem, case=case_ids[0], file=folder, advice=advice)
-        if paths:
-            given[folder, case_ids[0]] = groups[folder, case_ids[0]]["seg"] = paths[0]
+    """Give folder 355 its label map, which has another name; return {place: path}."""
+    given = {}
+    for path in [path for path in leftovers if _ODD.fullmatch(path.name)]:
+        lacking = [p for p in groups if p[0] == path.parent and "seg" not in groups[p]]
+        others = [p.name for p in leftovers if p.parent == path.parent and p != path]
+        others = [name for name in others if "seg" in name.lower()]
+        if len(lacking) > 1 or (lacking and others):
+            ids, names = (
+                ", ".join(p[1] for p in lacking),
+                ", ".join([path.name, *others]),
+            )
+            problem = f"no {lacking[0][1]}_seg file, and {names} might be that of {ids}"
+            advice = f"Rename the right one to {lacking[0][1]}_seg.nii"
+            where = {"case": lacking[0][1], "file": path.parent}
+            raise BratsDataError(problem, **where, advice=advice)
+        for place in lacking:
+            given[place] = groups[place]["seg"] = path
+            leftovers.remove(path)
     return given
 
 
-def _check_complete(root, groups):
+def _check_complete(root, groups, leftovers, modalities):
     """Raise one error that lists all missing modalities and doubled case ids."""
     if not groups:
         here = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
@@ -184,34 +216,41 @@ def _check_complete(root, groups):
         raise BratsDataError(problem, advice=advice)
     problems, seen = [], {}
     for (folder, case_id), files in groups.items():
-        missing = [m for m in ALL_MODALITIES if m not in files]
+        missing = ", ".join(m for m in modalities if m not in files)
+        strange = ", ".join(p.name for p in leftovers if p.parent == folder)
         if missing:
-            problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}")
+            strange = f"; not understood there: {strange}" if strange else ""
+            problems.append(f"{case_id} ({folder}) lacks {missing}{strange}")
         other = seen.setdefault(case_id.lower(), folder)
         if other != folder:
             problems.append(f"{case_id} is there twice: {other} and {folder}")
     if problems:
-        advice = "Download them again, or take those folders out"
+        advice = "Add what is missing, or take those folders out"
         raise BratsDataError("; ".join(problems), advice=advice)
 
 
-def find_cases(root, *, labels="auto"):
+def find_cases(root, *, labels="auto", modalities=MODALITIES):
     """Find the BraTS cases in a folder, at any depth.
 
-    Takes `.nii` and `.nii.gz`, the names of BraTS 2017 to 2021 (`<id>_t1ce`) and
-    2023 (`<id>-t1c`), and the folders of the Medical Segmentation Decathlon's Task01
-    (`imagesTr`, `imagesTs`, `labelsTr`). A segmentation with another name, such as that
-    of folder 355 of the Kaggle set, is taken if it is the only file left with "seg" in
-    its name, with a warning. Files of other kinds are ignored.
+    Takes `.nii` and `.nii.gz` files under the names of the public sets: BraTS 2017 to
+    2021 (`<id>_t1ce`) and since 2023 (`<id>-t1c`), TCGA, UPENN-GBM and UCSF-PDGM, and
+    the folders `imagesTr` and `labelsTr` of the Medical Segmentation Decathlon's Task01
+    and of nnU-Net. The odd label map of folder 355 of the Kaggle set is taken, with a
+    warning. Files of other names are ignored, and listed in a warning.
 
     Parameters
     ----------
     root : path
         The folder; nothing in it is changed.
-    labels : {"auto", "0124", "0123", "0213"}
-        How labels are written, see `Case`. "auto" takes the Decathlon's layout as
-        "0213"; otherwise it reads all segmentations and decides for the whole set
-        whether 4 or 3 is enhancing tumour.
+    labels : str or dict
+        How the label maps are written: "0124", "0123" or "0213" (the values of
+        background, core, oedema and enhancing tumour), or a table such as
+        {1: 1, 2: 2, 3: 4} from their values to 0, 1, 2 and 4. "auto" goes by the case
+        ids or the `dataset.json` of known sets, checks the values against it, and
+        refuses what is not certain. If the ids are unknown, the values of the whole set
+        decide whether 4 or 3 is enhancing tumour.
+    modalities : sequence of str
+        Which images each case must have; others are taken where they are.
 
     Returns
     -------
@@ -222,66 +261,71 @@ def find_cases(root, *, labels="auto"):
     ------
     BratsDataError
         If the folder is missing or holds no case, a case lacks a modality, two cases
-        share an id, or the set holds both label values 3 and 4, or two layouts.
+        share an id, or label maps contradict their names or may mean several things.
+    ValueError
+        If `labels` or `modalities` is not possible.
     """
-    root = Path(root)
-    if not root.is_dir():
+    check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
+    labels = labels if labels == "auto" else label_code(labels)
+    if not Path(root).is_dir():
         advice = "Check the path; see data/README.md"
         raise BratsDataError(f"there is no folder {root}", advice=advice)
-    if labels not in ("auto", *CONVENTIONS):
-        raise ValueError(f"labels is 'auto' or one of {CONVENTIONS}, not {labels!r}")
-    groups, leftovers = _group_files(root)
-    _check_complete(root, groups)
+    groups, leftovers, sets = _group_files(root)
     for (_, case_id), path in _add_odd_segmentations(groups, leftovers).items():
         warnings.warn(f"{case_id}: {path.name} is its segmentation", stacklevel=2)
-    found = [
-        Case(case_id, {m: files[m] for m in ALL_MODALITIES}, files.get("seg"))
-        for (_, case_id), files in groups.items()
-    ]
-    if labels == "auto":
-        labels = _decide_labels(root, found)
-    found = [replace(case, labels=labels) for case in found]
-    return sorted(found, key=lambda case: case.id)
-
-
-def _decide_labels(root, cases):
-    """Return the label convention of a set, by its layout or else by its label maps."""
-    stacked = {case.channels > 1 for case in cases}
-    if len(stacked) > 1:
-        advice = "Keep sets apart"
-        raise BratsDataError(f"two layouts of files in {root}", advice=advice)
-    if stacked == {True}:
-        for path in Path(root).rglob("dataset.json"):
-            _check_decathlon(path)
-        return "0213"
-    paths = [case.segmentation for case in cases if case.segmentation]
-    with ThreadPoolExecutor(2) as pool:
-        values = list(pool.map(_threes_and_fours, paths))
-    threes, fours = (
-        [path for path, found in zip(paths, values, strict=True) if value in found]
-        for value in (3, 4)
-    )
-    if threes and fours:
-        problem = (
-            f"label 3 in {threes[0].name} and label 4 in {fours[0].name}: two label"
+    _check_complete(root, groups, leftovers, modalities)
+    if leftovers:
+        names = sorted(
+            (p.name for p in leftovers), key=lambda n: "seg" not in n.lower()
         )
-        problem += " conventions in one set, or labels that this project does not know"
-        advice = "Keep sets apart, or say labels='0124' or labels='0123'"
-        raise BratsDataError(problem, advice=advice)
-    if threes:
-        text = "label 3 and no label 4 in this set: 3 is read as enhancing tumour"
+        text = (
+            f"{len(names)} files of unknown names are ignored: {', '.join(names[:5])}"
+        )
+        warnings.warn(text, stacklevel=2)
+    found, conventions = [], {}
+    if labels == "auto":
+        conventions = _decide_labels(groups, sets)
+    for place, files in sorted(groups.items(), key=lambda pair: pair[0][1]):
+        channels = sets.get(place[0], ((), ""))[0] or ALL_MODALITIES
+        images = {m: files[m] for m in channels if m in files}
+        convention = conventions.get(place, labels)
+        found.append(Case(place[1], images, files.get("seg"), convention))
+    return found
+
+
+def _decide_labels(groups, sets):
+    """Return {(folder, id): label code} by descriptions, ids and label maps."""
+    expected, codes = {}, {}
+    for place in groups:
+        described = sets.get(place[0], ((), ""))[1]
+        expected[place] = ("dataset.json", described) if described else naming(place[1])
+    paths = {place: files["seg"] for place, files in groups.items() if "seg" in files}
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(_threes_and_fours, paths.values())
+        values = dict(zip(paths, found, strict=True))
+    unknown = set().union(*(values[p] for p in paths if not expected[p][1]))
+    usual = "0123" if unknown == {3} else "0124"
+    if usual == "0123":
+        text = (
+            "label 3 and no label 4 in this set: 1 is read as core, 2 as oedema and 3 "
+        )
+        text += "as enhancing tumour; pass labels= to find_cases if they are not"
         warnings.warn(text, stacklevel=3)
-    return "0123" if threes else "0124"
-
-
-def _check_decathlon(path):
-    """Raise if a `dataset.json` describes other channels than Task01's."""
-    modality = read_json(path).get("modality", {})
-    order = [str(modality[key]).lower() for key in sorted(modality)]
-    if order not in ([], _DECATHLON_CHANNELS):
-        problem = f"its channels are {order}, not {_DECATHLON_CHANNELS}"
-        advice = "Only the Decathlon's Task01_BrainTumour is known here"
-        raise BratsDataError(problem, file=path, advice=advice)
+    for place, (name, code) in expected.items():
+        where = {"case": place[1], "file": paths.get(place)}
+        if "=" in code and place in paths:
+            problem = f"what its labels mean is not certain ({name})"
+            raise BratsDataError(problem, **where, advice=f"Pass labels=, say {code}")
+        codes[place] = code if code and "=" not in code else usual
+        strange = values.get(place, set()) - label_table(codes[place]).keys()
+        if strange:
+            name = name or "the rest of this set"
+            problem = f"label {strange.pop()}, but {name} has the labels {codes[place]}"
+            advice = (
+                f"Keep sets apart, or pass labels=, one of {CONVENTIONS} or a table"
+            )
+            raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
+    return codes
 
 
 def _threes_and_fours(path):
@@ -314,7 +358,7 @@ def rename_odd_segmentation(root):
     BratsDataError
         If it is not clear which file is the segmentation of which case.
     """
-    groups, leftovers = _group_files(root)
+    groups, leftovers, _ = _group_files(root)
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
@@ -330,8 +374,8 @@ def load_labels(path, labels="0124"):
     ----------
     path : path
         A NIfTI file of labels.
-    labels : {"0124", "0123", "0213"}
-        How the file writes its labels, see `Case`.
+    labels : str or dict
+        How the file writes its labels, see `find_cases`.
 
     Returns
     -------
@@ -345,38 +389,21 @@ def load_labels(path, labels="0124"):
     BratsDataError
         If the file cannot be read, or holds another value.
     """
+    table = label_table(labels)
     volume, header = read_volume(path)
-    values = [int(value) for value in labels]
     try:
-        segmentation = relabel(volume, dict(zip(values, LABELS, strict=True)))
+        segmentation = relabel(volume, table)
     except ValueError as error:
-        advice = "Check that this is a BraTS segmentation of the same year"
+        advice = "If the set writes its labels otherwise, pass labels= to find_cases"
         raise BratsDataError(str(error), file=path, advice=advice) from None
     return segmentation, header.get_best_affine()
 
 
-def _check_image(volume, path, *, grey_levels=False):
-    """Raise if one modality is blank, holds NaN or Inf, or too few grey levels."""
-    problem, advice = None, "Download it again, or leave this case out"
-    with np.errstate(over="ignore"):  # float64 reaches further than float32
-        floats = volume.dtype.kind == "f"
-        finite = np.isfinite(volume.astype(np.float32, copy=False)) if floats else True
-    if volume.min() == volume.max():
-        problem = f"blank modality: every voxel is {volume.flat[0]:g}"
-    elif not np.all(finite):
-        bad = np.argwhere(~finite)
-        problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
-    elif grey_levels:
-        try:
-            check_grey_levels(volume)
-        except ValueError as error:
-            problem, advice = str(error), "Correct that voxel, or leave this case out"
-    if problem:
-        raise BratsDataError(problem, file=path, advice=advice)
-
-
 def _paths(case, modalities):
     """Return each file of a case: {path: the modalities asked for; () for labels}."""
+    check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
+    if missing := [name for name in modalities if name not in case.images]:
+        raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
     paths = {}
     for modality in modalities:
         path = case.images[modality]
@@ -384,9 +411,24 @@ def _paths(case, modalities):
     return paths | ({case.segmentation: ()} if case.segmentation else {})
 
 
-def _channel(volume, modality):
+def _first(case):
+    """Return the path and the header of a case's first image: its grid."""
+    path = next(iter(case.images.values()))
+    return path, read_header(path, case.channels)
+
+
+def _channel(case, volume, modality):
     """Return one modality (X, Y, Z) of what a file holds."""
-    return volume[..., ALL_MODALITIES.index(modality)] if volume.ndim == 4 else volume
+    return volume[..., [*case.images].index(modality)] if volume.ndim == 4 else volume
+
+
+def _check_spacing(header, case_id=None):
+    """Raise unless voxels are 1 mm wide, as in all BraTS scans."""
+    spacing = np.round(nifti.spacing_mm(header.get_best_affine()), 2).tolist()
+    if not np.allclose(spacing, SPACING_MM, atol=0.05):
+        problem = f"voxels of {spacing} mm; networks here know {SPACING_MM}"
+        advice = "Resample the scan to 1 mm first"
+        raise BratsDataError(problem, case=case_id, advice=advice)
 
 
 def _check_grid(header, path, first):
@@ -426,9 +468,9 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     case = case if labelled else replace(case, segmentation=None)
     volumes, segmentation = {}, None
     try:
-        first = case.images["flair"], read_header(case.images["flair"], case.channels)
+        paths, first = _paths(case, modalities), _first(case)
         affine = first[1].get_best_affine()
-        for path, wanted in _paths(case, modalities).items():
+        for path, wanted in paths.items():
             if not wanted:
                 _check_grid(read_header(path), path, first)
                 segmentation = nifti.to_lps(load_labels(path, case.labels)[0], affine)
@@ -436,8 +478,10 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
             volume, header = read_volume(path, case.channels)
             _check_grid(header, path, first)
             for modality in wanted:
-                volumes[modality] = nifti.to_lps(_channel(volume, modality), affine)
-                _check_image(volumes[modality], path)
+                volumes[modality] = nifti.to_lps(
+                    _channel(case, volume, modality), affine
+                )
+                check_image(volumes[modality], path)
     except BratsDataError as error:
         raise error.of(case.id) from None
     return Scan(case, [volumes[m] for m in modalities], segmentation, first[1])
@@ -478,7 +522,7 @@ def load_case(case, modalities=MODALITIES):
     return image, None if labels is None else scan.restore(labels), scan.affine
 
 
-def check_cases(cases, *, voxels=True):
+def check_cases(cases, *, voxels=True, modalities=None):
     """Read every file of every case, and list all that is wrong; nothing is changed.
 
     Parameters
@@ -487,6 +531,9 @@ def check_cases(cases, *, voxels=True):
         From `find_cases`.
     voxels : bool
         False checks names, headers and lengths only, in milliseconds a case.
+    modalities : sequence of str, optional
+        Which images each case must have, and to check. By default FLAIR, T1CE and T2
+        must be there, and all images are checked.
 
     Returns
     -------
@@ -504,20 +551,25 @@ def check_cases(cases, *, voxels=True):
             rows.append((case.id, str(path), error.problem, error.advice or ""))
 
     for case in cases:
-        first = None
-        for path, wanted in _paths(case, ALL_MODALITIES).items():
+        first, required = None, MODALITIES if modalities is None else modalities
+        note(case, next(iter(case.images.values())).parent, _paths, case, required)
+        checked = case.images if modalities is None else modalities
+        checked = [name for name in checked if name in case.images]
+        for path, wanted in _paths(case, checked).items():
             channels = case.channels if wanted else 1
             header = note(case, path, read_header, path, channels)
             if header is None:
                 continue
-            first = first or (path, header)
+            if not first:
+                first = path, header
+                note(case, path, _check_spacing, header)
             note(case, path, _check_grid, header, path, first)
             if voxels and not wanted:
                 note(case, path, load_labels, path, case.labels)
             elif voxels and (read := note(case, path, read_volume, path, channels)):
                 for modality in wanted:
-                    volume = _channel(read[0], modality)
-                    note(case, path, _check_image, volume, path, grey_levels=True)
+                    volume = _channel(case, read[0], modality)
+                    note(case, path, check_image, volume, path, thorough=True)
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
 
 
@@ -538,7 +590,7 @@ def read_grid(case):
     spacing_mm : tuple of 3 float
         Voxel size along X, Y and Z.
     """
-    header = read_header(case.images["flair"], case.channels)
+    header = _first(case)[1]
     affine = header.get_best_affine()
     return header.get_data_shape(), affine, nifti.spacing_mm(affine)
 
@@ -567,7 +619,7 @@ def save_segmentation(segmentation, case, path):
     if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
         problem = f"{path} is there and was not written by this project"
         raise ValueError(f"{problem}; it is left as it is. Choose another path")
-    header = read_header(case.images["flair"], case.channels)
+    header = _first(case)[1]
     with atomic_write(path) as temporary:
         write_segmentation(segmentation, header, temporary)
 

@@ -249,7 +249,8 @@ def read_csv(path):
         text = data.decode("utf-16" if data[:1] in (b"\xff", b"\xfe") else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    lines = text.splitlines()
+    lines = [line for line in text.splitlines() if line.strip()]
+    lines = lines[1:] if lines and lines[0].startswith("sep=") else lines  # of Excel
     if "\0" in text or not lines:
         raise ValueError(f"{path} is not a text table")
     separator = max(",;\t", key=lines[0].count)
@@ -260,6 +261,30 @@ def read_csv(path):
         ]
     except csv.Error as error:
         raise ValueError(f"{path} is not a text table: {error}") from None
+
+
+def walk(root):
+    """Yield each folder below a root once, with the names of its files.
+
+    Parameters
+    ----------
+    root : path
+        Links are followed; hidden folders are left out, and macOS's.
+
+    Yields
+    ------
+    folder : str
+    names : list of str
+        Sorted; hidden files are left out.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real, known = os.path.realpath(folder), len(seen)
+        seen.add(real)
+        visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        folders[:] = sorted(visible) if len(seen) > known else []
+        if len(seen) > known:
+            yield folder, sorted(name for name in names if not name.startswith("."))
 
 
 def describe_file(path):

@@ -1,5 +1,7 @@
 """Label values, tumour regions, their names and colours: stated here, once."""
 
+import re
+
 import numpy as np
 
 LABELS = {
@@ -16,6 +18,198 @@ ENCODED_REGIONS = {
 }
 # Blue, yellow and vermilion of Okabe and Ito's palette, told apart by all readers.
 COLOURS = {1: "#0072B2", 2: "#F0E442", 4: "#D55E00"}
+
+MODALITIES = ("flair", "t1ce", "t2")
+ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
+# What each file is called in the public sets, after the id of the case.
+_FILES = {
+    "flair": "flair|t2f|t2_flair",
+    "t1": "t1|t1n|t1w",
+    "t1ce": "t1ce|t1gd|t1c",
+    "t2": "t2|t2w",
+    "seg": "seg|segm|tumor_segmentation|glistrboost_manuallycorrected",
+}
+_KEYS = {name: key for key, names in _FILES.items() for name in names.split("|")}
+_IMAGES, _SEG = "|".join(n for n, key in _KEYS.items() if key != "seg"), _FILES["seg"]
+_KEY = rf"(?:brain_)?({_IMAGES})|(?:final_)?({_SEG})"
+_NAME = re.compile(rf"(?:(.+?)[-_])?(?:{_KEY})\.nii(?:\.gz)?", re.I)
+# How files write background, core, oedema and enhancing tumour, in this order.
+CONVENTIONS = ("0124", "0123", "0213")
+TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"
+TOLD_PED = "labels={1: 4, 2: 1, 3: 1, 4: 2} counts cysts as core"
+# What the beginning of a case's id says of its labels: (set, convention). Where it says
+# nothing certain, there is no convention but what to pass instead.
+NAMINGS = {
+    r"brats(1[789]|20|2021)_|tcga-\w\w-\w{4}": ("BraTS 2017-2021", "0124"),
+    r"upenn-gbm-|ucsf-pdgm-": ("UPENN-GBM and UCSF-PDGM", "0124"),
+    r"brats-gli-\d+-1\d\d": ("BraTS 2024, after treatment: 4 is a cavity", TOLD_GLI),
+    r"brats-ped": ("BraTS-PED: 1 ET, 2 NET, 3 cyst, 4 oedema", TOLD_PED),
+    r"brats-(gli|ssa|men|met|goat)-": ("BraTS 2023", "0123"),
+    r"brats_\d{3}": ("the Decathlon's Task01", "0213"),
+}
+# The labels that the names in a `dataset.json` mean; the first that fits counts.
+_MEANINGS = {
+    "background|^0$": 0,
+    "o?edema|^ed$": 2,
+    "non.?enhanc|necro|^ncr|^net$": 1,
+    "enhanc|^et$": 4,
+}
+
+
+def naming(case_id):
+    """Return what the id of a case says of its labels.
+
+    Parameters
+    ----------
+    case_id : str
+
+    Returns
+    -------
+    name, convention : str
+        The set of that naming, and one of `CONVENTIONS` or, if its labels cannot be
+        told by the name, what to pass. Both are empty if the naming is not known.
+    """
+    fits = (n for p, n in NAMINGS.items() if re.match(p, case_id, re.I))
+    return next(fits, ("", ""))
+
+
+def label_table(labels):
+    """Return how the values in label maps translate to BraTS labels.
+
+    Parameters
+    ----------
+    labels : str or dict
+        One of `CONVENTIONS`; or {value in the file: 0, 1, 2 or 4}, also written as
+        "1:1 2:2 3:4".
+
+    Returns
+    -------
+    table : dict of int to int
+        Value in the file to BraTS label; 0 is always background.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    try:
+        if isinstance(labels, dict):
+            pairs = list(labels.items())
+        elif labels in CONVENTIONS:
+            pairs = list(zip(labels, LABELS, strict=True))
+        else:
+            pairs = [pair.split(":") for pair in labels.split()]
+        table = {0: 0, **{int(value): int(label) for value, label in pairs}}
+        good = len(table) > 1 and table[0] == 0 and 0 <= min(table) <= max(table) <= 255
+        if good and set(table.values()) <= set(LABELS):
+            return table
+    except (AttributeError, TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a table from "
+        "the files' values to 0, 1, 2 and 4, such as {1: 1, 2: 2, 3: 4}"
+    )
+
+
+def label_code(labels):
+    """Return a label table as text: one of `CONVENTIONS`, or "1:1 2:2 3:4" and so on.
+
+    Parameters
+    ----------
+    labels : str or dict
+        As in `label_table`.
+
+    Returns
+    -------
+    code : str
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    table = label_table(labels)
+    known = [code for code in CONVENTIONS if label_table(code) == table]
+    return known[0] if known else " ".join(f"{v}:{x}" for v, x in table.items() if v)
+
+
+def parse_name(name):
+    """Return whose file this is, and what it holds, by its name in the public sets.
+
+    Parameters
+    ----------
+    name : str
+        For example `BraTS20_Training_001_t1ce.nii`, or just `t1c.nii.gz`.
+
+    Returns
+    -------
+    case_id, key : str
+        The id of the case, and "flair", "t1", "t1ce", "t2" or "seg". Empty if the name
+        does not say.
+    """
+    match = _NAME.fullmatch(name)
+    return (
+        (match[1] or "", _KEYS[(match[2] or match[3]).lower()]) if match else ("", "")
+    )
+
+
+def are_modalities(names):
+    """Return whether all names are modalities, each there once.
+
+    Parameters
+    ----------
+    names : sequence of str
+        May be empty.
+
+    Returns
+    -------
+    known : bool
+    """
+    return len(names) == len(set(names) & set(ALL_MODALITIES))  # no text either
+
+
+def parse_description(described):
+    """Return the channels and the label code of a set that comes with `dataset.json`.
+
+    Parameters
+    ----------
+    described : dict
+        Its contents, as the Decathlon or nnU-Net write them.
+
+    Returns
+    -------
+    channels : tuple of str
+        The modalities, in order; empty if it does not name them.
+    code : str
+        See `label_code`; empty if a label's name is not understood.
+
+    Raises
+    ------
+    ValueError
+        If a channel is not one of the four modalities.
+    """
+    names = described.get("channel_names") or described.get("modality") or {}
+    names = [str(names[key]).lower() for key in sorted(names, key=int)]
+    channels = tuple(_KEYS.get(re.sub("[- ]", "_", name)) for name in names)
+    if not set(channels) <= set(ALL_MODALITIES):
+        raise ValueError(f"its channels are {names}, not of {ALL_MODALITIES}")
+    table = _read_label_names(described.get("labels") or {})
+    return channels, label_code(table) if len(table) > 1 else ""
+
+
+def _read_label_names(names):
+    """Return the label table of {"1": "edema"}, {"edema": 1} or nested regions."""
+    pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in names.items()]
+    if any(isinstance(values, list) for _, values in pairs):
+        regions = [set(np.ravel(v).tolist()) for _, v in pairs if v != 0]
+        depths = {v: sum(v in r for r in regions) for v in set().union(*regions)}
+        nested = sorted(depths.values()) == [1, 2, 3]
+        return {v: (2, 1, 4)[d - 1] for v, d in depths.items()} if nested else {}
+    table = {}
+    for name, value in pairs:
+        fits = (x for p, x in _MEANINGS.items() if re.search(p, str(name), re.I))
+        table[int(value)] = next(fits, None)
+    return {} if None in table.values() else table
 
 
 def relabel(values, table):

@@ -12,15 +12,14 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from brats_utils import __version__, files, volumes
-from brats_utils.cases import (
+from brats_utils.cases import check_cases, file_states, find_cases, read_scan
+from brats_utils.labels import (
     ALL_MODALITIES,
     MODALITIES,
-    check_cases,
-    file_states,
-    find_cases,
-    read_scan,
+    are_modalities,
+    encode_labels,
+    region_volumes_ml,
 )
-from brats_utils.labels import encode_labels, region_volumes_ml
 from brats_utils.nifti import BratsDataError, spacing_mm
 from brats_utils.split import KINDS, find_patients
 
@@ -38,7 +37,9 @@ def _check_options(crop_shape, min_labelled, modalities, scaling):
         "scaling", scaling, volumes.SCALINGS.__contains__, f"one of {volumes.SCALINGS}"
     )
     known = f"some of {ALL_MODALITIES}, each once"
-    files.check_option("modalities", modalities, _are_modalities, known)
+    files.check_option(
+        "modalities", modalities, lambda m: len(m) and are_modalities(m), known
+    )
     return {
         "crop_shape": None if crop_shape is None else [int(n) for n in crop_shape],
         "min_labelled": float(min_labelled),
@@ -47,13 +48,9 @@ def _check_options(crop_shape, min_labelled, modalities, scaling):
     }
 
 
-def _are_modalities(names):
-    return 0 < len(names) == len(set(names) & set(ALL_MODALITIES))  # no text either
-
-
 def _made_of(case, options):
     """Return what a prepared case depends on: settings, version, its files' state."""
-    paths = [*(case.images[m] for m in options["modalities"]), case.segmentation]
+    paths = [*map(case.images.get, options["modalities"]), case.segmentation]
     made_of = {**options, "labels": case.labels, "version": __version__}
     return {**made_of, "files": file_states(paths)}
 
@@ -198,14 +195,15 @@ def _crop_and_measure(case, options):
     mask = volumes.pad(encode_labels(scan.segmentation[box]), crop_shape)
     share = int(np.count_nonzero(mask)) / mask.size
     losses = _crop_losses(scan.segmentation, box)
-    note = "" if scan.segmentation.any() else "no voxel is labelled"
+    notes = [scan.background_problem] if scan.background_problem else []
+    notes += [] if scan.segmentation.any() else ["no voxel is labelled"]
     if losses["lost_share"] > LOSS_TO_WARN_OF:
-        note = f"the crop leaves out {losses['lost_share']:.0%} of the tumour"
+        notes.append(f"the crop leaves out {losses['lost_share']:.0%} of the tumour")
     row = {
         "case": case.id,
         "kept": share >= min_labelled,
         "reason": "" if share >= min_labelled else f"labelled below {min_labelled:g}",
-        "note": note,
+        "note": "; ".join(notes),
         "labelled_share": share,
         **losses,
         "shape": "x".join(map(str, mask.shape)),
@@ -266,8 +264,9 @@ def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITI
 
 def _find(raw, labels):
     """Return the folder, its cases, and those of them that have a segmentation."""
-    cases = raw if isinstance(raw, list) else find_cases(raw, labels=labels)
-    if isinstance(raw, list):
+    is_list = isinstance(raw, (list, tuple))
+    cases = raw if is_list else find_cases(raw, labels=labels, modalities=())
+    if is_list:
         raw = os.path.commonpath(_folders(cases) or ["."])
     labelled = [case for case in cases if case.segmentation]
     if not labelled:
@@ -314,13 +313,14 @@ def prepare_dataset(
         surrounding `joblib.parallel_config` decides where they run.
     skip_bad : bool
         Leave invalid cases out, with the reason in the report, instead of raising.
-    labels : {"auto", "0124", "0123", "0213"}
-        As in `find_cases`, which reads all label maps to decide if not told.
+    labels : str or dict
+        As in `find_cases`, which reads all label maps to check if not told.
 
     Returns
     -------
     report : pandas.DataFrame
-        A row for each case; those without segmentation are there too, as not kept.
+        A row for each case; those without segmentation are there too, as not kept. Its
+        `attrs["patients"]` says how many ids each mapping table matched.
 
     Raises
     ------
@@ -334,13 +334,14 @@ def prepare_dataset(
     options = _check_options(crop_shape, min_labelled, modalities, scaling)
     files.check_option("jobs", jobs, lambda n: n is None or n >= 1, "1 or more")
     given, (raw, cases, labelled) = raw, _find(raw, labels)
-    bad = _bad_headers(labelled)
+    bad = _bad_headers(labelled, modalities)
     if bad and not skip_bad:
         _refuse(bad)
-    patients = find_patients(cases, raw)
-    made_from = {"raw": str(raw), **options, "labels": labelled[0].labels}
-    made_from["version"] = __version__
-    sources = _folders(cases) if isinstance(given, list) else {raw, *_folders(cases)}
+    patients, notes = find_patients(cases, raw)
+    codes = {case.labels for case in labelled}
+    made_from = {"raw": str(raw), **options, "version": __version__}
+    made_from["labels"] = codes.pop() if len(codes) == 1 else "auto"
+    sources = _folders(cases) | (set() if isinstance(given, (list, tuple)) else {raw})
     with files.OutputFolder(out, "prepared", inputs=sources, beside=True) as output:
         valid = [case for case in labelled if case.id not in bad]
         _check_space(valid, output, options)
@@ -358,6 +359,7 @@ def prepare_dataset(
         for kind in KINDS:  # there even if no case is kept
             (output.path / kind).mkdir(exist_ok=True)
         output.put_in_place()
+    report.attrs["patients"] = notes
     return report
 
 
@@ -394,9 +396,9 @@ def _report(rows, cases, bad):
     return pd.DataFrame(rows).sort_values("case", ignore_index=True)
 
 
-def _bad_headers(cases):
+def _bad_headers(cases, modalities):
     """Return {case id: all that names, headers and lengths show to be wrong}."""
-    problems = check_cases(cases, voxels=False)
+    problems = check_cases(cases, voxels=False, modalities=modalities)
     lines = (
         problems["file"] + ": " + problems["problem"] + ". " + problems["what to do"]
     )

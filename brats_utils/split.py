@@ -11,46 +11,134 @@ from pathlib import Path
 import splitfolders
 from sklearn.model_selection import KFold
 
-from brats_utils.files import OutputFolder, check_option, read_csv, read_manifest
+from brats_utils.files import OutputFolder, check_option, read_csv, read_manifest, walk
 from brats_utils.nifti import BratsDataError
 
 KINDS = ("images", "masks")
-# A patient's id, before the number of the visit: BraTS 2017-2019, and since 2023.
-_VISITS = re.compile(r"(BraTS1[789]_.+_\d+)_\d+|(BraTS-\w+-\d+)-\d+", re.I)
+# A patient's id, before the number or the date of the visit.
+_VISIT = re.compile(
+    r"(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucsf-pdgm-\d+"
+    r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+",
+    re.I,
+)
+_TABLES = (".csv", ".tsv", ".txt", ".xls", ".xlsx")
+_OF_PATIENTS = re.compile("id|subject|patient|case|name")  # columns that name them
+_NOT_OF_PATIENTS = re.compile("site|instit|cent|hospital|scanner")
+_EMPTY = ("", "na", "n/a", "nan", "none", "-")
 
 
 def find_patients(cases, raw):
     """Return the patient of each case: scans of one patient stay together in a split.
+
+    Scans are of one patient if their ids say so, where the set's naming counts visits,
+    or if a table with "mapping" in its name does. Such tables are looked for in the
+    folder, behind its links, and one level up.
 
     Parameters
     ----------
     cases : list of Case
         All of a set.
     raw : path
-        Their folder; a `name_mapping.csv` in it may name the patients. Otherwise the
-        ids do, where the set's naming counts the visits, or each case is a patient.
+        Their folder.
 
     Returns
     -------
     patients : dict of str to str
         {case id: patient}.
+    notes : list of str
+        For each table, how many ids it matched.
 
     Raises
     ------
     ValueError
-        If a mapping cannot be read.
+        If a table cannot be read, or names none of the cases.
     """
-    patients = {}
-    for case in cases:
-        visit = _VISITS.fullmatch(case.id)
-        patients[case.id] = (visit[1] or visit[2]) if visit else case.id
-    for path in sorted(Path(raw).rglob("name_mapping*.csv")):
-        for row in read_csv(path):
-            name = row.get("TCGA_TCIA_subject_ID", "")
-            same = [value for value in row.values() if value in patients]
-            if name not in ("", "NA"):
-                patients |= dict.fromkeys(same, name)
-    return patients
+    ids = {case.id.lower(): case.id for case in cases}
+    links = {case.id: _links([case.id]) for case in cases}
+    found = []
+    for path in _mapping_tables(cases, Path(raw)):
+        n_matched = _link(links, ids, path)
+        found.append(f"{path.name}: {n_matched} of {len(ids)} ids matched")
+    patients, several = {}, 0
+    for group, case_ids in unite(links):
+        # The shortest name that is no case's, such as TCGA's, or the id itself.
+        names = {name.lower(): name for name in group if name.lower() not in ids}
+        name = min(names.values(), key=lambda n: (len(n), n), default=case_ids[0])
+        patients |= dict.fromkeys(case_ids, name)
+        several += len(case_ids) > 1
+    return patients, [
+        f"{text}, {several} patients with several scans" for text in found
+    ]
+
+
+def _links(names):
+    """Return names of scans, and the patients they belong to."""
+    return {*names} | {m[1] for m in map(_VISIT.fullmatch, names) if m}
+
+
+def _mapping_tables(cases, raw):
+    """Return the tables that may say which scans are of one patient, each once."""
+    paths = {path.absolute() for case in cases for path in case.images.values()}
+    paths |= {path.resolve() for path in paths}
+    folders = [Path(folder) for folder, _ in walk(raw)]
+    folders += [raw.absolute().parent, raw.resolve().parent]
+    folders += {p for path in paths for p in path.parents[1:3]}
+    tables = {
+        table.resolve()
+        for folder in {folder.resolve() for folder in folders}
+        for table in folder.glob("*.*")
+        if "mapping" in table.name.lower() and table.suffix.lower() in _TABLES
+    }
+    return sorted(table for table in tables if not table.name.startswith((".", "~")))
+
+
+def _link(links, ids, path):
+    """Add what a table says to the links of the cases; return how many it names."""
+    try:
+        rows = read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; save it as csv, or take it away") from None
+    columns = [c for c in rows[0] if _OF_PATIENTS.search(c.lower())] if rows else []
+    columns = [c for c in columns if not _NOT_OF_PATIENTS.search(c.lower())]
+    # "NA" may be a case's id in the set's own column, and means nothing in others.
+    hits = {c: sum(row[c].lower() in ids for row in rows) for c in columns}
+    own = max(hits, key=hits.get, default=None)
+    matched = set()
+    for row in rows:
+        names = [row[c] for c in columns if c == own or row[c].lower() not in _EMPTY]
+        same = {ids[name.lower()] for name in names if name.lower() in ids}
+        for case_id in same:
+            links[case_id] |= _links(names)
+        matched |= same
+    if not matched:
+        problem = f"{path} names none of these cases ({next(iter(ids.values()))}, ...)"
+        raise ValueError(f"{problem}: correct it, or take it away")
+    return len(matched)
+
+
+def unite(links):
+    """Return groups of cases that are linked, directly or through others.
+
+    Parameters
+    ----------
+    links : dict of str to set of str
+        {case id: names}; cases with a name in common, whatever its case, are linked.
+
+    Returns
+    -------
+    groups : list of (set of str, list of str)
+        All names of a group, and its case ids, sorted.
+    """
+    groups = []  # of (names in lower case, names, case ids)
+    for case_id, names in links.items():
+        keys, names, ids = {name.lower() for name in names}, set(names), [case_id]
+        for group in [group for group in groups if group[0] & keys]:
+            groups.remove(group)
+            keys, names, ids = keys | group[0], names | group[1], ids + group[2]
+        groups.append((keys, names, ids))
+    return sorted(
+        ((names, sorted(ids)) for _, names, ids in groups), key=lambda g: g[1]
+    )
 
 
 def _read_prepared(prepared):
@@ -75,15 +163,14 @@ def _read_prepared(prepared):
 
 def _group_by_patient(manifest):
     """Return lists of case ids that must be on one side, sorted."""
-    groups = []  # of (links, case ids): a link is a patient or a checksum of voxels
+    links = {}
     for case_id, record in manifest["cases"].items():
-        checksum = manifest["files"][f"images/{case_id}.npy"]["sha256"]
-        links, ids = {record["patient"], checksum}, [case_id]
-        for group in [group for group in groups if group[0] & links]:
-            groups.remove(group)
-            links, ids = links | group[0], ids + group[1]
-        groups.append((links, ids))
-    return sorted(sorted(ids) for _, ids in groups)
+        row = record["row"]
+        # Scans that share an image have the same mean and SD, whatever was cropped.
+        names = [key.removesuffix("_mean") for key in row if key.endswith("_mean")]
+        images = {f"{n} {row[f'{n}_mean']:.9g} {row[f'{n}_sd']:.9g}" for n in names}
+        links[case_id] = {f"patient {record['patient']}", *images}
+    return [ids for _, ids in unite(links)]
 
 
 def _choose_sides(groups, ratio, seed):

@@ -2,11 +2,14 @@
 
 import numpy as np
 
+from brats_utils.nifti import BratsDataError
+
 # The tutorial recipe's crop of a 240 x 240 x 155 scan, kept to compare with.
 FIXED_WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
 NORMALISATION = "mean 0, SD 1 over each modality's non-zero voxels"  # by standardise
 SCALINGS = ("minmax", "zscore")
 LEAST_GREY_LEVELS = 64  # a stored brain with fewer shows next to nothing
+LEAST_BACKGROUND = 0.05  # share of voxels that are exactly 0; BraTS scans have 0.8
 
 
 def nonzero_statistics(volume):
@@ -237,6 +240,71 @@ def brain_mask(volumes):
     if not mask.any():
         raise ValueError("every voxel is zero: there is no brain to crop to")
     return mask
+
+
+def background_problem(volume):
+    """Say what is wrong with a volume whose background is not exactly 0.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z) array
+        Raw intensities of one modality.
+
+    Returns
+    -------
+    problem : str
+        Empty if at least 5 % of the voxels are exactly 0.
+    """
+    share = 1 - np.count_nonzero(volume) / volume.size
+    if share >= LEAST_BACKGROUND:
+        return ""
+    some = np.asarray(volume[::3, ::3, ::3], np.float64).ravel()
+    values, counts = np.unique(some, return_counts=True)
+    nearly_zero = np.mean(abs(some) < 0.02 * np.percentile(abs(some), 99))
+    mask = "set all voxels outside the brain to exactly 0 (apply the brain mask)"
+    if counts.max() > LEAST_BACKGROUND * some.size:
+        found = f"the background is {values[counts.argmax()]:g}: it was scaled; {mask}"
+    elif nearly_zero > 0.4:  # a head fills more of its scan than a brain does
+        found = f"noise around the brain: it was resampled or filtered; {mask}"
+    else:
+        found = "not skull-stripped: remove the skull first, for example with HD-BET"
+    return f"{share:.1%} of its voxels are exactly 0, in BraTS scans 80 %: {found}"
+
+
+def check_image(volume, path, *, thorough=False):
+    """Raise if a scan's modality cannot be used.
+
+    Parameters
+    ----------
+    volume : (X, Y, Z) array
+        Raw intensities.
+    path : path
+        Its file, for the message.
+    thorough : bool
+        Look for too few grey levels and a background that is not 0, too.
+
+    Raises
+    ------
+    BratsDataError
+        If it is blank, or holds NaN or infinity.
+    """
+    problem, advice = None, "Download it again, or leave this case out"
+    with np.errstate(over="ignore"):  # float64 reaches further than float32
+        floats = volume.dtype.kind == "f"
+        finite = np.isfinite(volume.astype(np.float32, copy=False)) if floats else True
+    if volume.min() == volume.max():
+        problem = f"blank modality: every voxel is {volume.flat[0]:g}"
+    elif not np.all(finite):
+        bad = np.argwhere(~finite)
+        problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
+    elif thorough:
+        try:
+            check_grey_levels(volume)
+            problem = background_problem(volume)
+        except ValueError as error:
+            problem, advice = str(error), "Correct that voxel, or leave this case out"
+    if problem:
+        raise BratsDataError(problem, file=path, advice=advice)
 
 
 def dice(first, second):

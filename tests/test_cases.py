@@ -103,12 +103,15 @@ def test_A02_the_odd_segmentation_is_taken_and_renamed_when_asked(tmp_path):
     assert case.segmentation == new
 
 
-def test_A02_two_odd_segmentations_are_an_error(tmp_path):
-    folder = write_case(tmp_path, "BraTS20_Training_355", seg_name="a_Segm.nii")
-    shutil.copy(folder / "a_Segm.nii", folder / "b_seg_old.nii")
+@pytest.mark.parametrize("other", ["W40_1999.01.02_Segm.nii", "b_seg_old.nii"])
+def test_A02_two_odd_segmentations_are_an_error(tmp_path, other):
+    odd = "W39_1998.09.19_Segm.nii"
+    folder = write_case(tmp_path, "BraTS20_Training_355", seg_name=odd)
+    shutil.copy(folder / odd, folder / other)
     for call in (find_cases, rename_odd_segmentation):
-        with pytest.raises(BratsDataError, match=r"a_Segm\.nii, b_seg_old\.nii"):
+        with pytest.raises(BratsDataError, match="W39_1998.09.19_Segm.nii") as error:
             call(tmp_path)
+        assert other in str(error.value)
 
 
 def test_A01_A22_all_missing_modalities_and_doubles_are_listed_at_once(toy_set):
@@ -140,13 +143,138 @@ def test_B02_brats_2023_names_and_labels(tmp_path):
     segmentation = toy_volumes()[1]
     stored = np.where(segmentation == 4, 3, segmentation).astype(np.uint8)
     nib.save(nib.Nifti1Image(stored, AFFINE), path)
-    with pytest.warns(UserWarning, match="3 is read as enhancing tumour"):
-        (case,) = find_cases(tmp_path)
+    (case,) = find_cases(tmp_path)
     assert case.labels == "0123"
     np.testing.assert_array_equal(load_case(case)[1], segmentation)
-    write_case(tmp_path, "BraTS20_Training_001")
-    with pytest.raises(BratsDataError, match="two label conventions"):
+    write_case(tmp_path, "BraTS20_Training_001")  # each set by its own convention
+    assert [case.labels for case in find_cases(tmp_path)] == ["0123", "0124"]
+    np.testing.assert_array_equal(load_case(case)[1], segmentation)
+
+
+def write_labelled(root, case_id, values, names=None):
+    """Write a toy case whose labels 0, 1, 2 and 4 are written as other values."""
+    table = np.zeros(5, np.uint8)
+    table[[0, 1, 2, 4]] = values
+    segmentation = table[toy_volumes()[1]]
+    folder = write_case(root, case_id, segmentation=segmentation)
+    for old, new in (names or {}).items():
+        (folder / f"{case_id}_{old}.nii").rename(folder / new.format(case_id))
+    return folder
+
+
+def test_B02_values_decide_where_the_names_are_unknown(tmp_path):
+    for number, values in enumerate(((0, 1, 2, 0), (0, 1, 2, 3))):
+        write_labelled(tmp_path, f"patient{number}", values)
+    with pytest.warns(UserWarning, match="1 is read as core, 2 as oedema and 3 as"):
+        cases = find_cases(tmp_path)
+    assert {case.labels for case in cases} == {"0123"}
+    assert set(np.unique(load_case(cases[1])[1])) == {0, 1, 2, 4}
+    write_labelled(tmp_path, "patient2", (0, 1, 2, 4))
+    with pytest.raises(BratsDataError, match="two conventions"):
         find_cases(tmp_path)
+
+
+# What a set's ids say of its labels, and label maps that contradict it.
+I1_CONTRADICTIONS = [
+    ("BraTS20_Training_001", (0, 1, 2, 3), "0124"),
+    ("Brats18_CBICA_AAB_1", (0, 1, 2, 3), "0124"),
+    ("BraTS2021_00002", (0, 1, 2, 3), "0124"),
+    ("TCGA-02-0003_1997.06.08", (0, 2, 1, 3), "0124"),
+    ("UPENN-GBM-00001_11", (0, 1, 2, 3), "0124"),
+    ("UCSF-PDGM-0004", (0, 1, 2, 3), "0124"),
+    ("BraTS-GLI-00000-000", (0, 1, 2, 4), "0123"),
+    ("BraTS-SSA-00002-000", (0, 1, 2, 4), "0123"),
+]
+
+
+@pytest.mark.parametrize(("case_id", "values", "code"), I1_CONTRADICTIONS)
+def test_I1_values_that_contradict_the_name_are_refused(
+    tmp_path, case_id, values, code
+):
+    folder = write_labelled(tmp_path, case_id, values)
+    with pytest.raises(BratsDataError, match="pass labels=") as error:
+        find_cases(tmp_path)
+    for part in (f"{case_id}_seg.nii", f"label {values[-1]}", code):
+        assert part in str(error.value)
+    told = {"0123": "0124", "0124": "0123"}[code]
+    (case,) = find_cases(tmp_path, labels=told)
+    assert case.labels == told and folder in case.segmentation.parents
+    # The same names with the values they promise.
+    right = [{"0123": 3, "0124": 4}[code] if v == values[-1] else v for v in values]
+    write_labelled(tmp_path / "right", case_id, right)
+    (case,) = find_cases(tmp_path / "right")
+    assert case.labels == code and set(np.unique(load_case(case)[1])) == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2, 4), (0, 1, 2, 3), (0, 1, 2, 0)])
+@pytest.mark.parametrize(
+    ("case_id", "reason", "table"),
+    [
+        ("BraTS-GLI-02000-100", "4 is a cavity", {1: 1, 2: 2, 3: 4, 4: 0}),
+        ("BraTS-GLI-00005-101", "4 is a cavity", {1: 1, 2: 2, 3: 4, 4: 0}),
+        ("BraTS-PED-00001-000", "3 cyst, 4 oedema", {1: 4, 2: 1, 3: 1, 4: 2}),
+        ("brats-peds-00001-000", "3 cyst, 4 oedema", {1: 4, 2: 1, 3: 1, 4: 2}),
+    ],
+)
+def test_I1_names_that_do_not_settle_it_are_refused_until_told(
+    tmp_path, case_id, reason, table, values
+):
+    write_labelled(tmp_path, case_id, values)
+    with pytest.raises(BratsDataError, match=reason) as error:
+        find_cases(tmp_path)
+    assert f"labels={table}" in str(error.value)
+    (case,) = find_cases(tmp_path, labels=table)
+    expected = {table.get(int(v), 0) for v in values}
+    assert set(np.unique(load_case(case)[1])) == expected
+    folder = case.segmentation.parent
+    case.segmentation.unlink()  # a scan to be predicted needs no convention
+    assert find_cases(folder)[0].segmentation is None
+
+
+@pytest.mark.parametrize("table", [{}, {1: 3}, {0: 1}, {"a": 1}, {-1: 1}, "0132", 5])
+def test_J4_impossible_label_tables_are_refused(toy_set, table):
+    with pytest.raises(ValueError, match=r"labels is .*, expected 'auto', one of"):
+        find_cases(toy_set, labels=table)
+
+
+def test_I1_a_description_decides_what_the_decathlons_labels_mean(phantoms, tmp_path):
+    in_layout("decathlon", phantoms[:1], tmp_path)
+    path = tmp_path / "Task01_BrainTumour" / "dataset.json"
+    described = json.loads(path.read_text())
+    for names, code in (
+        ({"0": "background", "1": "necrotic", "2": "edema", "3": "enhancing"}, "0123"),
+        (
+            {
+                "0": "background",
+                "1": "edema",
+                "2": "non-enhancing tumor",
+                "3": "enhancing tumour",
+            },
+            "0213",
+        ),
+        ({"background": 0, "NCR": 1, "ED": 2, "ET": 3}, "0123"),
+        ({"background": 0, "WT": [1, 2, 3], "TC": [2, 3], "ET": 3}, "0213"),
+        ({"background": 0, "WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}, "0123"),
+        ({"0": "background", "1": "cavity"}, "0213"),  # not understood: by the ids
+    ):
+        path.write_text(json.dumps({**described, "labels": names}))
+        assert find_cases(tmp_path)[0].labels == code
+
+
+def test_I3_only_known_names_are_label_maps(tmp_path):
+    case_id = "UCSF-PDGM-0004"
+    names = {"seg": "{}_tumor_segmentation.nii", "t1ce": "{}_T1c.nii"}
+    folder = write_labelled(tmp_path, case_id, (0, 1, 2, 4), names)
+    others = ("brain_segmentation", "ALGOseg-AURORA", "algo_seg", "brain_seg", "mask")
+    for other in (*others, "brain_parenchyma_segmentation", "automated_approx_segm"):
+        shutil.copy(folder / f"{case_id}_t2.nii", folder / f"{case_id}_{other}.nii")
+    with pytest.warns(UserWarning, match="7 files of unknown names are ignored.*seg"):
+        (case,) = find_cases(tmp_path)
+    assert case.segmentation.name == f"{case_id}_tumor_segmentation.nii"
+    case.segmentation.unlink()
+    with pytest.warns(UserWarning, match="ignored"):
+        (case,) = find_cases(tmp_path)
+    assert case.segmentation is None
 
 
 def test_every_problem_of_every_case_is_listed_by_one_pass(toy_set):
@@ -301,9 +429,9 @@ def test_A02_an_odd_file_among_several_cases_without_segmentation(tmp_path):
         for path in list(folder.iterdir()):
             path.rename(tmp_path / "raw" / path.name)
         folder.rmdir()
-    shutil.copy(tmp_path / "raw" / "a_t2.nii", tmp_path / "raw" / "W39_Segm.nii")
+    shutil.copy(tmp_path / "raw" / "a_t2.nii", tmp_path / "raw" / "W39_9_Segm.nii")
     for look in (find_cases, rename_odd_segmentation):
-        with pytest.raises(BratsDataError, match="W39_Segm.nii might be that of a, b"):
+        with pytest.raises(BratsDataError, match="W39_9_Segm.nii might be .* a, b"):
             look(tmp_path / "raw")
 
 
@@ -444,11 +572,137 @@ def test_other_tasks_of_the_decathlon_are_refused(phantoms, tmp_path):
         load_case(find_cases(tmp_path)[0])
 
 
-def test_two_layouts_in_one_folder_are_refused(phantoms, tmp_path):
+def test_two_layouts_in_one_folder_keep_their_own_labels(phantoms, tmp_path):
     in_layout("decathlon", phantoms[:1], tmp_path)
     write_case(tmp_path, "BraTS20_Training_001")
-    with pytest.raises(BratsDataError, match="two layouts"):
+    assert [case.labels for case in find_cases(tmp_path)] == ["0213", "0124"]
+
+
+def write_named(root, names, number=1):
+    """Write a toy case; `names` are paths for flair, t1, t1ce, t2 and seg, or None."""
+    images, segmentation = toy_volumes(number)
+    for key, name in zip((*images, "seg"), names, strict=True):
+        if name:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            volume = {**images, "seg": segmentation}[key]
+            nib.save(nib.Nifti1Image(volume, AFFINE), path)
+
+
+R2_NAMES = {
+    "T1GD": "UPENN-GBM-00001_11_{}.nii.gz FLAIR T1 T1GD T2 segm UPENN-GBM-00001_11",
+    "t1Gd": (
+        "TCGA-02-0003_1997.06.08_{}.nii.gz flair t1 t1Gd t2 "
+        "GlistrBoost_ManuallyCorrected TCGA-02-0003_1997.06.08"
+    ),
+    "T1c": "UCSF-PDGM-0004_{}.nii.gz FLAIR T1 T1c T2 tumor_segmentation UCSF-PDGM-0004",
+    "plain": "deep/patient-7/{}.nii.gz t2f t1n t1c t2w seg patient-7",
+    "upper": "a/P7/{}.NII.GZ FLAIR T1 T1CE T2 SEG P7",
+    "brain": "x/57_{}.nii brain_flair brain_t1 brain_t1ce brain_t2 final_seg 57",
+    "bids": "sub-01-{}.nii.gz FLAIR T1w T1ce T2w seg sub-01",
+}
+
+
+@pytest.mark.parametrize("layout", R2_NAMES)
+def test_R2_names_of_public_sets_are_known(layout, tmp_path):
+    pattern, *keys, case_id = R2_NAMES[layout].split()
+    write_named(tmp_path, [pattern.format(key) for key in keys])
+    (case,) = find_cases(tmp_path)
+    assert case.id == case_id and list(case.images) == list(ALL_MODALITIES)
+    expected = toy_volumes(1)
+    np.testing.assert_array_equal(load_case(case)[1], expected[1])
+    np.testing.assert_array_equal(load_case(case)[0][..., 1], expected[0]["t1ce"])
+
+
+def test_R2_kaggles_nested_folders_are_known(tmp_path):
+    case_id, names = "BraTS20_Training_003", ("flair", "t1", "t1ce", "t2")
+    inner = [f"00000057_brain_{name}.nii" for name in names] + [
+        "00000057_final_seg.nii"
+    ]
+    outer = [f"{case_id}/{case_id}_{name}.nii" for name in (*names, "seg")]
+    write_named(tmp_path, [f"{a}/{b}" for a, b in zip(outer, inner, strict=True)])
+    (case,) = find_cases(tmp_path)
+    assert case.id == case_id and load_case(case)[1].any()
+
+
+def test_R2_upenn_keeps_its_label_maps_in_a_folder_of_their_own(tmp_path):
+    case_id = "UPENN-GBM-00001_11"
+    names = [
+        f"images_structural/{case_id}/{case_id}_{n}.nii.gz" for n in ("FLAIR", "T1")
+    ]
+    names += [
+        f"images_structural/{case_id}/{case_id}_{n}.nii.gz" for n in ("T1GD", "T2")
+    ]
+    automated = f"automated_segm/{case_id}_automated_approx_segm.nii.gz"
+    write_named(tmp_path, [*names, automated])
+    with pytest.warns(UserWarning, match="ignored"):
+        assert find_cases(tmp_path)[0].segmentation is None
+    manual = f"images_segm/{case_id}_segm.nii.gz"
+    write_named(tmp_path, [*names, manual])
+    with pytest.warns(UserWarning, match="1 files of unknown names are ignored"):
+        assert find_cases(tmp_path)[0].segmentation == tmp_path / manual
+
+
+def test_R2_nnunets_channels_are_named_by_its_description_or_refused(tmp_path):
+    names = [f"imagesTr/BraTS_7_000{n}.nii.gz" for n in (3, 0, 1, 2)]
+    write_named(tmp_path, [*names, "labelsTr/BraTS_7.nii.gz"])
+    with pytest.raises(BratsDataError, match="dataset.json.*in order"):
         find_cases(tmp_path)
+    described = {"channel_names": {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"}}
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps(described))
+    (case,) = find_cases(tmp_path)
+    assert case.id == "BraTS_7" and case.images["flair"].name == "BraTS_7_0003.nii.gz"
+    np.testing.assert_array_equal(
+        load_case(case, ("t1ce",))[0][..., 0], toy_volumes(1)[0]["t1ce"]
+    )
+    described["channel_names"]["2"] = "ADC"
+    path.write_text(json.dumps(described))
+    with pytest.raises(BratsDataError, match="adc"):
+        find_cases(tmp_path)
+
+
+def test_R2_only_the_modalities_asked_for_are_required(toy_set, tmp_path):
+    next(toy_set.rglob("*001_t1.nii")).unlink()
+    assert len(find_cases(toy_set)) == 5
+    with pytest.raises(BratsDataError, match="001.*lacks t1"):
+        find_cases(toy_set, modalities=("flair", "t1"))
+    path = next(toy_set.rglob("*002_t2.nii"))
+    path.rename(path.with_name("BraTS20_Training_002_T2_new.nii"))
+    with pytest.raises(
+        BratsDataError, match="002.*lacks t2; not understood there: .*new"
+    ):
+        find_cases(toy_set)
+    cases = find_cases(toy_set, modalities=())
+    (problem,) = check_cases(cases)["problem"]
+    assert problem == "lacks t2"
+    report = prepare_dataset(toy_set, tmp_path / "out", skip_bad=True, min_labelled=0)
+    assert report["kept"].tolist() == [True, False, True, True, False]
+    assert "lacks t2" in report["reason"][1]
+    with pytest.raises(BratsDataError, match="lacks t2"):
+        prepare_dataset(toy_set, tmp_path / "other")
+
+
+def test_R5_each_real_folder_is_visited_once(toy_set):
+    for name, target in (("loop", toy_set), ("again", toy_set / "deep")):
+        (toy_set / "deep" / name).symlink_to(target)
+    assert len(find_cases(toy_set)) == 5
+
+
+def test_J2_a_background_that_is_not_0_is_explained(toy_set):
+    cases, rng = find_cases(toy_set), np.random.default_rng(0)
+    images, _ = toy_volumes(1)
+    head = rng.integers(100, 200, SHAPE)
+    changed = {
+        "noise around": images["flair"] + rng.uniform(1e-4, 1e-3, SHAPE),
+        "background is -5": images["flair"] - 5.0,
+        "not skull-stripped": head,
+    }
+    for case, (told, volume) in zip(cases, changed.items(), strict=False):
+        image = nib.Nifti1Image(np.float32(volume), AFFINE)
+        nib.save(image, case.images["t1ce"])
+        (problem,) = check_cases([case])["problem"]
+        assert told in problem and "0.0% of its voxels are exactly 0" in problem
 
 
 def test_four_images_in_one_file_are_refused_elsewhere(tmp_path):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import prepared_toys, tree, write_case
 
-from brats_utils.cases import BratsDataError, Case
+from brats_utils.cases import BratsDataError, Case, find_cases
 from brats_utils.files import OutputFolder, find_changed, read_manifest
 from brats_utils.generator import BratsGenerator
+from brats_utils.prepare import prepare_dataset
 from brats_utils.split import find_patients, split_dataset, split_folds
 
 
@@ -76,14 +77,17 @@ def test_C10_D03_a_split_needs_two_cases_and_whole_pairs(toy_set, tmp_path):
 def test_D02_ids_that_count_visits_name_the_patient(tmp_path):
     patients = {
         "Brats18_TCIA01_2_1": "Brats18_TCIA01_2",
-        "BraTS19_CBICA_AAB_1": "BraTS19_CBICA_AAB_1",
+        "BraTS19_CBICA_AAB_1": "BraTS19_CBICA_AAB",
+        "UPENN-GBM-00001_11": "UPENN-GBM-00001",
+        "UCSF-PDGM-0431_FU001d": "UCSF-PDGM-0431",
+        "TCGA-02-0003_1997.06.08": "TCGA-02-0003",
+        "BraTS-SSA-00002-000": "BraTS-SSA-00002",
         "BraTS-GLI-00012-001": "BraTS-GLI-00012",
         "BraTS20_Training_001": "BraTS20_Training_001",
         "BRATS_001": "BRATS_001",
     }
-    assert (
-        find_patients([Case(case_id, {}) for case_id in patients], tmp_path) == patients
-    )
+    cases = [Case(case_id, {}) for case_id in patients]
+    assert find_patients(cases, tmp_path) == (patients, [])
 
 
 def test_D02_R3_a_mapping_is_read_whatever_program_saved_it(tmp_path):
@@ -93,7 +97,9 @@ def test_D02_R3_a_mapping_is_read_whatever_program_saved_it(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path = tmp_path / "deep" / "name_mapping.csv"
         path.write_bytes(text.encode(encoding))
-        patients = find_patients(cases, tmp_path)
+        patients, notes = find_patients(cases, tmp_path)
+        told = "3 of 3 ids matched, 1 patients with several scans"
+        assert notes == [f"name_mapping.csv: {told}"]
         assert patients == {"NA": "P", "007": "P", "b": "b"}
 
 
@@ -157,6 +163,124 @@ def test_D02_each_case_is_validated_in_one_fold_with_its_patient(tmp_path):
     with pytest.raises(BratsDataError, match="8 kept cases of 4 .* into 5 folds"):
         split_folds(out, tmp_path / "folds", folds=5)
     assert len(list((tmp_path / "folds").glob("fold*"))) == 2
+
+
+def save_mapping(path, rows, *, separator=",", encoding="utf-8"):
+    """Write a name mapping as some program would, its ids with blanks and capitals."""
+    header = [
+        "Grade",
+        "BraTS_2018_subject_ID ",
+        "TCGA_TCIA_subject_ID",
+        "BraTS 2020 ID",
+    ]
+    lines = [separator.join(cells) for cells in (header, *rows)]
+    path.write_bytes("\r\n".join(lines).encode(encoding))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_I2_a_mapping_is_understood_however_it_was_saved(tmp_path, separator, encoding):
+    cases = [Case(f"BraTS20_Training_00{n}", {}) for n in range(1, 7)]
+    rows = [
+        ("HGG", "NA", "TCGA-02-0001", " brats20_training_001 "),
+        ("HGG", "Brats18_CBICA_AAB_1", "NA", "BraTS20_Training_002"),
+        ("HGG", "NA", "tcga-02-0001 ", "BRATS20_TRAINING_003"),
+        ("LGG", "Brats18_CBICA_AAB_2", "", "BraTS20_Training_004"),
+        ("LGG", "", "Universität", "BraTS20_Training_005"),
+        ("HGG", "Brats18_2013_0_1", "N/A", "BraTS20_Training_009"),
+    ]
+    options = {"separator": separator, "encoding": encoding}
+    save_mapping(tmp_path / "Name_Mapping.csv", rows, **options)
+    patients, (note,) = find_patients(cases, tmp_path)
+    groups = {}
+    for case_id, patient in patients.items():
+        groups.setdefault(patient, set()).add(int(case_id[-1]))
+    assert sorted(map(sorted, groups.values())) == [[1, 3], [2, 4], [5], [6]]
+    assert note.startswith("Name_Mapping.csv: 5 of 6 ids matched, 2 patients with")
+
+
+@pytest.mark.parametrize("place", ["raw", "raw/deep", ".", "elsewhere", "linked"])
+def test_I2_a_mapping_is_found_up_one_level_and_behind_links(tmp_path, place):
+    raw, elsewhere = tmp_path / "raw", tmp_path / "far" / "set"
+    (raw / "deep").mkdir(parents=True)
+    for number in (1, 2):  # two folders of cases that lie elsewhere
+        case_id = f"BraTS20_Training_00{number}"
+        write_case(elsewhere / "HGG", case_id, seed=number)
+        (raw / case_id).symlink_to(elsewhere / "HGG" / case_id)
+    folder = elsewhere if place == "elsewhere" else tmp_path / place
+    if place == "linked":
+        (elsewhere / "tables").mkdir()
+        (raw / "tables").symlink_to(elsewhere / "tables")
+        folder = elsewhere / "tables"
+    rows = [("HGG", "NA", "P", f"BraTS20_Training_00{number}") for number in (1, 2)]
+    save_mapping(folder / "name_mapping.csv", rows)
+    for given in (raw, find_cases(raw), find_cases(raw)[:1]):
+        report = prepare_dataset(given, tmp_path / "out", min_labelled=0)
+        if given is raw or place in ("elsewhere", "raw", "."):
+            assert set(report["patient"]) == {"P"}
+            assert "ids matched" in report.attrs["patients"][0]
+
+
+def test_I2_a_mapping_of_nothing_stops_before_work_starts(toy_set, tmp_path):
+    before = tree(tmp_path)
+    path = toy_set / "name_mapping.csv"
+    for content, told in (
+        (b"Grade,BraTS_2020_subject_ID\nHGG,BraTS20_Training_077\n", "names none"),
+        (b"PK\3\4\0\0 an Excel file", "not a text table.*save it as csv"),
+        (b"", "not a text table"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"name_mapping.csv.*{told}"):
+            prepare_dataset(toy_set, tmp_path / "out")
+        path.unlink()
+        assert tree(tmp_path) == before
+
+
+def linked_set(root, rng):
+    """Write 14 toy cases with links of every sort; return the groups of ids."""
+    raw, far = root / "raw", root / "far"
+    far.mkdir(parents=True)
+    pairs = rng.permutation(14).reshape(7, 2)  # which cases are linked, and how below
+    ids = [f"BraTS20_Training_{n:03}" for n in range(14)]
+    seeds = list(range(14))
+    for n, case in enumerate(pairs[0]):
+        ids[case] = f"Brats18_TCIA01_{pairs[0, 0]}_{n + 1}"
+    for n, case in enumerate(pairs[1]):
+        ids[case] = f"BraTS-GLI-0000{rng.integers(1, 9) if not n else 0}-00{n}"
+    ids[pairs[1, 1]] = ids[pairs[1, 0]][:-1] + "1"
+    seeds[pairs[2, 0]] = seeds[pairs[2, 1]]  # the same scan under another name
+    rows = [("HGG", "NA", "TCGA-1", ids[case]) for case in pairs[3]]
+    rows += [("HGG", f"Brats18_CBICA_A_{case}", "NA", ids[case]) for case in pairs[4]]
+    seeds[pairs[4, 0]] = seeds[pairs[3, 0]]  # a chain of three links
+    for number, case_id in enumerate(ids):
+        labelled = np.array([0, 1, 2, 4])[rng.integers(0, 4, (24, 24, 16))]
+        options = {"seed": seeds[number], "segmentation": labelled.astype(np.uint8)}
+        if rng.random() < 0.5:
+            write_case(raw, case_id, **options)
+        else:
+            raw.mkdir(exist_ok=True)
+            (raw / case_id).symlink_to(write_case(far, case_id, **options))
+    save_mapping(rng.choice([raw, root, far]) / "mapping.csv", rows, separator=";")
+    groups = [set(pair) for pair in pairs[:3]] + [{*pairs[3], *pairs[4]}]
+    groups[2:] = [groups[2], groups[3]]
+    return [{ids[case] for case in group} for group in groups]
+
+
+@pytest.mark.parametrize("n", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_I2_a_thousand_splits_of_linked_scans_leak_nothing(tmp_path, n):
+    for number in range(5):
+        rng = np.random.default_rng(number)
+        groups = linked_set(tmp_path / str(number), rng)
+        out = tmp_path / str(number) / "out"
+        options = {"min_labelled": 0, "crop_shape": (16, 16, 8), "labels": "0124"}
+        prepare_dataset(tmp_path / str(number) / "raw", out, **options)
+        for seed in range(n):
+            ratio = (0.5, 0.5) if seed % 2 else (0.7, 0.3)
+            split = tmp_path / str(number) / "split"
+            ids = split_dataset(out, split, seed=seed, ratio=ratio)
+            assert sum(map(len, ids.values())) == 14
+            for group in groups:
+                assert {*ids["train"]} >= group or not {*ids["train"]} & group, seed
 
 
 def test_H1_a_split_never_replaces_what_it_reads(toy_set, tmp_path):
