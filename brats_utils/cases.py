@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from brats_utils import nifti
-from brats_utils.files import atomic_write, check_option, read_json, walk
+from brats_utils.files import atomic_write, check_option, check_path, read_json, walk
 from brats_utils.labels import (
     ALL_MODALITIES,
     CONVENTIONS,
@@ -61,6 +61,22 @@ class Case:
         """Return how many images a file holds: 1 except in the Decathlon's layout."""
         stacked = len(set(self.images.values())) < len(self.images)
         return len(self.images) if stacked else 1
+
+
+def check_case(case):
+    """Raise one plain error if an argument is no case.
+
+    Parameters
+    ----------
+    case : Case
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
+    """
+    is_case = isinstance(case, Case) and len(case.images) > 0
+    check_option("case", case, lambda _: is_case, "a Case, as find_cases returns it")
 
 
 @dataclass(frozen=True)
@@ -267,7 +283,7 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     """
     check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
     labels = labels if labels == "auto" else label_code(labels)
-    if not Path(root).is_dir():
+    if not check_path("root", root).is_dir():
         advice = "Check the path; see data/README.md"
         raise BratsDataError(f"there is no folder {root}", advice=advice)
     groups, leftovers, sets = _group_files(root)
@@ -465,6 +481,7 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     BratsDataError
         As `load_case` does; the message names case and file.
     """
+    check_case(case)
     case = case if labelled else replace(case, segmentation=None)
     volumes, segmentation = {}, None
     try:
@@ -551,6 +568,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
             rows.append((case.id, str(path), error.problem, error.advice or ""))
 
     for case in cases:
+        check_case(case)
         first, required = None, MODALITIES if modalities is None else modalities
         note(case, next(iter(case.images.values())).parent, _paths, case, required)
         checked = case.images if modalities is None else modalities
@@ -614,7 +632,8 @@ def save_segmentation(segmentation, case, path):
         If the shape is not the case's, a value is no BraTS label, or a file is there
         that this function did not write.
     """
-    path = Path(path)
+    check_case(case)
+    path = check_path("path", path)
     nifti.check_suffix(path)
     if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
         problem = f"{path} is there and was not written by this project"

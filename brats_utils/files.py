@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
@@ -123,6 +124,58 @@ def check_option(name, value, fits, expected):
     except TypeError:
         pass
     raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+
+def check_path(name, path):
+    """Return an argument as a path; raise one plain error if it is none.
+
+    Parameters
+    ----------
+    name : str
+        The argument.
+    path : path
+
+    Returns
+    -------
+    path : Path
+
+    Raises
+    ------
+    ValueError
+        Names the argument and its value.
+    """
+    check_option(name, path, lambda p: isinstance(p, str | os.PathLike), "a path")
+    return Path(path)
+
+
+def is_whole(value, least=0):
+    """Return whether a value is a whole number of at least `least`; True is none.
+
+    Parameters
+    ----------
+    value : object
+    least : int
+
+    Returns
+    -------
+    fits : bool
+    """
+    return isinstance(value, Integral) and type(value) is not bool and value >= least
+
+
+def is_number(value, low, high):
+    """Return whether a value is a number from `low` to `high`; NaN and True are none.
+
+    Parameters
+    ----------
+    value : object
+    low, high : float
+
+    Returns
+    -------
+    fits : bool
+    """
+    return isinstance(value, Real) and type(value) is not bool and low <= value <= high
 
 
 def progress_bar(iterable=None, **options):
@@ -430,7 +483,7 @@ class OutputFolder:
     """
 
     def __init__(self, path, kind, *, inputs=(), beside=False):
-        self.final, self.kind = Path(path).resolve(), kind
+        self.final, self.kind = check_path("the output", path).resolve(), kind
         for source in (Path(source).resolve() for source in inputs):
             if self.final.is_relative_to(source) or source.is_relative_to(self.final):
                 problem = f"the output {self.final} and the input {source} overlap"

@@ -12,7 +12,14 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from brats_utils import __version__, files, volumes
-from brats_utils.cases import check_cases, file_states, find_cases, read_scan
+from brats_utils.cases import (
+    check_case,
+    check_cases,
+    file_states,
+    find_cases,
+    read_scan,
+)
+from brats_utils.files import is_number, is_whole
 from brats_utils.labels import (
     ALL_MODALITIES,
     MODALITIES,
@@ -31,15 +38,12 @@ LOSS_TO_WARN_OF = 0.05  # share of the tumour outside our own crop
 
 def _check_options(crop_shape, min_labelled, modalities, scaling):
     """Return the options of a preparation as JSON holds them; raise if one is wrong."""
+    check, scalings = files.check_option, volumes.SCALINGS
     volumes.check_shape(crop_shape)
-    files.check_option("min_labelled", min_labelled, lambda x: 0 <= x <= 1, "0 to 1")
-    files.check_option(
-        "scaling", scaling, volumes.SCALINGS.__contains__, f"one of {volumes.SCALINGS}"
-    )
+    check("min_labelled", min_labelled, lambda x: is_number(x, 0, 1), "0 to 1")
+    check("scaling", scaling, scalings.__contains__, f"one of {scalings}")
     known = f"some of {ALL_MODALITIES}, each once"
-    files.check_option(
-        "modalities", modalities, lambda m: len(m) and are_modalities(m), known
-    )
+    check("modalities", modalities, lambda m: len(m) and are_modalities(m), known)
     return {
         "crop_shape": None if crop_shape is None else [int(n) for n in crop_shape],
         "min_labelled": float(min_labelled),
@@ -122,6 +126,7 @@ def prepare_case(
         If an option is out of range, or `out` holds something else.
     """
     options = _check_options(crop_shape, min_labelled, modalities, scaling)
+    check_case(case)
     if case.segmentation is None:
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
     with files.OutputFolder(out, "prepared", inputs=_folders([case])) as output:
@@ -266,6 +271,8 @@ def _find(raw, labels):
     """Return the folder, its cases, and those of them that have a segmentation."""
     is_list = isinstance(raw, (list, tuple))
     cases = raw if is_list else find_cases(raw, labels=labels, modalities=())
+    for case in cases:
+        check_case(case)
     if is_list:
         raw = os.path.commonpath(_folders(cases) or ["."])
     labelled = [case for case in cases if case.segmentation]
@@ -332,7 +339,10 @@ def prepare_dataset(
         If the disk has no room for the result.
     """
     options = _check_options(crop_shape, min_labelled, modalities, scaling)
-    files.check_option("jobs", jobs, lambda n: n is None or n >= 1, "1 or more")
+    fits = (lambda n: n is None or is_whole(n, 1)), "a whole number, 1 or more, or None"
+    files.check_option("jobs", jobs, *fits)
+    is_bool = (lambda x: type(x) is bool), "True or False"
+    files.check_option("skip_bad", skip_bad, *is_bool)
     given, (raw, cases, labelled) = raw, _find(raw, labels)
     bad = _bad_headers(labelled, modalities)
     if bad and not skip_bad:

@@ -11,7 +11,15 @@ from pathlib import Path
 import splitfolders
 from sklearn.model_selection import KFold
 
-from brats_utils.files import OutputFolder, check_option, read_csv, read_manifest, walk
+from brats_utils.files import (
+    OutputFolder,
+    check_option,
+    check_path,
+    is_whole,
+    read_csv,
+    read_manifest,
+    walk,
+)
 from brats_utils.nifti import BratsDataError
 
 KINDS = ("images", "masks")
@@ -222,6 +230,10 @@ def _write_split(out, kind, prepared, manifest, sides, choice):
         output.put_in_place()
 
 
+def _are_shares(ratio):
+    return len(ratio) == 2 and all(r > 0 for r in ratio) and abs(sum(ratio) - 1) < 1e-6
+
+
 def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
     """Split prepared cases into train and val with splitfolders, image and mask as one.
 
@@ -249,11 +261,9 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
     ValueError
         If `ratio` is not two shares, or `out` holds files that are not a split.
     """
-    shares = "two shares above 0 that sum to 1"
-    check_option("ratio", ratio, lambda r: min(r) > 0 and len(r) == 2, shares)
-    check_option("ratio", ratio, lambda r: abs(sum(r) - 1) < 1e-6, shares)
-    check_option("seed", seed, lambda n: n >= 0 and n == int(n), "0 or more")
-    prepared = Path(prepared).resolve()
+    check_option("ratio", ratio, _are_shares, "two shares above 0 that sum to 1")
+    check_option("seed", seed, is_whole, "a whole number, 0 or more")
+    prepared = check_path("prepared", prepared).resolve()
     manifest = _read_prepared(prepared)
     groups = _group_by_patient(manifest)
     ids = _choose_sides(groups, ratio, int(seed)) if len(groups) > 1 else {}
@@ -291,9 +301,9 @@ def split_folds(prepared, out, *, folds=5, seed=42):
     ValueError
         If `folds` is less than 2, or `out` holds files that are not folds.
     """
-    check_option("seed", seed, lambda n: n >= 0 and n == int(n), "0 or more")
-    prepared = Path(prepared).resolve()
-    check_option("folds", folds, lambda n: n >= 2 and n == int(n), "2 or more")
+    check_option("seed", seed, is_whole, "a whole number, 0 or more")
+    check_option("folds", folds, lambda n: is_whole(n, 2), "a whole number, 2 or more")
+    prepared = check_path("prepared", prepared).resolve()
     manifest = _read_prepared(prepared)
     groups = _group_by_patient(manifest)
     if len(groups) < folds:

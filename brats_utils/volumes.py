@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from brats_utils.files import check_option, is_whole
 from brats_utils.nifti import BratsDataError
 
 # The tutorial recipe's crop of a 240 x 240 x 155 scan, kept to compare with.
@@ -43,7 +44,7 @@ def _offset_and_divisor(volume, method):
         return low, high - low
     if method == "zscore":
         return nonzero_statistics(volume)
-    raise ValueError(f"the scaling is one of {SCALINGS}, not {method!r}")
+    raise ValueError(f"method is {method!r}, expected one of {SCALINGS}")
 
 
 def _apply(volume, offset, divisor, method):
@@ -324,25 +325,30 @@ def dice(first, second):
     return float(2 * np.count_nonzero(first & second) / size) if size else 1.0
 
 
-def check_shape(shape, name="crop_shape"):
-    """Raise unless a shape is three positive whole numbers, or None.
+def check_shape(shape, name="crop_shape", least=1):
+    """Raise unless a shape is three whole numbers, or None.
 
     Parameters
     ----------
-    shape : tuple of 3 int or None
+    shape : sequence of 3 int or None
         Voxels along X, Y and Z.
     name : str
         Of the option, for the message.
+    least : int
+        The smallest number allowed.
 
     Raises
     ------
     ValueError
         If it is something else.
     """
-    sizes = np.array([] if shape is None else shape)
-    whole = sizes.shape == (3,) and sizes.dtype.kind in "iu" and sizes.min() >= 1
-    if shape is not None and not whole:
-        raise ValueError(f"{name} is three positive numbers or None, not {shape!r}")
+    expected = f"three whole numbers of at least {least}, or None"
+    check_option(
+        name,
+        shape,
+        lambda s: s is None or (len(s) == 3 and all(is_whole(n, least) for n in s)),
+        expected,
+    )
 
 
 def _plane_counts(mask):

@@ -233,7 +233,7 @@ def test_C02_room_is_needed_for_what_must_be_written(toy_set, tmp_path, monkeypa
 
 def test_a_crop_shape_that_is_no_shape_is_refused_plainly(toy_set, tmp_path):
     for shape in (128, "128", (128, 128), (0, 4, 4)):
-        with pytest.raises(ValueError, match="three positive numbers or None"):
+        with pytest.raises(ValueError, match="three whole numbers"):
             prepared_toys(toy_set, tmp_path, crop_shape=shape)
 
 

@@ -1,16 +1,17 @@
 """Write synthetic patients to disk, in the folders and names of the BraTS2020 set."""
 
-import operator
 from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
 from scipy.special import ndtri
 
-from brats_utils.cases import ALL_MODALITIES, Case
-from brats_utils.files import OutputFolder
+from brats_utils.cases import Case
+from brats_utils.files import OutputFolder, check_option, check_path, is_whole
+from brats_utils.labels import ALL_MODALITIES
 from brats_utils.nifti import save_volume
 from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
+from brats_utils.volumes import check_shape
 
 SET_FOLDER = "BraTS2020_{0}Data/MICCAI_BraTS2020_{0}Data"
 # As in folder 355 of the Kaggle set, one segmentation has another name.
@@ -76,19 +77,18 @@ def _fill_tables(n_cases, seed):
     return {f"{folder}/{name}": text for name, text in tables.items()}
 
 
-def _check_arguments(n_cases, without_segmentation, seed, shape, compressed):
+def _check_arguments(compressed, jobs, shape, **numbers):
     """Validate the arguments and return them in a form that JSON can hold."""
-    names = ("n_cases", "without_segmentation", "seed")
-    numbers = (n_cases, without_segmentation, seed)
-    settings = {name: operator.index(n) for name, n in zip(names, numbers, strict=True)}
-    if min(numbers) < 0 or n_cases + without_segmentation == 0:
-        raise ValueError(
-            f"expected at least one case and no negative number, got {settings}"
-        )
-    sizes = [operator.index(n) for n in shape]
-    if len(sizes) != 3 or min(sizes) < 16:
-        raise ValueError(f"shape must be three sizes of 16 voxels or more, got {shape}")
-    return {**settings, "shape": sizes, "compressed": bool(compressed)}
+    for name, value in numbers.items():
+        check_option(name, value, is_whole, "a whole number, 0 or more")
+    total = numbers["n_cases"] + numbers["without_segmentation"]
+    check_option("n_cases", total, bool, "at least one case")
+    check_option("compressed", compressed, lambda x: type(x) is bool, "True or False")
+    check_option("jobs", jobs, lambda n: n is None or is_whole(n, 1), "1 or more")
+    check_shape(shape, "shape", least=16)
+    sizes = [int(n) for n in shape]
+    settings = {name: int(value) for name, value in numbers.items()}
+    return {**settings, "shape": sizes, "compressed": compressed}
 
 
 def _odd_folders(names):
@@ -139,13 +139,12 @@ def write_phantom(
     Raises
     ------
     ValueError
-        If a number is negative, no case is asked for, `shape` is too small, or `root`
-        holds files that this function did not write. Nothing is changed then.
-    TypeError
-        If a number is not an integer.
+        If an argument is not possible, no case is asked for, or `root` holds files
+        that this function did not write. Nothing is changed then.
     """
-    settings = _check_arguments(n_cases, without_segmentation, seed, shape, compressed)
-    jobs = operator.index(jobs or -1)  # -1: one per core
+    root = check_path("root", root)
+    numbers = {"n_cases": n_cases, "without_segmentation": without_segmentation}
+    settings = _check_arguments(compressed, jobs, shape, seed=seed, **numbers)
     suffix = ".nii.gz" if compressed else ".nii"
     patients = [("Training", i) for i in range(n_cases)]
     patients += [("Validation", i) for i in range(without_segmentation)]
@@ -162,7 +161,7 @@ def write_phantom(
         folder.clear()
         folder.begin(settings)
         folder.claim(names)
-        Parallel(jobs, prefer="threads")(
+        Parallel(jobs or -1, prefer="threads")(  # -1: one per core
             delayed(_write_case)(folder, root, case, index, seed, tuple(shape))
             for case, (_, index) in zip(cases, patients, strict=True)
         )
