@@ -475,6 +475,8 @@ def _check_archive(zipped, root, max_gb):
     problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
     problems = [problem] if size_gb > room else []
     for entry in entries:
+        if "\\" in entry.filename:  # of Windows: a folder there, a part of a name here
+            problems.append(f"{entry.filename!r} has backslashes; use another tool")
         inside = (root / entry.filename).resolve().is_relative_to(root)
         if not inside or stat.S_ISLNK(entry.external_attr >> 16):
             problems.append(f"{entry.filename!r} leads out of the folder")

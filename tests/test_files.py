@@ -1,6 +1,7 @@
 """Settings, small files, output folders that have an owner, and archives."""
 
 import os
+import shutil
 import stat
 import struct
 import subprocess
@@ -26,7 +27,8 @@ from brats_utils.files import (
     setting,
     write_json,
 )
-from brats_utils.prepare import extract
+from brats_utils.prepare import extract, prepare_dataset
+from brats_utils.split import split_dataset
 
 MANIFEST = {"kind": "a", "format": 1, "made_from": {}, "files": {}, "cases": {}}
 
@@ -490,6 +492,26 @@ def test_R4_an_archive_that_cannot_be_unpacked_leaves_nothing(tmp_path):
             extract(archive, tmp_path / "new")
         archive.unlink()
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\\b.nii", "..\\x", "C:\\x", "deep/a\\b"])
+def test_R4_names_with_backslashes_are_refused_in_plain_words(tmp_path, name):
+    a_zip(tmp_path / "a.zip", {"fine": "x", name: "y"})
+    with pytest.raises(ValueError, match="backslashes; use another tool"):
+        extract(tmp_path / "a.zip", tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_R4_the_checkpoints_of_jupyter_are_ignored(toy_set, tmp_path):
+    hidden = next(toy_set.rglob("*Training_001")) / ".ipynb_checkpoints"
+    shutil.copytree(hidden.parent, hidden)
+    report = prepare_dataset(toy_set, tmp_path / "out", min_labelled=0)
+    for kind in ("images", "masks"):
+        (tmp_path / "out" / kind / ".ipynb_checkpoints").mkdir()
+        copy = tmp_path / "out" / kind / ".ipynb_checkpoints" / "x-checkpoint.npy"
+        copy.write_bytes(b"no npy")
+    ids = split_dataset(tmp_path / "out", tmp_path / "split")
+    assert len(report) == 5 and sum(map(len, ids.values())) == 4
 
 
 def test_G01_a_full_disk_is_not_called_a_bad_download(tmp_path, monkeypatch):
