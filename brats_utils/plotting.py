@@ -293,6 +293,8 @@ def plot_slices(
         volume, or a label map holds a value that is not a BraTS label.
     """
     n = len(volumes)
+    if axis not in (0, 1, 2):
+        raise ValueError(f"axis is {axis!r}, expected 0, 1 or 2")
     overlays = overlays or [_label_overlay(s) for s in segmentations or [None] * n]
     boxes = boxes or [None] * n
     for scan, o in zip(volumes, overlays, strict=True):
@@ -301,6 +303,10 @@ def plot_slices(
     if index is None:
         index = _best_slice_of(overlays, volumes[0].shape, axis)
     indices, sides = np.broadcast_to(index, n), np.broadcast_to(sides, n)
+    lengths = np.array([volume.shape[axis] for volume in volumes])
+    if indices.dtype.kind != "i" or ((indices < 0) | (indices >= lengths)).any():
+        problem = f"index is {index!r}, expected a slice from 0 to {lengths.min() - 1}"
+        raise ValueError(problem)
     frames = _find_frames(volumes, boxes)
     axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
     for i, each in enumerate(axes):
@@ -317,8 +323,9 @@ def plot_slices(
 
 def _channels(image):
     """Return the channels of an image (X, Y, Z, C) or (X, Y, Z), by name."""
+    image = np.asarray(image)
     if image.ndim not in (3, 4):
-        raise ValueError(f"expected one image (X, Y, Z, C), got shape {image.shape}")
+        raise ValueError(f"image has shape {image.shape}, expected one (X, Y, Z, C)")
     image = image[..., None] if image.ndim == 3 else image
     known = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
     n = image.shape[-1]
@@ -353,7 +360,11 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
 
 def _plot_overlays(image, overlays, channel=0, **view):
     """Show one channel under each of the overlays."""
-    name, scan = list(_channels(image).items())[channel]
+    channels = list(_channels(image).items())
+    if channel not in range(len(channels)):
+        problem = f"channel is {channel!r}, expected 0 to {len(channels) - 1}"
+        raise ValueError(problem)
+    name, scan = channels[channel]
     titles = [name, *list(overlays)[1:]]
     volumes = [scan] * len(overlays)
     return plot_slices(volumes, titles, overlays=[*overlays.values()], **view)
@@ -424,6 +435,8 @@ def plot_history(history, axes=None):
     axes : array of 2 matplotlib axes
         Loss and Dice. Training is dashed, validation solid.
     """
+    if not hasattr(history, "columns"):
+        raise ValueError(f"history is {history!r}, expected the table of `train`")
     if axes is None:
         _, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     axes = np.ravel(axes)

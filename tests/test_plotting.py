@@ -177,7 +177,7 @@ def test_what_does_not_fit_is_refused(toy):
         plot_case(image, np.full((20, 16, 12), 3))
     with pytest.raises(ValueError, match=r"of \(20, 16, 12\), got \(20, 16, 11\)"):
         plot_case(image, segmentation[..., 1:])
-    with pytest.raises(ValueError, match="expected one image"):
+    with pytest.raises(ValueError, match="image has shape"):
         plot_case(image[None], segmentation)
     assert not plt.get_fignums()
 
@@ -291,3 +291,27 @@ def test_browse_cases_begins_with_the_worst_and_keeps_one_case(
     assert bytes(browser.picture.value) != before
     gc.collect()
     assert [image() is None for _, image in loaded] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axis": 3}, "axis is 3, expected 0, 1 or 2"),
+        ({"axis": "axial"}, "axis is 'axial'"),
+        ({"index": 12}, "index is 12, expected a slice from 0 to 11"),
+        ({"index": -1}, "index is -1"),
+        ({"index": 1.5}, "index is 1.5"),
+        ({"channel": 3}, "channel is 3, expected 0 to 2"),
+        ({"channel": "flair"}, "channel is 'flair'"),
+    ],
+)
+def test_J4_impossible_views_are_refused(toy, options, message):
+    image, segmentation = toy
+    with pytest.raises(ValueError, match=message):
+        plot_prediction(image, segmentation, segmentation, **options)
+    for wrong in (None, 5, "image"):
+        with pytest.raises(ValueError, match="image has shape"):
+            plot_case(wrong)
+        with pytest.raises(ValueError, match="history is"):
+            plot_history(wrong)
+    plt.close("all")
