@@ -417,7 +417,8 @@ def load_labels(path, labels="0124"):
 
 def _paths(case, modalities):
     """Return each file of a case: {path: the modalities asked for; () for labels}."""
-    check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
+    known = {*ALL_MODALITIES}.issuperset
+    check_option("modalities", modalities, known, f"some of {ALL_MODALITIES}")
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
     paths = {}

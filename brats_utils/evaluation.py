@@ -1,5 +1,8 @@
 """The official BraTS scores of predicted label maps, per case and region."""
 
+import contextlib
+import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,7 @@ from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
 from brats_utils.cases import file_states, load_labels
-from brats_utils.files import read_manifest
+from brats_utils.files import OutputFolder, atomic_write, read_manifest
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.nifti import spacing_mm as spacing_of
 from brats_utils.nifti import to_lps
@@ -308,6 +311,27 @@ def tune_decoding(cases):
     return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
 
 
+def store_description(trained):
+    """Store a changed description in the model's file.
+
+    Parameters
+    ----------
+    trained : TrainedModel
+        From `load_model`, its description changed.
+    """
+    from brats_utils.training import BEST, DESCRIPTION
+
+    path = trained.path
+    own = path.name == BEST and read_manifest(path.parent).get("kind") == "run"
+    run = OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
+    with run, run.write(BEST) if own else atomic_write(path) as temporary:
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
+            for entry in old.infolist():
+                if entry.filename != DESCRIPTION:
+                    new.writestr(entry, old.read(entry))
+            new.writestr(DESCRIPTION, json.dumps(trained.description, indent=1))
+
+
 def tune_model(run_dir, cases, **options):
     """Tune the decoding of a trained model on validation cases, and store it with it.
 
@@ -330,7 +354,7 @@ def tune_model(run_dir, cases, **options):
     ValueError
         If the file has no description; it is left as it is.
     """
-    from brats_utils.inference import load_model, predict_scan, store_description
+    from brats_utils.inference import load_model, predict_scan
 
     trained = load_model(run_dir)
     if not trained.description:

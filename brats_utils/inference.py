@@ -1,6 +1,5 @@
 """Predict whole scans: raw intensities in, a label map on the scan's own grid out."""
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -17,13 +16,14 @@ from brats_utils import files
 from brats_utils.cases import (
     ALL_MODALITIES,
     MODALITIES,
+    check_case,
     file_states,
     read_scan,
     write_segmentation,
 )
 from brats_utils.labels import ENCODED_REGIONS, LABELS, decode_labels
 from brats_utils.model import describe_model, size_factor
-from brats_utils.nifti import save_volume
+from brats_utils.nifti import BratsDataError, save_volume
 from brats_utils.training import BEST, DESCRIPTION
 from brats_utils.volumes import (
     NORMALISATION,
@@ -33,7 +33,8 @@ from brats_utils.volumes import (
     standardise,
 )
 
-MOST_UNPACKED = 8e9  # bytes of a .keras file, more than any of our networks
+MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
+OPTIONS = "modalities flips patch_shape thresholds min_et_voxels uncertainty".split()
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_et_voxels": 0}
 
 
@@ -104,7 +105,7 @@ def load_model(path):
         If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
         code (Lambda layers), or does not fit its own description.
     """
-    path = Path(path)
+    path = files.check_path("model", path)
     path = path / BEST if path.is_dir() else path
     if path.suffix.lower() in (".h5", ".hdf5"):
         advice = "keras.models.load_model(path).save('model.keras') will convert it"
@@ -118,8 +119,9 @@ def load_model(path):
         raise ValueError(f"{path} is {found}; get it again, as a .keras file")
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > MOST_UNPACKED:
-                raise ValueError("it unpacks to more than any network here needs")
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > MOST_UNPACKED * path.stat().st_size:
+                raise ValueError(f"it would unpack to {unpacked / 1e6:.0f} MB")
             described = DESCRIPTION in archive.namelist()
             text = archive.read(DESCRIPTION) if described else "{}"
             description = dict(json.loads(text))
@@ -134,25 +136,6 @@ def load_model(path):
     if described:
         _check_description(model, description, path)
     return TrainedModel(model, description, path)
-
-
-def store_description(trained):
-    """Store a changed description in the model's file.
-
-    Parameters
-    ----------
-    trained : TrainedModel
-        From `load_model`, its description changed.
-    """
-    path = trained.path
-    own = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
-    run = files.OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
-    with run, run.write(BEST) if own else files.atomic_write(path) as temporary:
-        with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
-            for entry in old.infolist():
-                if entry.filename != DESCRIPTION:
-                    new.writestr(entry, old.read(entry))
-            new.writestr(DESCRIPTION, json.dumps(trained.description, indent=1))
 
 
 def _check_description(model, description, path):
@@ -295,24 +278,30 @@ def _choose_modalities(trained, modalities):
     return modalities
 
 
-def _check_options(
-    trained, *, modalities=None, patch_shape=None, thresholds=None, min_et_voxels=0, **_
-):
+def _check_options(models, options):
     """Raise if an option of a prediction is not possible."""
-    names, known = _choose_modalities(trained, modalities), set(ALL_MODALITIES)
-    files.check_option(
-        "modalities", names, known.issuperset, f"some of {ALL_MODALITIES}"
+    check, known = files.check_option, f"some of {OPTIONS}"
+    check("model", models, len, "at least one model")
+    check("an option's name", [*options], {*OPTIONS}.issuperset, known)
+    names, known = (
+        _choose_modalities(models[0], options.get("modalities")),
+        ALL_MODALITIES,
     )
-    check_shape(patch_shape, "patch_shape")
+    check("modalities", names, {*known}.issuperset, f"some of {known}")
+    for name in ("flips", "uncertainty"):
+        check(
+            name, options.get(name, False), lambda x: type(x) is bool, "True or False"
+        )
+    check_shape(options.get("patch_shape"), "patch_shape")
+    thresholds = options.get("thresholds")
     thresholds = PLAIN["thresholds"] if thresholds is None else thresholds
-    shares = "three numbers from 0 to 1"
-    files.check_option("thresholds", thresholds, lambda t: len(t) == 3, shares)
-    files.check_option(
-        "thresholds", thresholds, lambda t: 0 <= min(t) <= max(t) <= 1, shares
-    )
-    files.check_option(
-        "min_et_voxels", min_et_voxels or 0, lambda n: n >= 0, "0 or more"
-    )
+    check("thresholds", thresholds, _are_shares, "three numbers from 0 to 1")
+    least = options.get("min_et_voxels") or 0
+    check("min_et_voxels", least, files.is_whole, "a whole number, 0 or more")
+
+
+def _are_shares(thresholds):
+    return len(thresholds) == 3 and all(files.is_number(t, 0, 1) for t in thresholds)
 
 
 def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):
@@ -335,6 +324,8 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     """
     scan = read_scan(case, _choose_modalities(models[0], modalities), labelled=False)
     scan.check_spacing()
+    if problem := scan.background_problem:
+        warnings.warn(f"{case.id}: {problem}", stacklevel=2)
     box = bounding_box(scan.brain_mask)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
     image = standardise(np.stack([volume[box] for volume in scan.volumes], axis=-1))
@@ -398,14 +389,15 @@ def predict_case(
     """
     options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
     options |= {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
-    segmentation, spread, _ = _predict_maps(_as_trained(model), case, **options)
+    models = _as_trained(model)
+    _check_options(models, {**options, "uncertainty": uncertainty})
+    segmentation, spread, _ = _predict_maps(models, case, **options)
     return (segmentation, spread) if uncertainty else segmentation
 
 
 def _predict_maps(models, case, *, thresholds=None, min_et_voxels=None, **options):
     """Return the label map, the spread and the header of their grid."""
     chosen = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
-    _check_options(models[0], **chosen, **options)
     found = predict_scan(models, case, **options)
     decoding = {**models[0].description.get("decoding", {})}
     decoding |= {key: value for key, value in chosen.items() if value is not None}
@@ -429,7 +421,8 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
 
     Cases that the same model has predicted there with the same options are not
     predicted again. What another model predicted is replaced, and until then
-    `score_cases` refuses it.
+    `score_cases` refuses it. A case that cannot be predicted does not stop the others:
+    all such cases are listed by one error at the end.
 
     Parameters
     ----------
@@ -452,8 +445,10 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     BratsDataError, ValueError
         As `predict_case` does; or if `out_dir` holds something else.
     """
-    models, cases = _as_trained(model), list(cases)
-    _check_options(models[0], **options)
+    models, cases, failed = _as_trained(model), list(cases), []
+    _check_options(models, {**options, "uncertainty": uncertainty})
+    ids = [check_case(case) or case.id.lower() for case in cases]
+    files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
     made_from = {"models": [_fingerprint(m) for m in models], "options": options}
     made_from = {**made_from, "uncertainty": uncertainty}
     made_from = json.loads(json.dumps(made_from, default=np.ndarray.tolist))
@@ -468,11 +463,17 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         output.claim(name for each in names.values() for name in each)
         for case in files.progress_bar(cases, desc="predicting", unit="case"):
             noted = {name: output.manifest["files"][name] for name in names[case.id]}
-            state = file_states(case.images.values())
-            known = output.manifest["cases"].get(case.id) == state
-            if not known or files.find_changed(output.path, noted):
-                _predict_file(models, case, output, names[case.id], options)
-                output.note_case(case.id, state)
+            try:
+                state = file_states(case.images.values())
+                known = output.manifest["cases"].get(case.id) == state
+                if not known or files.find_changed(output.path, noted):
+                    _predict_file(models, case, output, names[case.id], options)
+                    output.note_case(case.id, state)
+            except (BratsDataError, FileNotFoundError) as error:
+                failed.append(str(error))
+    if failed:
+        problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
+        raise BratsDataError(problem + " | ".join(failed))
     return [Path(out_dir) / names[case.id][0] for case in cases]
 
 

@@ -2,20 +2,29 @@
 
 import io
 import math
-from pathlib import Path
+import re
 
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
-HEADER_BYTES = 352
 # A whole-body scan is smaller; a header that asks for more is damaged or hostile.
 MAX_VOXELS = 2**28
 AGAIN = "The file is incomplete or damaged; download it again"
-GEOMETRY = (
-    "pixdim qform_code sform_code quatern_b quatern_c quatern_d qoffset_x qoffset_y "
-    "qoffset_z srow_x srow_y srow_z xyzt_units"
-).split()
+CORRECT = "Correct its header with nibabel, or export the file again"
+CONVERT = "Unpack it, or convert it to one .nii.gz (nibabel.save, SimpleITK, dcm2niix)"
+# What reads a file that begins like this, or what the file is instead.
+FORMATS = {
+    nib.Nifti1Header: rb".{344}n\+1\0",
+    nib.Nifti2Header: rb".{4}n\+2\0.{532}",
+    "a .hdr without .img": rb"(.{344}ni1|.{4}ni2|(\x5c\x01\0|\0\0\x01).{341}\0{3})\0",
+    "DICOM": rb".{128}DICM",
+    "NRRD, MetaImage, MGH, HDF5 or MINC": rb"NRRD|ObjectType|\0\0\0\x01|\x89HDF|CDF",
+    "an archive": rb"PK|7z|Rar!|\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|.{257}ustar",
+    "too short, or a web page": rb".{,347}\Z|.{4}n\+2\0|\W{,9}[<{]",
+    "unknown or damaged": rb"",
+}
+GEOMETRY = re.compile("pixdim|[qs]form_code|quatern|qoffset|srow|xyzt_units")
 _LPS = nib.orientations.axcodes2ornt("LPS")
 
 
@@ -45,65 +54,90 @@ class BratsDataError(ValueError):
         return type(self)(self.problem, case=case, file=self.file, advice=self.advice)
 
 
+def _refuse(path, problem, advice=CORRECT):
+    raise BratsDataError(problem, file=path, advice=advice)
+
+
+def _is_singular(affine):
+    """Return whether an affine of finite numbers gives voxels no volume."""
+    return np.isfinite(affine).all() and abs(np.linalg.det(affine)) < 1e-6
+
+
+def _repair(header):
+    """Do nibabel's repairs, and those of an affine that leave no doubt what it was."""
+    sizes = abs(header["pixdim"][1:4])
+    header.check_fix()
+    if header["qform_code"] and _is_singular(header.get_sform()):
+        header["sform_code"] = 0
+    header["pixdim"][1:4] = sizes  # a size of 0 is not taken for 1 mm
+    length = math.hypot(header["quatern_b"], header["quatern_c"], header["quatern_d"])
+    for axis in "bcd" if 1 < length < 1.001 else "":  # it was rounded
+        header[f"quatern_{axis}"] /= length
+
+
+def _check_header(header, path, channels):
+    """Raise unless a header asks for volumes that can be read, on a grid."""
+    shape, affine = header.get_data_shape(), header.get_best_affine()
+    wanted = f"{channels} images in one file" if channels > 1 else "a 3-D volume"
+    images = [length for length in shape[3:] if length != 1]
+    if len(shape) < 3 or min(shape) < 1 or images != [channels] * (channels > 1):
+        _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
+    if math.prod(shape) > MAX_VOXELS:
+        _refuse(path, f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
+    if not header.single_vox_offset <= header["vox_offset"] <= 2**24:
+        _refuse(path, f"its header puts the voxels at byte {header['vox_offset']}")
+    if not np.isfinite(affine).all() or _is_singular(affine):
+        _refuse(path, f"its affine is no grid: {affine.tolist()}")
+
+
 def _parse_header(start, path, channels):
     """Return the header in the first bytes of a volume, or raise what is wrong."""
-
-    def refuse(problem):
-        raise BratsDataError(problem, file=path, advice=AGAIN)
-
+    kind = next(kind for kind, sign in FORMATS.items() if re.match(sign, start, re.S))
+    if isinstance(kind, str):
+        problem = f"not a NIfTI file: {kind} (starts with {start[:12]!r})"
+        _refuse(path, problem, AGAIN if "too short" in kind else CONVERT)
+    # Extensions hold notes of other programs, no geometry: they are not read.
+    header = kind(start[: kind.sizeof_hdr], check=False)
+    voxels = header.get_value_label("datatype")
+    if not re.fullmatch("u?int(8|16|32|64)|float(32|64)", voxels):
+        _refuse(path, f"its voxels are {voxels}", "Save them as integers or floats")
     try:
-        # Extensions (four zeros mean none) hold notes of other programs, no geometry.
-        header = nib.Nifti1Header.from_fileobj(io.BytesIO(start[:348] + bytes(4)))
-        shape, dtype = header.get_data_shape(), header.get_data_dtype()
-        affine, offset = header.get_best_affine(), float(header["vox_offset"])
-        header.get_slope_inter()
+        _repair(header)
+        header.get_slope_inter(), header.get_data_shape(), header.get_best_affine()
     except Exception as error:  # damaged bytes make nibabel raise many kinds
-        refuse(f"not a NIfTI file (starts with {start[:12]!r}): {error}")
-    if header["magic"] != b"n+1" or len(start) < HEADER_BYTES:
-        refuse(f"not a single NIfTI-1 file (starts with {start[:12]!r})")
-    if len(shape) == 4 and shape[3] == channels:
-        shape = shape[:3]
-        header.set_data_shape(shape)
-    elif channels > 1:
-        refuse(f"expected {channels} images in one file, the header says {shape}")
-    if len(shape) != 3 or min(shape) < 1:
-        refuse(f"expected a 3-D volume, the header says {shape}")
-    if math.prod(shape) * channels > MAX_VOXELS:
-        refuse(f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
-    if dtype.kind not in "iuf":
-        refuse(f"expected integer or real voxels, the header says {dtype}")
-    if not (HEADER_BYTES <= offset <= 2**24 and offset == int(offset)):
-        refuse(f"the header says that its voxels begin at byte {offset}")
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-6:
-        refuse(f"its affine is no grid: {affine.tolist()}")
+        _refuse(path, f"its header or affine is not valid: {error}")
+    _check_header(header, path, channels)
+    header.set_data_shape(header.get_data_shape()[:3])
     return header
 
 
 def _read(path, channels, *, voxels):
-    """Return a file's header, and its contents unpacked; or only its first bytes."""
-    start = b""
+    """Return a file's header, and its contents unpacked; or only how it begins."""
     try:
         with open(path, "rb") as file:
-            packed, size = file.read(2) == b"\x1f\x8b", file.seek(0, 2)
-        with igzip.open(path) if packed else open(path, "rb") as file:
-            start = file.read(HEADER_BYTES)
+            # A header lies in the first 128 KB, whatever else the file would unpack to.
+            contents, found = file.read(2**17), file.seek(0, 2)
+            packed = contents[:2] == b"\x1f\x8b"
+            unpack = igzip.open if packed else (lambda stored: stored)
+            start = unpack(io.BytesIO(contents)).read(544)  # of NIfTI-2
             header = _parse_header(start, path, channels)
-            expected = math.prod(header.get_data_shape()) * channels
-            expected *= header.get_data_dtype().itemsize
-            expected += int(header["vox_offset"])
-            # A byte more than expected: the checksum is read, and a bomb is seen.
-            file.seek(0)
-            contents = file.read(expected + 1) if voxels else b""
-    except FileNotFoundError:
-        raise BratsDataError("the file is not there", file=path) from None
-    except (OSError, EOFError, isal_zlib.error) as error:
-        problem = f"cannot be read: {error} (starts with {start[:12]!r})"
-        raise BratsDataError(problem, file=path, advice=AGAIN) from None
-    found = len(contents) if voxels else size
-    if found != expected and (voxels or not packed):
-        long = "longer" if found > expected else f"{found} bytes long, shorter"
-        problem = f"the file is {long} than the {expected} bytes its header asks for"
-        raise BratsDataError(problem, file=path, advice=AGAIN)
+            sizes = *header.get_data_shape(), channels, header.get_data_dtype().itemsize
+            expected = int(header["vox_offset"]) + math.prod(sizes)
+            # gzip packs 1032 bytes into one at most, and adds a few per cent.
+            least = expected // 1032 if packed else expected
+            most = expected + (expected // 8 + 2**20) * packed
+            if voxels and least <= found <= most:
+                file.seek(0)
+                # A byte more than expected: the checksum is read, and a bomb is seen.
+                contents = unpack(file).read(expected + 1)
+                found, least, most = len(contents), expected, expected
+    except (EOFError, OverflowError, OSError, isal_zlib.error) as error:
+        advice = "Check its path and access" if getattr(error, "errno", 0) else AGAIN
+        _refuse(path, f"cannot be read: {error}", advice)
+    if not least <= found <= most:
+        kind, advice = ("shorter", AGAIN) if found < least else ("longer", CORRECT)
+        problem = f"the file is {found} bytes long, {kind} than the {expected} bytes"
+        _refuse(path, f"{problem} its header asks for", advice)
     return header, contents
 
 
@@ -113,15 +147,17 @@ def read_header(path, channels=1):
     Parameters
     ----------
     path : path
-        `.nii` or `.nii.gz`. The length of a plain file is checked too; that of a packed
-        one is only known when it is unpacked.
+        NIfTI-1 or NIfTI-2, packed or not: the contents decide, not the name. The length
+        of a plain file is checked too; that of a packed one is only known roughly until
+        it is unpacked.
     channels : int
         How many images the file must hold, one after the other.
 
     Returns
     -------
-    header : nibabel.Nifti1Header
-        Of three dimensions: those of one image.
+    header : nibabel.Nifti1Header or Nifti2Header
+        Of three dimensions: those of one image. Its best affine is the qform if the
+        sform is singular.
 
     Raises
     ------
@@ -137,7 +173,7 @@ def read_volume(path, channels=1):
     Parameters
     ----------
     path : path
-        `.nii` or `.nii.gz`. A plain `.nii` has no checksum: changed bytes among its
+        As in `read_header`. A plain `.nii` has no checksum: changed bytes among its
         voxels cannot be noticed.
     channels : int
         As in `read_header`.
@@ -146,7 +182,7 @@ def read_volume(path, channels=1):
     -------
     volume : (X, Y, Z) array, or (X, Y, Z, channels)
         As stored, in the file's own type if it is not scaled.
-    header : nibabel.Nifti1Header
+    header : nibabel.Nifti1Header or Nifti2Header
 
     Raises
     ------
@@ -157,8 +193,32 @@ def read_volume(path, channels=1):
     shape, dtype = header.get_data_shape(), header.get_data_dtype()
     shape = (*shape, channels) if channels > 1 else shape
     volume = np.ndarray(shape, dtype, contents, int(header["vox_offset"]), order="F")
-    slope, inter = header.get_slope_inter()
-    return nib.volumeutils.apply_read_scaling(volume, slope, inter), header
+    volume = volume.astype(dtype.newbyteorder("="), copy=False)
+    return nib.volumeutils.apply_read_scaling(volume, *header.get_slope_inter()), header
+
+
+def read_labels(path):
+    """Read a label map whose values a scaling may have rounded.
+
+    Parameters
+    ----------
+    path : path
+        As in `read_volume`.
+
+    Returns
+    -------
+    volume : (X, Y, Z) array
+        As in `read_volume`, to four decimals: 0.1 * 30 in float32 is 3 again, and 0.999
+        is no label still.
+    header : nibabel.Nifti1Header or Nifti2Header
+
+    Raises
+    ------
+    BratsDataError
+        As `read_volume` does.
+    """
+    volume, header = read_volume(path)
+    return np.round(volume, 4), header
 
 
 def spacing_mm(affine):
@@ -236,7 +296,7 @@ def check_suffix(path):
 
 
 def save_volume(volume, path, *, affine=None, like=None, name=""):
-    """Write a volume as NIfTI in the array's own type.
+    """Write a volume as NIfTI-1 in the array's own type.
 
     Parameters
     ----------
@@ -246,7 +306,7 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
         Ends in `.nii` or `.nii.gz`; the temporary path of an atomic write.
     affine : (4, 4) array, optional
         Voxel indices to millimetres, in nibabel's RAS+ world.
-    like : nibabel.Nifti1Header, optional
+    like : nibabel.Nifti1Header or Nifti2Header, optional
         Take the geometry of this header instead. Its texts, which may name the
         patient, are not copied.
     name : str
@@ -258,10 +318,9 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
         If the path has another suffix.
     """
     check_suffix(path)
-    image = nib.Nifti1Image(volume, affine)
-    image.set_data_dtype(volume.dtype)
+    image = nib.Nifti1Image(volume, affine, dtype=volume.dtype)
     image.header.set_slope_inter(1, 0)
-    for field in GEOMETRY if like is not None else ():
+    for field in filter(GEOMETRY.match, like or ()):
         image.header[field] = like[field]
     image.header["intent_name"] = name
-    nib.save(image, Path(path))
+    nib.save(image, path)

@@ -496,6 +496,66 @@ def test_H5_old_and_new_predictions_are_not_scored_together(tmp_path, cases):
     assert not score_cases(out, cases).equals(first)
 
 
+def test_a_bad_scan_does_not_stop_the_others(tmp_path, cases):
+    out, (model, seen) = tmp_path / "out", watched(oracle())
+    path = cases[0].images["t2"]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    cases[1].images["flair"].rename(tmp_path / "flair.nii")
+    with pytest.raises(BratsDataError, match="2 of 3 cases were not") as error:
+        predict_cases(model, cases, out)
+    assert "case0, " in str(error.value) and "case1_flair.nii" in str(error.value)
+    assert (out / "case2.nii.gz").is_file() and len(seen) == 1
+    path.write_bytes(whole)
+    (tmp_path / "flair.nii").rename(cases[1].images["flair"])
+    predict_cases(model, cases, out)
+    assert len(seen) == 3  # case2 was not predicted again
+
+
+def test_J4_what_cannot_be_predicted_is_refused_before_anything_is_written(
+    tmp_path, cases
+):
+    for wrong, told in (
+        ({"flips": "yes"}, "flips is 'yes', expected True or False"),
+        ({"uncertainty": 1}, "uncertainty is 1"),
+        ({"patch_shape": (8, 8)}, "patch_shape is"),
+        ({"thresholds": (0.5, 0.5)}, "thresholds is .*three numbers from 0 to 1"),
+        ({"thresholds": (0.5, 0.5, float("nan"))}, "thresholds is"),
+        ({"min_et_voxels": -1}, "min_et_voxels is -1"),
+        ({"min_et_voxels": 2.5}, "min_et_voxels is 2.5"),
+        ({"modalities": ("FLAIR", "T1CE", "T2")}, "modalities is .*'flair'"),
+        ({"modalities": "flair"}, "modalities"),
+        ({"fips": True}, "fips.*expected some of .*flips"),
+        ({"cases": [*cases, cases[0]]}, "cases is .*each id once"),
+        ({"cases": ["case0"]}, "case is 'case0', expected a Case"),
+        ({"model": []}, "model is .*at least one"),
+        ({"model": None}, "model is None, expected a path"),
+        ({"out_dir": None}, "the output is None, expected a path"),
+    ):
+        call = {"model": oracle(), "cases": cases, "out_dir": tmp_path / "out"}
+        with pytest.raises(ValueError, match=told):
+            predict_cases(**{**call, **wrong})
+    assert not (tmp_path / "out").exists()
+
+
+def test_J2_a_background_that_is_not_0_is_told_when_predicting(cases):
+    path = cases[0].images["t1ce"]
+    noise = np.random.default_rng(0).uniform(1e-4, 1e-3, SHAPE).astype(np.float32)
+    volume = np.asarray(nib.load(path).dataobj) + noise
+    nib.save(nib.Nifti1Image(volume, AFFINE), path)
+    with pytest.warns(UserWarning, match="case0: 0.0% of its voxels.*brain mask"):
+        predict_case(oracle(), cases[0])
+
+
+def test_R5_a_model_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    path = tmp_path / "bomb.keras"
+    write_model(sided_model(), path, DESCRIPTION)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(10**8))
+    with pytest.raises(ValueError, match="would unpack to 100 MB"):
+        load_model(path)
+
+
 def test_H5_what_a_model_has_predicted_is_not_predicted_again(tmp_path, cases):
     out = tmp_path / "out"
     model, seen = watched(oracle())

@@ -6,6 +6,7 @@ import resource
 import struct
 import subprocess
 import sys
+import time
 import zlib
 
 import nibabel as nib
@@ -14,9 +15,11 @@ import pytest
 from conftest import AFFINE, toy_volumes
 
 from brats_utils.nifti import (
+    AGAIN,
     BratsDataError,
     from_lps,
     read_header,
+    read_labels,
     read_volume,
     save_volume,
     spacing_mm,
@@ -30,8 +33,10 @@ FIELDS = {  # offset and type in a NIfTI-1 header
     "pixdim1": (80, "<f"),
     "vox_offset": (108, "<f"),
     "scl_slope": (112, "<f"),
+    "scl_inter": (116, "<f"),
     "magic": (344, "<4s"),
 }
+HEADERS = [nib.Nifti1Header, nib.Nifti2Header]
 
 
 def write(path, volume=None, affine=AFFINE):
@@ -45,6 +50,31 @@ def patch(path, field, *values):
     data = bytearray(path.read_bytes())
     struct.pack_into(FIELDS[field][1], data, FIELDS[field][0], *values)
     path.write_bytes(data)
+
+
+def write_as(path, kind, order="<", volume=None, **fields):
+    """Write with nibabel, and set fields of the header as they are."""
+    volume = toy_volumes()[0]["flair"] if volume is None else volume
+    header = kind(endianness=order)
+    header.set_data_dtype(volume.dtype)
+    image_kind = nib.Nifti2Image if kind is nib.Nifti2Header else nib.Nifti1Image
+    image = image_kind(volume, AFFINE, header)
+    image.set_qform(AFFINE, 1)
+    image.header.set_slope_inter(1, 0)
+    data = bytearray(image.to_bytes())
+    header = kind(bytes(data[: kind.sizeof_hdr]), check=False)
+    for field, value in fields.items():
+        header[field] = value
+    data[: kind.sizeof_hdr] = header.binaryblock
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def error_of(path, channels=1):
+    """Return the error with which both readers refuse a file."""
+    with pytest.raises(BratsDataError, match=path.name) as caught:
+        read_volume(path, channels)
+    return caught.value
 
 
 def accepted_as(path):
@@ -117,15 +147,16 @@ def silently_wrong(path, n):
 
 def test_A06_no_damaged_gz_gets_in_unseen(tmp_path):
     assert silently_wrong(write(tmp_path / "x.nii.gz"), 1000) == 0
+    assert silently_wrong(write_as(tmp_path / "2.nii.gz", nib.Nifti2Header), 300) == 0
 
 
 def test_A06_fails_without_the_checksum(tmp_path, monkeypatch):
     """Read as tools do that stop at the last voxel."""
 
-    def careless(path):
+    def careless(file):
         unpack = zlib.decompressobj(-zlib.MAX_WBITS)  # bare: nothing is verified
         try:
-            return io.BytesIO(unpack.decompress(path.read_bytes()[10:]))
+            return io.BytesIO(unpack.decompress(file.read()[10:]))
         except zlib.error as error:
             raise OSError(error) from None
 
@@ -146,6 +177,282 @@ def test_R1_a_file_is_read_by_its_content_whatever_its_name(tmp_path, name):
         np.testing.assert_array_equal(
             read_header(tmp_path / name).get_best_affine(), header.get_best_affine()
         )
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_both_versions_and_byte_orders(tmp_path, name, order, kind):
+    for stored in ("i2", "f4", "u1", "f8"):
+        volume = toy_volumes()[0]["flair"].clip(0, 255).astype(stored)
+        path = write_as(tmp_path / name, kind, order, volume)
+        assert nib.load(path).header.endianness == order
+        found, header = read_volume(path)
+        np.testing.assert_array_equal(found, volume)
+        assert found.dtype == np.dtype(stored)  # of this computer's byte order
+        np.testing.assert_array_equal(header.get_best_affine(), AFFINE)
+        assert read_header(path)["pixdim"][1:4].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_the_geometry_of_any_header_is_written(tmp_path, order, kind):
+    turn = nib.quaternions.quat2mat([0.5, 0.1, 0.7, 0.5])
+    affine = nib.affines.from_matvec(turn @ np.diag([0.9, 1.1, -2]), [5, 6.5, 7])
+    path, header = tmp_path / "x.nii", kind(endianness=order)
+    header.set_data_shape((24, 24, 16))
+    for set_form in (header.set_sform, header.set_qform):
+        set_form(affine, code=1)
+    header["xyzt_units"] = 10
+    save_volume(toy_volumes()[1], path, like=header)
+    written = nib.load(path).header
+    assert type(written) is nib.Nifti1Header and written["xyzt_units"] == 10
+    for found in (written.get_sform(), written.get_qform()):
+        np.testing.assert_allclose(found, affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_further_axes_of_length_1_are_dropped(tmp_path, kind):
+    path, volume = tmp_path / "x.nii.gz", toy_volumes()[0]["flair"]
+    for axes in [(1,), (1, 1), (1, 1, 1), (1, 1, 1, 1)]:
+        write_as(path, kind, volume=volume.reshape(*volume.shape, *axes))
+        found, header = read_volume(path)
+        np.testing.assert_array_equal(found, volume)
+        assert header.get_data_shape() == volume.shape
+        assert read_header(path).get_data_shape() == volume.shape
+    for axes in [(2,), (1, 2), (2, 1), (3, 1, 1)]:
+        write_as(path, kind, volume=np.ones((*volume.shape, *axes), np.int16))
+        error = error_of(path)
+        assert "expected a 3-D volume" in error.problem
+        assert str((*volume.shape, *axes)) in error.problem
+        assert error.advice == "Save just a 3-D volume"
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_images_in_one_file(tmp_path, kind):
+    path, images = tmp_path / "x.nii.gz", np.stack([*toy_volumes()[0].values()], -1)
+    for axes in [(4,), (4, 1), (1, 4), (1, 1, 4), (1, 4, 1)]:
+        write_as(path, kind, volume=images.reshape(24, 24, 16, *axes))
+        found, header = read_volume(path, channels=4)
+        np.testing.assert_array_equal(found, images)
+        assert header.get_data_shape() == (24, 24, 16)
+    for axes in [(), (1,), (3,), (5,), (2, 2), (4, 4), (4, 2)]:
+        write_as(path, kind, volume=np.ones((24, 24, 16, *axes), np.int16))
+        assert "expected 4 images in one file" in str(error_of(path, 4))
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_a_good_qform_stands_in_for_a_singular_sform(tmp_path, kind):
+    flat = np.diag([1.0, 1, 0, 1])
+    for broken in (np.zeros((4, 4)), flat, flat[[1, 1, 0, 3]]):
+        rows = dict(zip(("srow_x", "srow_y", "srow_z"), broken, strict=False))
+        bad = {"sform_code": 1, **rows}
+        path = write_as(tmp_path / "x.nii", kind, qform_code=1, **bad)
+        header = read_volume(path)[1]
+        np.testing.assert_array_equal(header.get_best_affine(), AFFINE)
+        save_volume(toy_volumes()[1], tmp_path / "y.nii", like=header)
+        np.testing.assert_array_equal(nib.load(tmp_path / "y.nii").affine, AFFINE)
+        for unusable in (
+            {"qform_code": 0},
+            {"qform_code": 1, "quatern_b": 0.9},
+            {"qform_code": 1, "pixdim": [1, 0, 1, 1, 0, 0, 0, 0]},
+            {"qform_code": 1, "qoffset_x": np.nan},
+            {"qform_code": 1, "srow_y": [np.nan] * 4},  # not a number is never guessed
+        ):
+            error = error_of(write_as(tmp_path / "x.nii", kind, **bad | unusable))
+            assert "affine" in error.problem and "header" in error.advice
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_a_voxel_size_of_0_is_not_taken_for_1_mm(tmp_path, kind):
+    sizes = {"pixdim": [1, 1, 1, 0, 0, 0, 0, 0], "qform_code": 0}
+    path = write_as(tmp_path / "x.nii", kind, sform_code=0, **sizes)
+    assert "affine" in error_of(path).problem
+    path = write_as(tmp_path / "x.nii", kind, sform_code=1, **sizes)
+    np.testing.assert_array_equal(read_header(path).get_best_affine(), AFFINE)
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_a_rounded_quaternion_is_normalised(tmp_path, kind):
+    rng = np.random.default_rng(1)
+    for length in (1 + 1e-12, 1 + 1e-7, 1 + 1e-5, 1 + 9e-4):
+        axis = rng.normal(size=3)
+        axis /= np.linalg.norm(axis)
+        fields = {f"quatern_{x}": axis[n] * length for n, x in enumerate("bcd")}
+        path = tmp_path / "x.nii"
+        write_as(path, kind, sform_code=0, qform_code=1, **fields)
+        turn = 2 * np.outer(axis, axis) - np.eye(3)  # by 180 degrees
+        found = read_header(path).get_best_affine()[:3, :3]
+        np.testing.assert_allclose(found, turn, atol=1e-6)
+        save_volume(toy_volumes()[1], tmp_path / "y.nii", like=read_header(path))
+        found = nib.load(tmp_path / "y.nii").affine[:3, :3]
+        np.testing.assert_allclose(found, turn, atol=1e-6)
+    for length in (1.01, 1.5, 1e30):
+        write_as(path, kind, sform_code=0, qform_code=1, quatern_d=length)
+        assert "affine" in error_of(path).problem
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_scaled_labels_are_whole_numbers(tmp_path, kind):
+    labels, path = np.array([[[0, 1, 2, 4]]]), tmp_path / "x.nii.gz"
+    scalings = [(0.1, 0), (1 / 3, 0), (1e-3, 0), (1 / 255, 0), (0.1, -3), (-0.2, 4)]
+    for slope, inter in [*scalings, (4 / 65535, 2)]:  # the last is nibabel's for int16
+        stored = np.rint((labels - inter) / slope).astype(np.int32)
+        write_as(path, kind, volume=stored, scl_slope=slope, scl_inter=inter)
+        assert read_labels(path)[0].tolist() == labels.tolist()
+
+
+def test_R1_labels_that_are_not_whole_stay_as_they_are(tmp_path):
+    path, values = tmp_path / "x.nii", [[[0.999, 1.001, 0.5, -0.9, np.nan, np.inf]]]
+    for stored in (np.float32, np.float64):
+        write_as(path, nib.Nifti1Header, volume=np.array(values, stored))
+        np.testing.assert_array_equal(read_labels(path)[0], np.array(values, stored))
+    write(path, toy_volumes()[1])
+    found, header = read_labels(path)
+    np.testing.assert_array_equal(found, toy_volumes()[1])
+    assert found.dtype == np.uint8 and header.get_data_shape() == found.shape
+
+
+def starts_with(data, place=0):
+    return bytes(place) + data + bytes(3000)
+
+
+def analyze_header(order):
+    header = nib.AnalyzeHeader(endianness=order)
+    header.set_data_shape((2, 3, 4))
+    return header.binaryblock
+
+
+PAIR1 = nib.nifti1.Nifti1PairHeader().binaryblock
+PAIR2 = nib.nifti2.Nifti2PairHeader(endianness=">").binaryblock
+OTHERS = [  # what a file holds, words of the problem, and of the advice
+    (PAIR1, "a .hdr without .img", "one .nii.gz (nibabel.save"),
+    (PAIR1 + bytes(4), "a .hdr without .img", "nibabel.save"),
+    (PAIR2, "a .hdr without .img", "nibabel.save"),
+    (analyze_header("<"), "a .hdr without .img", "nibabel.save"),
+    (analyze_header(">"), "a .hdr without .img", "nibabel.save"),
+    (starts_with(b"DICM", 128), "DICOM", "dcm2niix"),
+    (starts_with(b"NRRD0004\n# Complete"), "NRRD, MetaImage, MGH", "SimpleITK"),
+    (starts_with(b"\0\0\0\1\0\0\1\0"), "NRRD, MetaImage, MGH", "nibabel.save"),
+    (starts_with(b"\x89HDF\r\n\x1a\n"), "NRRD, MetaImage, MGH", "convert"),
+    (starts_with(b"CDF\1"), "NRRD, MetaImage, MGH", "convert"),
+    (starts_with(b"ObjectType = Image\n"), "NRRD, MetaImage, MGH", "SimpleITK"),
+    (starts_with(b"PK\3\4"), "an archive", "Unpack"),
+    (starts_with(b"ustar\00000", 257), "an archive", "Unpack"),
+    (gzip.compress(gzip.compress(b"x" * 999)), "an archive", "Unpack"),
+    (starts_with(b"BZh91AY&SY"), "an archive", "Unpack"),
+    (starts_with(b"\xfd7zXZ\0"), "an archive", "Unpack"),
+    (starts_with(b"\x28\xb5\x2f\xfd"), "an archive", "Unpack"),
+    (bytes(range(1, 256)) * 9, "unknown", "convert"),
+    (bytes(5000), "unknown or damaged", "convert"),
+]
+
+
+@pytest.mark.parametrize("name", ["x.nii", "x.nii.gz"])
+def test_R1_another_format_is_named_with_its_remedy(tmp_path, name):
+    for plain, problem, advice in OTHERS:
+        for data in (plain, gzip.compress(plain)):
+            (tmp_path / name).write_bytes(data)
+            error = error_of(tmp_path / name)
+            assert f"not a NIfTI file: {problem}" in error.problem
+            assert "starts with" in error.problem and advice in error.advice
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", HEADERS)
+def test_R1_voxels_of_another_type_are_named(tmp_path, kind, order):
+    names = {1: "binary", 32: "complex64", 128: "RGB", 1536: "float128"}
+    names |= {1792: "complex128", 2048: "complex256", 2304: "RGBA", 999: "999"}
+    for code, name in names.items():
+        path = write_as(tmp_path / "x.nii", kind, order, datatype=code)
+        error = error_of(path)
+        assert f"voxels are {name}" in error.problem or name == "999"
+        assert name in error.problem and "integers or floats" in error.advice
+
+
+def test_R1_download_it_again_only_where_bytes_are_missing_or_changed(tmp_path):
+    path = write(tmp_path / "x.nii.gz")
+    plain, packed = gzip.decompress(path.read_bytes()), path.read_bytes()
+    nifti2 = write_as(tmp_path / "2.nii", nib.Nifti2Header).read_bytes()
+    broken = packed[:-20] + b"x" + packed[-19:]
+    cut = [plain[:n] for n in (-1, 5000, 360, 352, 350, 346, 100, 4)]
+    cut += [nifti2[:n] for n in (-1, 5000, 543, 539, 100, 9)]
+    text = [b"", gzip.compress(b""), b"<html>", b'\n<?xml version="1.0"?>', b'{"error"']
+    text += [text[2].decode().encode(code) * 99 for code in ("utf-8-sig", "utf-16")]
+    lost = [*cut, *map(gzip.compress, cut), *text, broken, packed + b"junk"]
+    for data in [*lost, packed[:-9], packed[:99], packed[:5], packed[:2]]:
+        path.write_bytes(data)
+        assert error_of(path).advice == AGAIN, data[:20]
+    for data in (plain + b"x", nifti2 + plain, gzip.compress(plain + b"x")):
+        path.write_bytes(data)
+        assert "longer than the" in error_of(path).problem
+        assert "Correct" in error_of(path).advice
+    path.write_bytes(plain + b"x")
+    with pytest.raises(BratsDataError, match=f"{len(plain) + 1} .* {len(plain)} bytes"):
+        read_header(path)
+    path.write_bytes(plain)
+    for field, value in [
+        ("dim", (3, 24, 24, 0, 1, 1, 1, 1)),
+        ("dim", (2, 24, 24, 16, 1, 1, 1, 1)),
+        ("dim", (3, 9000, 9000, 9000, 1, 1, 1, 1)),
+        ("datatype", (999,)),
+        ("vox_offset", (1e9,)),
+        ("scl_inter", (np.nan,)),
+    ]:
+        patch(path, field, *value)
+        assert error_of(path).advice and "download" not in error_of(path).advice
+        path.write_bytes(plain)
+    (tmp_path / "folder.nii").mkdir()
+    assert "download" not in error_of(tmp_path / "folder.nii").advice
+
+
+EMPTY = gzip.compress(b"")
+
+
+def seconds(call, *arguments):
+    """Return the processor time that a call takes, and its error if it has one."""
+    start = time.process_time()
+    try:
+        call(*arguments)
+        error = None
+    except BratsDataError as caught:
+        error = caught
+    return time.process_time() - start, error
+
+
+def test_R5_many_members_take_no_more_time_than_the_header_promises(tmp_path):
+    data = write(tmp_path / "x.nii").read_bytes()
+    whole, path = gzip.compress(data), tmp_path / "y.nii.gz"
+    halves = [gzip.compress(data[:999]), gzip.compress(data[999:])]
+    many, ones = EMPTY * 1_500_000, gzip.compress(b"\0") * 1_500_000  # 30 MB
+    for begin, end in ((b"", b""), (b"", whole), (whole, b""), halves):
+        for members in (many, ones):
+            path.write_bytes(begin + members + end)
+            for reader in (read_header, read_volume):
+                took, error = seconds(reader, path)
+                assert error and took < 0.5, (took, error)
+
+
+def test_R5_what_cannot_hold_its_voxels_is_not_unpacked(tmp_path):
+    path = write(tmp_path / "x.nii")
+    patch(path, "dim", 3, 640, 640, 640, 1, 1, 1, 1)  # 500 MB
+    for data in (path.read_bytes(), gzip.compress(path.read_bytes())):
+        path.write_bytes(data)
+        for reader in (read_header, read_volume):
+            took, error = seconds(reader, path)
+            assert "shorter" in error.problem and error.advice == AGAIN and took < 0.1
+
+
+def test_R5_usual_ways_to_pack_are_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 2**16, (64, 64, 64), dtype=np.uint16)
+    data = write(tmp_path / "x.nii", noise).read_bytes()
+    path, slices = tmp_path / "y.nii.gz", range(0, len(data), 8192)
+    for level in (0, 1, 6, 9):
+        blocks = [gzip.compress(data[n : n + 8192], level) for n in slices]
+        for packed in (gzip.compress(data, level), b"".join(blocks) + EMPTY):
+            for padding in (b"", bytes(512), bytes(2**16)):
+                path.write_bytes(packed + padding)
+                np.testing.assert_array_equal(read_volume(path)[0], noise)
 
 
 def test_A07_a_nii_of_another_length_is_refused(tmp_path):
