@@ -36,7 +36,7 @@ import seed_recipe
 from common import describe_machine, is_there
 from keras import ops
 
-from brats_utils.cases import MODALITIES, load_case, load_labels
+from brats_utils.cases import MODALITIES, load_case
 from brats_utils.evaluation import score_case
 from brats_utils.files import atomic_write, project_root
 from brats_utils.generator import BratsGenerator
@@ -44,7 +44,7 @@ from brats_utils.inference import decode_probabilities, predict_case
 from brats_utils.labels import REGIONS, encode_labels
 from brats_utils.losses import batch_dice_cross_entropy_loss
 from brats_utils.model import supervise_deeply, unet
-from brats_utils.nifti import spacing_mm
+from brats_utils.nifti import load_labels, spacing_mm
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset

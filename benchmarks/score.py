@@ -9,9 +9,9 @@ import numpy as np
 from common import in_turn, is_there, print_rows, print_times
 from scipy.ndimage import gaussian_filter
 
-from brats_utils.cases import load_labels
 from brats_utils.evaluation import score_case
 from brats_utils.labels import REGIONS
+from brats_utils.nifti import load_labels
 from brats_utils.phantom import write_phantom
 
 

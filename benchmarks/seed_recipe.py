@@ -23,11 +23,12 @@ import pandas as pd
 from keras import layers, ops
 from sklearn.preprocessing import MinMaxScaler
 
-from brats_utils.cases import find_cases, load_labels
+from brats_utils.cases import find_cases
 from brats_utils.evaluation import score_case
 from brats_utils.files import project_root
 from brats_utils.generator import BratsGenerator
 from brats_utils.labels import REGIONS, decode_labels, encode_labels
+from brats_utils.nifti import load_labels
 
 WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
 SHAPE = (240, 240, 155)

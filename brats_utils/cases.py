@@ -10,27 +10,31 @@ from pathlib import Path
 import numpy as np
 
 from brats_utils import nifti
-from brats_utils.files import atomic_write, check_option, check_path, read_json, walk
+from brats_utils.files import check_option, check_path, walk
 from brats_utils.labels import (
     ALL_MODALITIES,
     CONVENTIONS,
     MODALITIES,
     are_modalities,
-    encode_labels,
     label_code,
     label_table,
     naming,
-    parse_description,
     parse_name,
-    relabel,
 )
-from brats_utils.nifti import BratsDataError, read_header, read_volume
+from brats_utils.nifti import (  # noqa: F401, some are public here
+    BratsDataError,
+    load_labels,
+    parse_description,
+    read_header,
+    read_volume,
+    save_segmentation,
+    threes_and_fours,
+)
 from brats_utils.volumes import background_problem, brain_mask, check_image
 
 _FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")  # Decathlon, nnU-Net
 _IN_FOLDERS = re.compile(r"(.+?)(?:_(\d{4}))?\.nii(?:\.gz)?", re.I)
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
-WRITTEN_BY = "brats_utils"  # in the header of our label maps: those may be replaced
 SPACING_MM = (1.0, 1.0, 1.0)  # of BraTS scans, and of what networks are trained on
 
 
@@ -114,29 +118,9 @@ class Scan:
         """Return what is wrong with the first background that is not 0, if any."""
         return next(filter(None, map(background_problem, self.volumes)), "")
 
-    def check_spacing(self):
-        """Raise unless voxels are 1 mm wide, as in all BraTS scans."""
-        _check_spacing(self.header, self.case.id)
-
     def restore(self, volume):
         """Return a volume (X, Y, Z) in the orientation of the stored grid."""
         return nifti.from_lps(volume, self.affine)
-
-
-def file_states(paths):
-    """Return what tells whether files have changed, without reading them.
-
-    Parameters
-    ----------
-    paths : iterable of path
-
-    Returns
-    -------
-    states : dict of str to list of int
-        {resolved path: [bytes, modification time, change time]}, times in nanoseconds.
-    """
-    stats = {str(Path(path).resolve()): Path(path).stat() for path in paths}
-    return {p: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats.items()}
 
 
 def _place(path, sets):
@@ -152,7 +136,7 @@ def _place(path, sets):
     if part not in _FOLDERS:
         return None, ()
     if root not in sets:
-        sets[root] = _read_description(root / "dataset.json")
+        sets[root] = parse_description(root / "dataset.json")
     case_id, number = _IN_FOLDERS.fullmatch(path.name).groups()
     if part.startswith("labels"):
         return (root, case_id + (f"_{number}" if number else "")), ("seg",)
@@ -164,15 +148,6 @@ def _place(path, sets):
         advice = "Give dataset.json, with its channels in order, beside imagesTr"
         raise BratsDataError(problem, file=root, advice=advice)
     return (root, case_id), (channels[int(number)],) if number else channels
-
-
-def _read_description(path):
-    """Return the channels and the label code of a `dataset.json`, empty if unknown."""
-    try:
-        return parse_description(read_json(path)) if path.is_file() else ((), "")
-    except ValueError as error:
-        advice = "Only sets of brain tumours with FLAIR, T1, T1CE and T2 can be read"
-        raise BratsDataError(str(error), file=path, advice=advice) from None
 
 
 def _group_files(root):
@@ -205,19 +180,16 @@ def _add_odd_segmentations(groups, leftovers):
     """Give folder 355 its label map, which has another name; return {place: path}."""
     given = {}
     for path in [path for path in leftovers if _ODD.fullmatch(path.name)]:
-        lacking = [p for p in groups if p[0] == path.parent and "seg" not in groups[p]]
-        others = [p.name for p in leftovers if p.parent == path.parent and p != path]
-        others = [name for name in others if "seg" in name.lower()]
-        if len(lacking) > 1 or (lacking and others):
-            ids, names = (
-                ", ".join(p[1] for p in lacking),
-                ", ".join([path.name, *others]),
-            )
-            problem = f"no {lacking[0][1]}_seg file, and {names} might be that of {ids}"
-            advice = f"Rename the right one to {lacking[0][1]}_seg.nii"
-            where = {"case": lacking[0][1], "file": path.parent}
+        places = [p for p in groups if p[0] == path.parent and "seg" not in groups[p]]
+        beside = [p.name for p in leftovers if p.parent == path.parent]
+        rivals = [name for name in beside if "seg" in name.lower()]
+        if len(places) * len(rivals) > 1:
+            names, ids = ", ".join(rivals), ", ".join(p[1] for p in places)
+            problem = f"no {places[0][1]}_seg file, and {names} might be that of {ids}"
+            advice = f"Rename the right one to {places[0][1]}_seg.nii"
+            where = {"case": places[0][1], "file": path.parent}
             raise BratsDataError(problem, **where, advice=advice)
-        for place in lacking:
+        for place in places:
             given[place] = groups[place]["seg"] = path
             leftovers.remove(path)
     return given
@@ -232,11 +204,10 @@ def _check_complete(root, groups, leftovers, modalities):
         raise BratsDataError(problem, advice=advice)
     problems, seen = [], {}
     for (folder, case_id), files in groups.items():
-        missing = ", ".join(m for m in modalities if m not in files)
-        strange = ", ".join(p.name for p in leftovers if p.parent == folder)
-        if missing:
-            strange = f"; not understood there: {strange}" if strange else ""
-            problems.append(f"{case_id} ({folder}) lacks {missing}{strange}")
+        strange = [p.name for p in leftovers if p.parent == folder]
+        if missing := [m for m in modalities if m not in files]:
+            found = f"; not understood there: {', '.join(strange)}" * bool(strange)
+            problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}{found}")
         other = seen.setdefault(case_id.lower(), folder)
         if other != folder:
             problems.append(f"{case_id} is there twice: {other} and {folder}")
@@ -298,14 +269,12 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
             f"{len(names)} files of unknown names are ignored: {', '.join(names[:5])}"
         )
         warnings.warn(text, stacklevel=2)
-    found, conventions = [], {}
-    if labels == "auto":
-        conventions = _decide_labels(groups, sets)
+    found, codes = [], _decide_labels(groups, sets) if labels == "auto" else {}
     for place, files in sorted(groups.items(), key=lambda pair: pair[0][1]):
         channels = sets.get(place[0], ((), ""))[0] or ALL_MODALITIES
         images = {m: files[m] for m in channels if m in files}
-        convention = conventions.get(place, labels)
-        found.append(Case(place[1], images, files.get("seg"), convention))
+        code = codes.get(place, labels)
+        found.append(Case(place[1], images, files.get("seg"), code))
     return found
 
 
@@ -317,7 +286,7 @@ def _decide_labels(groups, sets):
         expected[place] = ("dataset.json", described) if described else naming(place[1])
     paths = {place: files["seg"] for place, files in groups.items() if "seg" in files}
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(_threes_and_fours, paths.values())
+        found = pool.map(threes_and_fours, paths.values())
         values = dict(zip(paths, found, strict=True))
     unknown = set().union(*(values[p] for p in paths if not expected[p][1]))
     usual = "0123" if unknown == {3} else "0124"
@@ -342,15 +311,6 @@ def _decide_labels(groups, sets):
             )
             raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
     return codes
-
-
-def _threes_and_fours(path):
-    """Return which of the values 3 and 4 a label map holds."""
-    try:
-        volume = read_volume(path)[0]
-    except BratsDataError:
-        return set()  # found again, and reported, when the case is read
-    return {value for value in (3, 4) if (volume == value).any()}
 
 
 def rename_odd_segmentation(root):
@@ -383,38 +343,6 @@ def rename_odd_segmentation(root):
     return renamed
 
 
-def load_labels(path, labels="0124"):
-    """Read one label map.
-
-    Parameters
-    ----------
-    path : path
-        A NIfTI file of labels.
-    labels : str or dict
-        How the file writes its labels, see `find_cases`.
-
-    Returns
-    -------
-    segmentation : (X, Y, Z) uint8 array
-        Values 0, 1, 2 and 4, whatever the file's convention.
-    affine : (4, 4) array
-        Voxel indices to millimetres.
-
-    Raises
-    ------
-    BratsDataError
-        If the file cannot be read, or holds another value.
-    """
-    table = label_table(labels)
-    volume, header = read_volume(path)
-    try:
-        segmentation = relabel(volume, table)
-    except ValueError as error:
-        advice = "If the set writes its labels otherwise, pass labels= to find_cases"
-        raise BratsDataError(str(error), file=path, advice=advice) from None
-    return segmentation, header.get_best_affine()
-
-
 def _paths(case, modalities):
     """Return each file of a case: {path: the modalities asked for; () for labels}."""
     known = {*ALL_MODALITIES}.issuperset
@@ -439,8 +367,20 @@ def _channel(case, volume, modality):
     return volume[..., [*case.images].index(modality)] if volume.ndim == 4 else volume
 
 
-def _check_spacing(header, case_id=None):
-    """Raise unless voxels are 1 mm wide, as in all BraTS scans."""
+def check_spacing(header, case_id=None):
+    """Raise unless voxels are 1 mm wide, as in all BraTS scans.
+
+    Parameters
+    ----------
+    header : nibabel.Nifti1Header
+    case_id : str, optional
+        For the message.
+
+    Raises
+    ------
+    BratsDataError
+        If a size differs by more than 0.05 mm.
+    """
     spacing = np.round(nifti.spacing_mm(header.get_best_affine()), 2).tolist()
     if not np.allclose(spacing, SPACING_MM, atol=0.05):
         problem = f"voxels of {spacing} mm; networks here know {SPACING_MM}"
@@ -581,7 +521,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
                 continue
             if not first:
                 first = path, header
-                note(case, path, _check_spacing, header)
+                note(case, path, check_spacing, header)
             note(case, path, _check_grid, header, path, first)
             if voxels and not wanted:
                 note(case, path, load_labels, path, case.labels)
@@ -612,59 +552,3 @@ def read_grid(case):
     header = _first(case)[1]
     affine = header.get_best_affine()
     return header.get_data_shape(), affine, nifti.spacing_mm(affine)
-
-
-def save_segmentation(segmentation, case, path):
-    """Write a label map on the case's own grid, as the challenge wants it.
-
-    Parameters
-    ----------
-    segmentation : (X, Y, Z) integer array
-        Values 0, 1, 2 and 4, in the shape of the case's images.
-    case : Case
-        The file takes the affine and the header geometry of its images.
-    path : path
-        Ends in `.nii` or `.nii.gz`; the file holds uint8. A label map that this
-        function wrote is replaced; any other file is left as it is.
-
-    Raises
-    ------
-    ValueError
-        If the shape is not the case's, a value is no BraTS label, or a file is there
-        that this function did not write.
-    """
-    check_case(case)
-    path = check_path("path", path)
-    nifti.check_suffix(path)
-    if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
-        problem = f"{path} is there and was not written by this project"
-        raise ValueError(f"{problem}; it is left as it is. Choose another path")
-    header = _first(case)[1]
-    with atomic_write(path) as temporary:
-        write_segmentation(segmentation, header, temporary)
-
-
-def write_segmentation(segmentation, header, path):
-    """Write a label map to the temporary path of an atomic write.
-
-    Parameters
-    ----------
-    segmentation : (X, Y, Z) integer array
-        Values 0, 1, 2 and 4.
-    header : nibabel.Nifti1Header
-        Of the case's images.
-    path : path
-        Ends in `.nii` or `.nii.gz`.
-
-    Raises
-    ------
-    ValueError
-        If the shape is not the header's, or a value is no BraTS label.
-    """
-    segmentation, shape = np.asarray(segmentation), header.get_data_shape()
-    if segmentation.shape != shape:
-        found = f"the label map has shape {segmentation.shape}"
-        raise ValueError(f"{found}, the case's images {shape}")
-    encode_labels(segmentation)  # raises if a value is no label
-    volume = segmentation.astype(np.uint8)
-    nifti.save_volume(volume, path, like=header, name=WRITTEN_BY)

@@ -11,11 +11,10 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
-from brats_utils.cases import file_states, load_labels
 from brats_utils.files import OutputFolder, atomic_write, read_manifest
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
+from brats_utils.nifti import file_states, load_labels, to_lps
 from brats_utils.nifti import spacing_mm as spacing_of
-from brats_utils.nifti import to_lps
 from brats_utils.volumes import bounding_box, dice
 
 THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)

@@ -17,13 +17,17 @@ from brats_utils.cases import (
     ALL_MODALITIES,
     MODALITIES,
     check_case,
-    file_states,
+    check_spacing,
     read_scan,
-    write_segmentation,
 )
 from brats_utils.labels import ENCODED_REGIONS, LABELS, decode_labels
 from brats_utils.model import describe_model, size_factor
-from brats_utils.nifti import BratsDataError, save_volume
+from brats_utils.nifti import (
+    BratsDataError,
+    file_states,
+    save_volume,
+    write_segmentation,
+)
 from brats_utils.training import BEST, DESCRIPTION
 from brats_utils.volumes import (
     NORMALISATION,
@@ -323,7 +327,7 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
         As `predict_case` does.
     """
     scan = read_scan(case, _choose_modalities(models[0], modalities), labelled=False)
-    scan.check_spacing()
+    check_spacing(scan.header, case.id)
     if problem := scan.background_problem:
         warnings.warn(f"{case.id}: {problem}", stacklevel=2)
     box = bounding_box(scan.brain_mask)

@@ -168,37 +168,20 @@ def are_modalities(names):
     return len(names) == len(set(names) & set(ALL_MODALITIES))  # no text either
 
 
-def parse_description(described):
-    """Return the channels and the label code of a set that comes with `dataset.json`.
+def read_label_names(names):
+    """Return the label table that names of labels describe.
 
     Parameters
     ----------
-    described : dict
-        Its contents, as the Decathlon or nnU-Net write them.
+    names : dict
+        {"1": "edema", ...} as in the Decathlon, {"edema": 1, ...} as in nnU-Net, or its
+        nested regions {"whole tumor": [1, 2, 3], ...}.
 
     Returns
     -------
-    channels : tuple of str
-        The modalities, in order; empty if it does not name them.
-    code : str
-        See `label_code`; empty if a label's name is not understood.
-
-    Raises
-    ------
-    ValueError
-        If a channel is not one of the four modalities.
+    table : dict of int to int
+        See `label_table`; empty if a name is not understood.
     """
-    names = described.get("channel_names") or described.get("modality") or {}
-    names = [str(names[key]).lower() for key in sorted(names, key=int)]
-    channels = tuple(_KEYS.get(re.sub("[- ]", "_", name)) for name in names)
-    if not set(channels) <= set(ALL_MODALITIES):
-        raise ValueError(f"its channels are {names}, not of {ALL_MODALITIES}")
-    table = _read_label_names(described.get("labels") or {})
-    return channels, label_code(table) if len(table) > 1 else ""
-
-
-def _read_label_names(names):
-    """Return the label table of {"1": "edema"}, {"edema": 1} or nested regions."""
     pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in names.items()]
     if any(isinstance(values, list) for _, values in pairs):
         regions = [set(np.ravel(v).tolist()) for _, v in pairs if v != 0]

@@ -3,10 +3,22 @@
 import io
 import math
 import re
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
+
+from brats_utils.files import atomic_write, check_path, read_json
+from brats_utils.labels import (
+    ALL_MODALITIES,
+    encode_labels,
+    label_code,
+    label_table,
+    parse_name,
+    read_label_names,
+    relabel,
+)
 
 # A whole-body scan is smaller; a header that asks for more is damaged or hostile.
 MAX_VOXELS = 2**28
@@ -25,6 +37,7 @@ FORMATS = {
     "unknown or damaged": rb"",
 }
 GEOMETRY = re.compile("pixdim|[qs]form_code|quatern|qoffset|srow|xyzt_units")
+WRITTEN_BY = "brats_utils"  # in the header of our label maps: those may be replaced
 _LPS = nib.orientations.axcodes2ornt("LPS")
 
 
@@ -197,28 +210,54 @@ def read_volume(path, channels=1):
     return nib.volumeutils.apply_read_scaling(volume, *header.get_slope_inter()), header
 
 
-def read_labels(path):
-    """Read a label map whose values a scaling may have rounded.
+def load_labels(path, labels="0124"):
+    """Read one label map.
 
     Parameters
     ----------
     path : path
-        As in `read_volume`.
+        A NIfTI file of labels.
+    labels : str or dict
+        How the file writes its labels, see `labels.label_table`.
 
     Returns
     -------
-    volume : (X, Y, Z) array
-        As in `read_volume`, to four decimals: 0.1 * 30 in float32 is 3 again, and 0.999
-        is no label still.
-    header : nibabel.Nifti1Header or Nifti2Header
+    segmentation : (X, Y, Z) uint8 array
+        Values 0, 1, 2 and 4, whatever the file's convention.
+    affine : (4, 4) array
+        Voxel indices to millimetres.
 
     Raises
     ------
     BratsDataError
-        As `read_volume` does.
+        If the file cannot be read, or holds another value.
     """
+    table = label_table(labels)
     volume, header = read_volume(path)
-    return np.round(volume, 4), header
+    try:
+        # To four decimals: a scaling may round, 0.1 * 30 in float32 is 3.0000001.
+        rounded = np.round(volume, 4) if volume.dtype.kind == "f" else volume
+        segmentation = relabel(rounded, table)
+    except ValueError as error:
+        advice = "If the set writes its labels otherwise, pass labels= to find_cases"
+        raise BratsDataError(str(error), file=path, advice=advice) from None
+    return segmentation, header.get_best_affine()
+
+
+def file_states(paths):
+    """Return what tells whether files have changed, without reading them.
+
+    Parameters
+    ----------
+    paths : iterable of path
+
+    Returns
+    -------
+    states : dict of str to list of int
+        {resolved path: [bytes, modification time, change time]}, times in nanoseconds.
+    """
+    stats = {str(Path(path).resolve()): Path(path).stat() for path in paths}
+    return {p: [s.st_size, s.st_mtime_ns, s.st_ctime_ns] for p, s in stats.items()}
 
 
 def spacing_mm(affine):
@@ -324,3 +363,113 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
         image.header[field] = like[field]
     image.header["intent_name"] = name
     nib.save(image, path)
+
+
+def parse_description(path):
+    """Return the channels and the label code of a set that comes with `dataset.json`.
+
+    Parameters
+    ----------
+    path : path
+        The file, as the Decathlon or nnU-Net write it.
+
+    Returns
+    -------
+    channels : tuple of str
+        The modalities, in order; empty if it does not name them, or is not there.
+    code : str
+        See `labels.label_code`; empty if a label's name is not understood.
+
+    Raises
+    ------
+    ValueError
+        If the file is not valid JSON, or a channel is not one of the four modalities.
+    """
+    described = read_json(path) if path.is_file() else {}
+    names = described.get("channel_names") or described.get("modality") or {}
+    try:
+        names = [str(names[key]).lower() for key in sorted(names, key=int)]
+        table = read_label_names(described.get("labels") or {})
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BratsDataError(f"not as nnU-Net writes it: {error}", file=path) from None
+    channels = tuple(parse_name(re.sub("[- ]", "_", n) + ".nii")[1] for n in names)
+    if not {*channels} <= {*ALL_MODALITIES}:
+        raise BratsDataError(
+            f"its channels are {names}, not {ALL_MODALITIES}", file=path
+        )
+    return channels, label_code(table) if len(table) > 1 else ""
+
+
+def threes_and_fours(path):
+    """Return which of the values 3 and 4 a label map holds.
+
+    Parameters
+    ----------
+    path : path
+        A NIfTI file of labels.
+
+    Returns
+    -------
+    values : set of int
+        Empty if the file cannot be read: that is told when its case is read.
+    """
+    try:
+        volume = read_volume(path)[0]
+    except BratsDataError:
+        return set()
+    return {value for value in (3, 4) if (volume == value).any()}
+
+
+def write_segmentation(segmentation, header, path):
+    """Write a label map to the temporary path of an atomic write.
+
+    Parameters
+    ----------
+    segmentation : (X, Y, Z) integer array
+        Values 0, 1, 2 and 4.
+    header : nibabel.Nifti1Header
+        Of the case's images.
+    path : path
+        Ends in `.nii` or `.nii.gz`.
+
+    Raises
+    ------
+    ValueError
+        If the shape is not the header's, or a value is no BraTS label.
+    """
+    segmentation, shape = np.asarray(segmentation), header.get_data_shape()
+    if segmentation.shape != shape:
+        found = f"the label map has shape {segmentation.shape}"
+        raise ValueError(f"{found}, the case's images {shape}")
+    encode_labels(segmentation)  # raises if a value is no label
+    volume = segmentation.astype(np.uint8)
+    save_volume(volume, path, like=header, name=WRITTEN_BY)
+
+
+def save_segmentation(segmentation, case, path):
+    """Write a label map on the case's own grid, as the challenge wants it.
+
+    Parameters
+    ----------
+    segmentation : (X, Y, Z) integer array
+        Values 0, 1, 2 and 4, in the shape of the case's images.
+    case : Case
+        The file takes the affine and the header geometry of its images.
+    path : path
+        Ends in `.nii` or `.nii.gz`; the file holds uint8. A label map that this
+        function wrote is replaced; any other file is left as it is.
+
+    Raises
+    ------
+    ValueError
+        If the shape is not the case's, a value is no BraTS label, or a file is there
+        that this function did not write.
+    """
+    path = check_path("path", path)
+    check_suffix(path)
+    if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
+        problem = f"{path} is there and was not written by this project"
+        raise ValueError(f"{problem}; it is left as it is. Choose another path")
+    header = read_header(next(iter(case.images.values())), case.channels)
+    with atomic_write(path) as temporary:
+        write_segmentation(segmentation, header, temporary)

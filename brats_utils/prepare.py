@@ -15,7 +15,7 @@ from brats_utils import __version__, files, volumes
 from brats_utils.cases import (
     check_case,
     check_cases,
-    file_states,
+    check_spacing,
     find_cases,
     read_scan,
 )
@@ -27,7 +27,7 @@ from brats_utils.labels import (
     encode_labels,
     region_volumes_ml,
 )
-from brats_utils.nifti import BratsDataError, spacing_mm
+from brats_utils.nifti import BratsDataError, file_states, spacing_mm
 from brats_utils.split import KINDS, find_patients
 
 REPORT = "cases.csv"
@@ -36,11 +36,13 @@ TYPICAL_BRAIN_BOX = (145, 180, 150)
 LOSS_TO_WARN_OF = 0.05  # share of the tumour outside our own crop
 
 
-def _check_options(crop_shape, min_labelled, modalities, scaling):
+def _check_options(crop_shape, min_labelled, modalities, scaling, jobs=1, skip=True):
     """Return the options of a preparation as JSON holds them; raise if one is wrong."""
     check, scalings = files.check_option, volumes.SCALINGS
     volumes.check_shape(crop_shape)
     check("min_labelled", min_labelled, lambda x: is_number(x, 0, 1), "0 to 1")
+    check("jobs", jobs, lambda n: n is None or is_whole(n, 1), "None, or 1 or more")
+    check("skip_bad", skip, lambda x: type(x) is bool, "True or False")
     check("scaling", scaling, scalings.__contains__, f"one of {scalings}")
     known = f"some of {ALL_MODALITIES}, each once"
     check("modalities", modalities, lambda m: len(m) and are_modalities(m), known)
@@ -131,9 +133,8 @@ def prepare_case(
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
     with files.OutputFolder(out, "prepared", inputs=_folders([case])) as output:
         if REPORT in output.former["files"]:
-            raise ValueError(
-                f"{out} holds a data set; prepare_dataset changes it whole"
-            )
+            problem = f"{out} holds a data set, which prepare_dataset changes whole"
+            raise ValueError(f"{problem}; choose another folder")
         output.begin(options)
         rows, bad = _prepare_all([case], output, options, jobs=1)
     if bad:
@@ -143,10 +144,8 @@ def prepare_case(
 
 def _folders(cases):
     """Return the folders in which the files of cases lie."""
-    paths = {
-        path for case in cases for path in (*case.images.values(), case.segmentation)
-    }
-    return {path.parent for path in paths if path}
+    paths = [p for c in cases for p in (*c.images.values(), c.segmentation) if p]
+    return {path.parent for path in paths}
 
 
 def _prepare(case, folder, options):
@@ -195,7 +194,7 @@ def _crop_and_measure(case, options):
     """Return a case's image and mask as stored, and its report row."""
     crop_shape, min_labelled = options["crop_shape"], options["min_labelled"]
     scan = read_scan(case, options["modalities"])
-    scan.check_spacing()
+    check_spacing(scan.header, case.id)
     box = volumes.crop_box(scan.brain_mask, scan.segmentation, crop_shape)
     mask = volumes.pad(encode_labels(scan.segmentation[box]), crop_shape)
     share = int(np.count_nonzero(mask)) / mask.size
@@ -338,11 +337,8 @@ def prepare_dataset(
     OSError
         If the disk has no room for the result.
     """
-    options = _check_options(crop_shape, min_labelled, modalities, scaling)
-    fits = (lambda n: n is None or is_whole(n, 1)), "a whole number, 1 or more, or None"
-    files.check_option("jobs", jobs, *fits)
-    is_bool = (lambda x: type(x) is bool), "True or False"
-    files.check_option("skip_bad", skip_bad, *is_bool)
+    settings = crop_shape, min_labelled, modalities, scaling
+    options = _check_options(*settings, jobs, skip_bad)
     given, (raw, cases, labelled) = raw, _find(raw, labels)
     bad = _bad_headers(labelled, modalities)
     if bad and not skip_bad:
@@ -446,13 +442,9 @@ def extract(archive, folder, *, max_gb=100):
     root = Path(folder).resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root} is there already; choose a new or empty folder")
+    unpacked = files.OutputFolder(root, "unpacked", inputs=[archive], beside=True)
     try:
-        with (
-            zipfile.ZipFile(archive) as zipped,
-            files.OutputFolder(
-                root, "unpacked", inputs=[archive], beside=True
-            ) as output,
-        ):
+        with zipfile.ZipFile(archive) as zipped, unpacked as output:
             names = _check_archive(zipped, root, max_gb)
             output.clear()  # what a killed call left
             output.begin({"archive": Path(archive).name})
@@ -468,10 +460,8 @@ def extract(archive, folder, *, max_gb=100):
 def _check_archive(zipped, root, max_gb):
     """Return the names of an archive's files; raise unless all can be unpacked."""
     entries = zipped.infolist()
-    size_gb, room = (
-        sum(e.file_size for e in entries) / 1e9,
-        min(max_gb, files.free_gb(root)),
-    )
+    size_gb = sum(entry.file_size for entry in entries) / 1e9
+    room = min(max_gb, files.free_gb(root))
     problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
     problems = [problem] if size_gb > room else []
     for entry in entries:

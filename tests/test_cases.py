@@ -259,6 +259,17 @@ def test_I1_a_description_decides_what_the_decathlons_labels_mean(phantoms, tmp_
     ):
         path.write_text(json.dumps({**described, "labels": names}))
         assert find_cases(tmp_path)[0].labels == code
+    for wrong in (
+        "[1]",
+        "{",
+        '{"modality": [1, 2]}',
+        '{"modality": {"a": "T1"}}',
+        '{"labels": [1]}',
+        '{"labels": {"ET": "x"}}',
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match="dataset.json"):
+            find_cases(tmp_path)
 
 
 def test_I3_only_known_names_are_label_maps(tmp_path):

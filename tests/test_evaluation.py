@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from brats_utils.cases import Case, find_cases, load_labels
+from brats_utils.cases import Case, find_cases
 from brats_utils.evaluation import (
     MISSED_REGION_MM,
     hd95,
@@ -16,7 +16,7 @@ from brats_utils.evaluation import (
     summarise_scores,
 )
 from brats_utils.labels import REGIONS
-from brats_utils.nifti import BratsDataError, save_volume
+from brats_utils.nifti import BratsDataError, load_labels, save_volume
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
 

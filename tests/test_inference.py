@@ -11,7 +11,7 @@ import pytest
 from conftest import AFFINE, SHAPE, toy_volumes, tree, write_case
 from keras import layers
 
-from brats_utils.cases import BratsDataError, find_cases, load_case, load_labels
+from brats_utils.cases import BratsDataError, find_cases, load_case
 from brats_utils.evaluation import score_cases, tune_decoding, tune_model
 from brats_utils.inference import (
     decode_probabilities,
@@ -22,7 +22,7 @@ from brats_utils.inference import (
 )
 from brats_utils.labels import REGIONS
 from brats_utils.model import size_factor, unet
-from brats_utils.nifti import to_lps
+from brats_utils.nifti import load_labels, to_lps
 from brats_utils.training import write_model
 from brats_utils.volumes import NORMALISATION
 

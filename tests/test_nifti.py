@@ -18,8 +18,8 @@ from brats_utils.nifti import (
     AGAIN,
     BratsDataError,
     from_lps,
+    load_labels,
     read_header,
-    read_labels,
     read_volume,
     save_volume,
     spacing_mm,
@@ -299,18 +299,18 @@ def test_R1_scaled_labels_are_whole_numbers(tmp_path, kind):
     for slope, inter in [*scalings, (4 / 65535, 2)]:  # the last is nibabel's for int16
         stored = np.rint((labels - inter) / slope).astype(np.int32)
         write_as(path, kind, volume=stored, scl_slope=slope, scl_inter=inter)
-        assert read_labels(path)[0].tolist() == labels.tolist()
+        assert load_labels(path)[0].tolist() == labels.tolist()
 
 
 def test_R1_labels_that_are_not_whole_stay_as_they_are(tmp_path):
-    path, values = tmp_path / "x.nii", [[[0.999, 1.001, 0.5, -0.9, np.nan, np.inf]]]
-    for stored in (np.float32, np.float64):
-        write_as(path, nib.Nifti1Header, volume=np.array(values, stored))
-        np.testing.assert_array_equal(read_labels(path)[0], np.array(values, stored))
+    path = tmp_path / "x.nii"
+    for value in (0.999, 1.001, 0.5, -0.9, np.nan, np.inf):
+        for stored in (np.float32, np.float64):
+            write_as(path, nib.Nifti1Header, volume=np.full((1, 1, 2), value, stored))
+            with pytest.raises(BratsDataError, match="expected only the labels"):
+                load_labels(path)
     write(path, toy_volumes()[1])
-    found, header = read_labels(path)
-    np.testing.assert_array_equal(found, toy_volumes()[1])
-    assert found.dtype == np.uint8 and header.get_data_shape() == found.shape
+    np.testing.assert_array_equal(load_labels(path)[0], toy_volumes()[1])
 
 
 def starts_with(data, place=0):

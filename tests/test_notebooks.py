@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from brats_utils import inference
-from brats_utils.cases import find_cases, load_labels
+from brats_utils.cases import find_cases
 from brats_utils.files import read_manifest
+from brats_utils.nifti import load_labels
 from brats_utils.phantom import write_phantom
 
 ROOT = Path(__file__).parents[1]
