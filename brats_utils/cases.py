@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from brats_utils import nifti
-from brats_utils.files import check_option, check_path, walk
+from brats_utils.files import check_option, check_path
 from brats_utils.labels import (
     ALL_MODALITIES,
     CONVENTIONS,
@@ -29,6 +29,7 @@ from brats_utils.nifti import (  # noqa: F401, some are public here
     read_volume,
     save_segmentation,
     threes_and_fours,
+    walk,
 )
 from brats_utils.volumes import background_problem, brain_mask, check_image
 

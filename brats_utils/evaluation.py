@@ -318,7 +318,8 @@ def store_description(trained):
     trained : TrainedModel
         From `load_model`, its description changed.
     """
-    from brats_utils.training import BEST, DESCRIPTION
+    from brats_utils.model import DESCRIPTION
+    from brats_utils.training import BEST
 
     path = trained.path
     own = path.name == BEST and read_manifest(path.parent).get("kind") == "run"

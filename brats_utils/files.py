@@ -22,6 +22,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+BOOL = (lambda x: type(x) is bool), "True or False"  # for `check_option`
 MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
 WORDS = {"none": None, "yes": True, "true": True, "on": True}
 WORDS |= {"no": False, "false": False, "off": False}
@@ -109,7 +110,7 @@ def check_option(name, value, fits, expected):
         The option.
     value : object
     fits : callable
-        Takes the value, returns whether it is possible; a TypeError means it is not.
+        Takes the value, returns whether it is possible; an error means it is not.
     expected : str
         The possible values, in words.
 
@@ -121,7 +122,7 @@ def check_option(name, value, fits, expected):
     try:
         if fits(value):
             return
-    except TypeError:
+    except (AttributeError, LookupError, TypeError, ValueError):
         pass
     raise ValueError(f"{name} is {value!r}, expected {expected}")
 
@@ -176,6 +177,36 @@ def is_number(value, low, high):
     fits : bool
     """
     return isinstance(value, Real) and type(value) is not bool and low <= value <= high
+
+
+def whole(least):
+    """Return what `check_option` needs for a whole number of at least `least`.
+
+    Parameters
+    ----------
+    least : int
+
+    Returns
+    -------
+    fits : callable
+    expected : str
+    """
+    return (lambda n: is_whole(n, least)), f"a whole number, {least} or more"
+
+
+def number(low, high):
+    """Return what `check_option` needs for a number from `low` to `high`.
+
+    Parameters
+    ----------
+    low, high : float
+
+    Returns
+    -------
+    fits : callable
+    expected : str
+    """
+    return (lambda x: is_number(x, low, high)), f"a number from {low:g} to {high:g}"
 
 
 def progress_bar(iterable=None, **options):
@@ -314,30 +345,6 @@ def read_csv(path):
         ]
     except csv.Error as error:
         raise ValueError(f"{path} is not a text table: {error}") from None
-
-
-def walk(root):
-    """Yield each folder below a root once, with the names of its files.
-
-    Parameters
-    ----------
-    root : path
-        Links are followed; hidden folders are left out, and macOS's.
-
-    Yields
-    ------
-    folder : str
-    names : list of str
-        Sorted; hidden files are left out.
-    """
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        real, known = os.path.realpath(folder), len(seen)
-        seen.add(real)
-        visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
-        folders[:] = sorted(visible) if len(seen) > known else []
-        if len(seen) > known:
-            yield folder, sorted(name for name in names if not name.startswith("."))
 
 
 def describe_file(path):

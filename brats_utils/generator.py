@@ -1,6 +1,7 @@
 """Batches for Keras, read from one side of a split: whole volumes or patches."""
 
 import hashlib
+import itertools
 import json
 import math
 import threading
@@ -11,7 +12,15 @@ import keras
 import numpy as np
 
 from brats_utils.augment import augment as augment_patch
-from brats_utils.files import check_option, find_changed, read_manifest
+from brats_utils.files import (
+    BOOL,
+    check_option,
+    check_path,
+    find_changed,
+    number,
+    read_manifest,
+    whole,
+)
 from brats_utils.volumes import check_shape, pad, standardise
 
 # npy headers are parsed by `ast`, which is not thread-safe in some Pythons 3.11
@@ -112,12 +121,17 @@ class BratsGenerator(keras.utils.PyDataset):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        at_least_1 = (lambda n: n >= 1 and n == int(n)), "1 or more"
-        check_option("batch_size", batch_size, *at_least_1)
-        check_option("patches_per_case", patches_per_case, *at_least_1)
-        check_option("tumour_share", tumour_share, lambda x: 0 <= x <= 1, "0 to 1")
+        check_option("batch_size", batch_size, *whole(1))
+        check_option("patches_per_case", patches_per_case, *whole(1))
+        check_option("seed", seed, *whole(0))
+        check_option("tumour_share", tumour_share, *number(0, 1))
+        check_option("cache", cache, *BOOL)
+        check_option("full_batches", full_batches, *BOOL)
+        change = type(augment) is bool or callable(augment)
+        known = "True, False or a function of (image, labels, rng)"
+        check_option("augment", augment, lambda _: change, known)
         check_shape(patch_shape, "patch_shape")
-        self.folder = Path(folder).resolve()
+        self.folder = check_path("folder", folder).resolve()
         self._root, manifest, names = _read_side(self.folder)
         self._noted = {name: manifest["files"][name] for name in names}
         self.case_ids = sorted({Path(name).stem for name in names})
@@ -150,6 +164,40 @@ class BratsGenerator(keras.utils.PyDataset):
         names = "batch_size patch_shape tumour_share augment seed patches_per_case"
         options = {n: getattr(self, n) for n in (*names.split(), "full_batches")}
         return {"volumes": volumes.hexdigest(), **options}
+
+    def check_fit(self, input_shape, factor):
+        """Raise unless all samples fit a model.
+
+        Parameters
+        ----------
+        input_shape : tuple
+            (B, X, Y, Z, C) that the model takes; None for open sizes.
+        factor : int
+            What open sizes must be multiples of.
+
+        Raises
+        ------
+        ValueError
+            Says what to change.
+        """
+        *sizes, channels = input_shape[1:]
+        texts = {row["shape"] for row in self.rows.values()}
+        shapes = {tuple(map(int, text.split("x"))) for text in texts}
+        shapes = {self.patch_shape} if self.patch_shape else shapes
+        if channels != len(self.modalities):
+            problem = f"channels {self.modalities}, the model takes {channels}"
+            raise ValueError(f"{self.folder} has the {problem}")
+        for shape in shapes:
+            pairs = itertools.zip_longest(sizes, shape)
+            if any(n % factor if size is None else n != size for size, n in pairs):
+                takes = f"multiples of {factor}" if None in sizes else tuple(sizes)
+                problem = (
+                    f"{self.folder} has samples of {shape}, the model takes {takes}"
+                )
+                raise ValueError(f"{problem}: set patch_shape")
+        if len(shapes) > 1 and self.batch_size > 1:
+            problem = f"{self.folder} has volumes of {len(shapes)} shapes"
+            raise ValueError(f"{problem}: set patch_shape, or batch_size=1")
 
     @property
     def input_shape(self):
@@ -263,9 +311,14 @@ class BratsGenerator(keras.utils.PyDataset):
             with PARSING:
                 image, mask = (np.load(p, "r", allow_pickle=False) for p in paths)
             shape = *mask.shape, len(self.modalities)
-            if mask.ndim != 3 or (image.shape, image.dtype) != (shape, np.float16):
-                found = f"image {image.shape} {image.dtype} and mask {mask.shape}"
-                raise ValueError(f"{found} do not fit each other, or are not float16")
+            found = mask.ndim, mask.dtype, image.shape, image.dtype
+            if found != (3, np.uint8, shape, np.float16) or mask.max() > 3:
+                found = (
+                    f"image {image.shape} {image.dtype}, mask {mask.shape} {mask.dtype}"
+                )
+                raise ValueError(
+                    f"{found} are not float16 and labels 0 to 3 of one grid"
+                )
         except (OSError, ValueError, EOFError) as error:
             problem = f"{case_id}: {paths[0]} or its mask: {error}"
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from error

@@ -21,14 +21,14 @@ from brats_utils.cases import (
     read_scan,
 )
 from brats_utils.labels import ENCODED_REGIONS, LABELS, decode_labels
-from brats_utils.model import describe_model, size_factor
+from brats_utils.model import DESCRIPTION, describe_model, size_factor
 from brats_utils.nifti import (
     BratsDataError,
     file_states,
     save_volume,
     write_segmentation,
 )
-from brats_utils.training import BEST, DESCRIPTION
+from brats_utils.training import BEST
 from brats_utils.volumes import (
     NORMALISATION,
     bounding_box,
@@ -293,15 +293,13 @@ def _check_options(models, options):
     )
     check("modalities", names, {*known}.issuperset, f"some of {known}")
     for name in ("flips", "uncertainty"):
-        check(
-            name, options.get(name, False), lambda x: type(x) is bool, "True or False"
-        )
+        check(name, options.get(name, False), *files.BOOL)
     check_shape(options.get("patch_shape"), "patch_shape")
     thresholds = options.get("thresholds")
     thresholds = PLAIN["thresholds"] if thresholds is None else thresholds
     check("thresholds", thresholds, _are_shares, "three numbers from 0 to 1")
     least = options.get("min_et_voxels") or 0
-    check("min_et_voxels", least, files.is_whole, "a whole number, 0 or more")
+    check("min_et_voxels", least, *files.whole(0))
 
 
 def _are_shares(thresholds):

@@ -1,12 +1,20 @@
 """U-Nets in two and three dimensions, and a table of what each stage costs."""
 
+import functools
 import json
 import math
+import warnings
+import zipfile
 
 import keras
+import numpy as np
 import pandas as pd
 from keras import layers
 
+from brats_utils.files import BOOL, check_option, is_whole, number, whole
+
+DESCRIPTION = "brats.json"  # in a model's file
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
@@ -22,23 +30,25 @@ INSTANCE = {"groups": -1, "epsilon": 1e-5}
 def _check_sizes(sizes, factor):
     """Raise unless all spatial sizes are multiples of `factor` or None."""
     if any(size is not None and size % factor for size in sizes):
-        raise ValueError(f"spatial sizes must be multiples of {factor}, got {sizes}")
+        problem = (
+            f"input_shape: spatial sizes must be multiples of {factor}, got {sizes}"
+        )
+        raise ValueError(problem)
 
 
 def _check_input(input_shape, n_classes, factor):
     """Validate the arguments and return the spatial rank, 2 or 3."""
-    *sizes, channels = input_shape
-    if len(sizes) not in CONV or channels is None:
-        raise ValueError(
-            "expected input_shape (X, Y, C) or (X, Y, Z, C), where only the number of "
-            f"channels C may not be None; got {tuple(input_shape)}"
-        )
-    if n_classes not in (3, 4):
-        raise ValueError(
-            f"expected n_classes 4 (labels) or 3 (regions WT, TC, ET), got {n_classes}"
-        )
-    _check_sizes(sizes, factor)
-    return len(sizes)
+
+    def is_shape(shape):
+        sizes = [1 if size is None else size for size in shape[:-1]]
+        return len(shape) in (3, 4) and all(is_whole(n, 1) for n in (*sizes, shape[-1]))
+
+    expected = "(X, Y, C) or (X, Y, Z, C), where only the number of channels C may not "
+    check_option("input_shape", input_shape, is_shape, f"{expected}be None")
+    classes = "4 (labels) or 3 (regions WT, TC, ET)"
+    check_option("n_classes", n_classes, (3, 4).__contains__, classes)
+    _check_sizes(input_shape[:-1], factor)
+    return len(input_shape) - 1
 
 
 def _conv_block(x, widths, name, *, strides=(1, 1), slope=0.01, dropout=0.0, norm=None):
@@ -164,10 +174,11 @@ def unet(
     >>> unet((8, 8, 3), depth=2).output_shape, unet((8, 8, 8, 3), depth=2).output_shape
     ((None, 8, 8, 4), (None, 8, 8, 8, 4))
     """
-    if depth < 1 or stem_stride not in (1, 2):
-        raise ValueError(
-            f"expected depth >= 1 and stem_stride 1 or 2, got {depth} and {stem_stride}"
-        )
+    check_option("filters", filters, *whole(1))
+    check_option("depth", depth, lambda n: is_whole(n, 1) and n < 10, "1 to 9")
+    check_option("stem_stride", stem_stride, (1, 2).__contains__, "1 or 2")
+    check_option("normalisation", normalisation, *BOOL)
+    check_option("dropout", dropout, *number(0, 0.999))
     rank = _check_input(input_shape, n_classes, stem_stride * 2 ** (depth - 1))
     image = keras.Input(input_shape, name="image")  # (B, X, Y, Z, C)
     widths = [(filters * 2**stage,) * 2 for stage in range(depth)]  # 16, 32, 64, ...
@@ -408,3 +419,78 @@ def describe_model(model):
         return [strip(each) for each in value]
 
     return strip(json.loads(json.dumps(model.get_config(), default=str)))
+
+
+def _in_float32(layer):
+    """Return a layer like this one that computes in float32."""
+    return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
+
+
+def write_model(model, path, description):
+    """Write architecture, weights and description, so that Keras reloads the file.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Functional; its first output is kept, neither loss nor optimizer is. Mixed
+        precision is saved as float32: half precision cannot be pooled on a CPU.
+    path : path
+        Ends in `.keras`; the temporary path of an atomic write.
+    description : dict
+        Stored in the archive as `brats.json`, with Keras's version and backend.
+    """
+    description = {**description, "keras": keras.__version__}
+    description["backend"] = keras.backend.backend()
+    bare = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    if any(layer.compute_dtype != "float32" for layer in bare.layers):
+        weights = bare.get_weights()
+        bare = keras.models.clone_model(bare, clone_function=_in_float32)
+        bare.set_weights(weights)
+    bare.save(path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+
+
+def describe_object(value):
+    """Return what tells a loss or another object from others: a default for JSON.
+
+    A function is described by its name alone, an object by its class, its `get_config`
+    and its public attributes.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    description : str, list or dict
+    """
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if name := getattr(value, "__qualname__", ""):
+        if "<" in name or value.__module__ == "__main__":
+            text = f"{name}: a change in its code is not noticed when a run is resumed"
+            warnings.warn(text, stacklevel=2)
+        return f"{value.__module__}.{name}"
+    config = value.get_config() if hasattr(value, "get_config") else {}
+    for key, each in vars(value).items():
+        if not key.startswith("_"):
+            known = isinstance(each, PLAIN) or hasattr(each, "__array__")
+            config[key] = each if known else type(each).__qualname__
+    return {"class": type(value), **config}
+
+
+def has_gpu():
+    """Return whether Keras's backend sees a GPU.
+
+    Returns
+    -------
+    gpu : bool
+        False on the torch backend, whose devices Keras does not list.
+    """
+    try:
+        return bool(keras.distribution.list_devices("gpu"))
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
+        return False

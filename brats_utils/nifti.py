@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import re
 from pathlib import Path
 
@@ -242,6 +243,30 @@ def load_labels(path, labels="0124"):
         advice = "If the set writes its labels otherwise, pass labels= to find_cases"
         raise BratsDataError(str(error), file=path, advice=advice) from None
     return segmentation, header.get_best_affine()
+
+
+def walk(root):
+    """Yield each folder below a root once, with the names of its files.
+
+    Parameters
+    ----------
+    root : path
+        Links are followed; hidden folders are left out, and macOS's.
+
+    Yields
+    ------
+    folder : str
+    names : list of str
+        Sorted; hidden files are left out.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real, known = os.path.realpath(folder), len(seen)
+        seen.add(real)
+        visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        folders[:] = sorted(visible) if len(seen) > known else []
+        if len(seen) > known:
+            yield folder, sorted(name for name in names if not name.startswith("."))
 
 
 def file_states(paths):

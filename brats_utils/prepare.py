@@ -19,7 +19,6 @@ from brats_utils.cases import (
     find_cases,
     read_scan,
 )
-from brats_utils.files import is_number, is_whole
 from brats_utils.labels import (
     ALL_MODALITIES,
     MODALITIES,
@@ -40,9 +39,9 @@ def _check_options(crop_shape, min_labelled, modalities, scaling, jobs=1, skip=T
     """Return the options of a preparation as JSON holds them; raise if one is wrong."""
     check, scalings = files.check_option, volumes.SCALINGS
     volumes.check_shape(crop_shape)
-    check("min_labelled", min_labelled, lambda x: is_number(x, 0, 1), "0 to 1")
-    check("jobs", jobs, lambda n: n is None or is_whole(n, 1), "None, or 1 or more")
-    check("skip_bad", skip, lambda x: type(x) is bool, "True or False")
+    check("min_labelled", min_labelled, *files.number(0, 1))
+    check("jobs", jobs or 1, *files.whole(1))
+    check("skip_bad", skip, *files.BOOL)
     check("scaling", scaling, scalings.__contains__, f"one of {scalings}")
     known = f"some of {ALL_MODALITIES}, each once"
     check("modalities", modalities, lambda m: len(m) and are_modalities(m), known)
@@ -345,8 +344,8 @@ def prepare_dataset(
         _refuse(bad)
     patients, notes = find_patients(cases, raw)
     codes = {case.labels for case in labelled}
-    made_from = {"raw": str(raw), **options, "version": __version__}
-    made_from["labels"] = codes.pop() if len(codes) == 1 else "auto"
+    code = codes.pop() if len(codes) == 1 else "auto"
+    made_from = {"raw": str(raw), **options, "version": __version__, "labels": code}
     sources = _folders(cases) | (set() if isinstance(given, (list, tuple)) else {raw})
     with files.OutputFolder(out, "prepared", inputs=sources, beside=True) as output:
         valid = [case for case in labelled if case.id not in bad]
@@ -357,8 +356,7 @@ def prepare_dataset(
         if bad and not skip_bad:
             _refuse(bad)
         _forget_others(output, rows, patients)
-        report = _report(rows, cases, bad)
-        report.insert(1, "patient", report["case"].map(patients))
+        report = _report(rows, cases, bad, patients)
         output.claim([REPORT])
         with output.write(REPORT) as temporary:
             report.to_csv(temporary, index=False)
@@ -394,12 +392,14 @@ def _check_space(cases, output, options):
         raise OSError(errno.ENOSPC, problem, str(output.final))
 
 
-def _report(rows, cases, bad):
+def _report(rows, cases, bad, patients):
     """Return the rows of prepared cases and those of the others, by id."""
     reasons = {case.id: "no segmentation" for case in cases if not case.segmentation}
     reasons |= {case_id: f"not valid: {text}" for case_id, text in bad.items()}
     rows += [{"case": i, "kept": False, "reason": why} for i, why in reasons.items()]
-    return pd.DataFrame(rows).sort_values("case", ignore_index=True)
+    report = pd.DataFrame(rows).sort_values("case", ignore_index=True)
+    report.insert(1, "patient", report["case"].map(patients))
+    return report
 
 
 def _bad_headers(cases, modalities):

@@ -15,12 +15,11 @@ from brats_utils.files import (
     OutputFolder,
     check_option,
     check_path,
-    is_whole,
     read_csv,
     read_manifest,
-    walk,
+    whole,
 )
-from brats_utils.nifti import BratsDataError
+from brats_utils.nifti import BratsDataError, walk
 
 KINDS = ("images", "masks")
 # A patient's id, before the number or the date of the visit.
@@ -174,9 +173,14 @@ def _group_by_patient(manifest):
     links = {}
     for case_id, record in manifest["cases"].items():
         row = record["row"]
-        # Scans that share an image have the same mean and SD, whatever was cropped.
-        names = [key.removesuffix("_mean") for key in row if key.endswith("_mean")]
-        images = {f"{n} {row[f'{n}_mean']:.9g} {row[f'{n}_sd']:.9g}" for n in names}
+        # Scans that share an image have the same mean and SD, whatever the crop.
+        names = [
+            name.removesuffix("_raw_sd") for name in row if name.endswith("raw_sd")
+        ]
+        pairs = [(row[f"{name}_raw_mean"], row[f"{name}_raw_sd"]) for name in names]
+        images = {
+            f"{n} {a:.9g} {b:.9g}" for n, (a, b) in zip(names, pairs, strict=True)
+        }
         links[case_id] = {f"patient {record['patient']}", *images}
     return [ids for _, ids in unite(links)]
 
@@ -262,7 +266,7 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
         If `ratio` is not two shares, or `out` holds files that are not a split.
     """
     check_option("ratio", ratio, _are_shares, "two shares above 0 that sum to 1")
-    check_option("seed", seed, is_whole, "a whole number, 0 or more")
+    check_option("seed", seed, *whole(0))
     prepared = check_path("prepared", prepared).resolve()
     manifest = _read_prepared(prepared)
     groups = _group_by_patient(manifest)
@@ -301,8 +305,8 @@ def split_folds(prepared, out, *, folds=5, seed=42):
     ValueError
         If `folds` is less than 2, or `out` holds files that are not folds.
     """
-    check_option("seed", seed, is_whole, "a whole number, 0 or more")
-    check_option("folds", folds, lambda n: is_whole(n, 2), "a whole number, 2 or more")
+    check_option("seed", seed, *whole(0))
+    check_option("folds", folds, *whole(2))
     prepared = check_path("prepared", prepared).resolve()
     manifest = _read_prepared(prepared)
     groups = _group_by_patient(manifest)

@@ -9,7 +9,6 @@ import os
 import re
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
 import keras
@@ -17,33 +16,34 @@ import numpy as np
 import pandas as pd
 from keras import ops
 
-from brats_utils.files import OutputFolder, check_option, progress_bar
+from brats_utils.files import (
+    BOOL,
+    OutputFolder,
+    check_option,
+    number,
+    progress_bar,
+    whole,
+)
+from brats_utils.generator import BratsGenerator
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import RegionDice, dice_cross_entropy_loss
-from brats_utils.model import describe_model, model_table, supervise_deeply
+from brats_utils.model import (
+    describe_model,
+    describe_object,
+    has_gpu,
+    model_table,
+    size_factor,
+    supervise_deeply,
+    write_model,
+)
 from brats_utils.volumes import NORMALISATION
 
-BEST, HISTORY, DESCRIPTION = "best.keras", "history.csv", "brats.json"
+BEST, HISTORY = "best.keras", "history.csv"
 STATE, FORMER = "last.npz", "last_but_one.npz"
 ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
 WARMUP_SHARE = 0.05  # of all steps
 AVERAGED_SHARE = 0.05  # of all steps: an average reaches back no further
-PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
-
-
-def has_gpu():
-    """Return whether Keras's backend sees a GPU.
-
-    Returns
-    -------
-    gpu : bool
-        False on the torch backend, whose devices Keras does not list.
-    """
-    try:
-        return bool(keras.distribution.list_devices("gpu"))
-    except (AttributeError, NotImplementedError, RuntimeError, ValueError):
-        return False
 
 
 def choose_precision():
@@ -110,29 +110,6 @@ def _compile(model, loss, learning_rate, steps, average):
     model.compute_metrics(None, labels, outputs)
 
 
-def _describe(value):
-    """Return what tells a loss or another object from others: a default for JSON.
-
-    A function is described by its name alone, an object by its class, its `get_config`
-    and its public attributes.
-    """
-    if hasattr(value, "__array__"):
-        return np.asarray(value).tolist()
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if name := getattr(value, "__qualname__", ""):
-        if "<" in name or value.__module__ == "__main__":
-            text = f"{name}: a change in its code is not noticed when a run is resumed"
-            warnings.warn(text, stacklevel=2)
-        return f"{value.__module__}.{name}"
-    config = value.get_config() if hasattr(value, "get_config") else {}
-    for key, each in vars(value).items():
-        if not key.startswith("_"):
-            known = isinstance(each, PLAIN) or hasattr(each, "__array__")
-            config[key] = each if known else type(each).__qualname__
-    return {"class": type(value), **config}
-
-
 def _describe_run(model, train_data, val_data, loss, **settings):
     """Return what a run is made of: all that must be equal when it is resumed."""
     description = {
@@ -151,37 +128,7 @@ def _describe_run(model, train_data, val_data, loss, **settings):
         "optimizer": {"class": "AdamW", **OPTIMIZER, **settings},
         "model": describe_model(model),
     }
-    return json.loads(json.dumps(description, default=_describe))
-
-
-def _in_float32(layer):
-    """Return a layer like this one that computes in float32."""
-    return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
-
-
-def write_model(model, path, description):
-    """Write architecture, weights and description, so that Keras reloads the file.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Functional; its first output is kept, neither loss nor optimizer is. Mixed
-        precision is saved as float32: half precision cannot be pooled on a CPU.
-    path : path
-        Ends in `.keras`; the temporary path of an atomic write.
-    description : dict
-        Stored in the archive as `brats.json`, with Keras's version and backend.
-    """
-    description = {**description, "keras": keras.__version__}
-    description["backend"] = keras.backend.backend()
-    bare = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    if any(layer.compute_dtype != "float32" for layer in bare.layers):
-        weights = bare.get_weights()
-        bare = keras.models.clone_model(bare, clone_function=_in_float32)
-        bare.set_weights(weights)
-    bare.save(path)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+    return json.loads(json.dumps(description, default=describe_object))
 
 
 def _flatten(value, name=""):
@@ -384,6 +331,17 @@ class Checkpoint(keras.callbacks.Callback):
         self.bar.update()
 
 
+def _check_data(model, train_data, val_data):
+    """Raise unless a model and its data fit, before the first step."""
+    for name, data in (("train_data", train_data), ("val_data", val_data)):
+        is_data = isinstance(data, BratsGenerator)
+        check_option(name, data, lambda _, is_data=is_data: is_data, "a BratsGenerator")
+        data.check_fit(model.input_shape, size_factor(model))
+    if shared := sorted({*train_data.case_ids} & {*val_data.case_ids}):
+        problem = f"train_data and val_data share {len(shared)} cases: {shared[:5]}"
+        raise ValueError(f"{problem}; validate with other cases")
+
+
 def _fit(model, checkpoint, epochs, validation_freq, max_minutes):
     """Train for the epochs that the run's history lacks."""
     train_data, val_data = checkpoint.train_data, checkpoint.val_data
@@ -393,16 +351,26 @@ def _fit(model, checkpoint, epochs, validation_freq, max_minutes):
         if not any(row[f"{region}_ml"] for row in train_data.rows.values()):
             warnings.warn(f"no training case has {region}", stacklevel=3)
     validated = [e for e in range(1, epochs) if e % validation_freq == 0]
-    model.fit(
+    fit = functools.partial(
+        model.fit,
         train_data,
         validation_data=val_data,
         validation_freq=[*validated, epochs],
-        initial_epoch=len(checkpoint.run.rows),
         epochs=epochs,
         shuffle=False,  # the generator's order is its own
         verbose=0,
         callbacks=[FiniteCheck(), checkpoint, TimeLimit(max_minutes)],
     )
+    try:
+        fit(initial_epoch=len(checkpoint.run.rows))
+    except Exception as error:  # cuDNN 9.3 to 9.5 fail in XLA on some GPUs
+        if not (model.jit_compile and re.search("(?i)cudnn|xla", repr(error))):
+            raise
+        text = f"XLA failed ({str(error)[:200]}): training goes on without it, slower"
+        warnings.warn(text, stacklevel=3)
+        model.jit_compile = False
+        model.train_function = model.test_function = None
+        fit(initial_epoch=len(checkpoint.run.rows))
 
 
 def train(
@@ -482,11 +450,16 @@ def train(
     Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
     (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
     """
-    check_option("epochs", epochs, lambda n: n >= 1 and n == int(n), "1 or more")
-    check_option("learning_rate", learning_rate, lambda x: 0 < x < np.inf, "above 0")
-    check_option("average", average, lambda x: 0 <= x < 1, "from 0 to below 1")
-    check_option("validation_freq", validation_freq, lambda n: n >= 1, "1 or more")
-    check_option("max_minutes", max_minutes or 0, lambda n: n >= 0, "0 or more")
+    check_option("epochs", epochs, *whole(1))
+    check_option("learning_rate", learning_rate, *number(1e-12, 1e3))
+    check_option("average", average, *number(0, 0.9999))
+    check_option("validation_freq", validation_freq, *whole(1))
+    check_option("deep_supervision", deep_supervision, *whole(0))
+    minutes = 0 if max_minutes is None else max_minutes
+    check_option("max_minutes", minutes, *number(0, np.inf))
+    check_option("verbose", verbose, *BOOL)
+    check_option("loss", loss, keras.losses.get, "a loss as Keras takes it")
+    _check_data(model, train_data, val_data)
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
     description = _describe_run(model, train_data, val_data, loss, **settings)

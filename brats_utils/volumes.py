@@ -110,7 +110,8 @@ def scale_to_store(volume, box, shape, method):
     stored : (X, Y, Z) float16 array
     statistics : dict
         "mean" and "sd" of the whole scan's non-zero voxels and "zero", the value of
-        background, all in stored units: what `standardise` needs.
+        background, all in stored units: what `standardise` needs. "raw_mean" and
+        "raw_sd" in the file's units: by them, equal images are known.
 
     Raises
     ------
@@ -125,7 +126,7 @@ def scale_to_store(volume, box, shape, method):
     stored = crop.astype(np.float16)
     check_grey_levels(volume, stored)
     statistics = {"mean": (mean - offset) / divisor, "sd": sd / divisor, "zero": zero}
-    return stored, statistics
+    return stored, {**statistics, "raw_mean": mean, "raw_sd": sd}
 
 
 def check_grey_levels(volume, stored=None):

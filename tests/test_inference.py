@@ -21,9 +21,8 @@ from brats_utils.inference import (
     predict_probabilities,
 )
 from brats_utils.labels import REGIONS
-from brats_utils.model import size_factor, unet
+from brats_utils.model import size_factor, unet, write_model
 from brats_utils.nifti import load_labels, to_lps
-from brats_utils.training import write_model
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = {

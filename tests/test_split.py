@@ -142,6 +142,21 @@ def test_D02_links_between_scans_are_followed_through_ids_and_voxels(tmp_path):
         assert len({sides[case] for case in "abcd"}) == 1 and len(sides) == 6
 
 
+@pytest.mark.parametrize("scaling", ["minmax", "zscore"])
+def test_I2_equal_images_are_known_whatever_was_cropped(tmp_path, scaling):
+    for name, seed, corner in (("a", 1, 3), ("b", 1, 9), ("c", 2, 3), ("d", 3, 3)):
+        segmentation = np.zeros((24, 24, 16), np.uint8)
+        segmentation[corner : corner + 4, 8:12, 5:9] = 4  # another crop for each
+        write_case(tmp_path / "raw", name, seed=seed, segmentation=segmentation)
+    out, _ = prepared_toys(tmp_path / "raw", tmp_path, scaling=scaling, min_labelled=0)
+    sides = []
+    for seed in range(20):
+        ids = split_dataset(out, tmp_path / "split", seed=seed, ratio=(0.5, 0.5))
+        sides.append({i: side for side in ids for i in ids[side]})
+        assert sides[-1]["a"] == sides[-1]["b"]
+    assert {s["c"] == s["d"] for s in sides} == {True, False}
+
+
 def test_D02_each_case_is_validated_in_one_fold_with_its_patient(tmp_path):
     raw = tmp_path / "raw"
     for number in range(8):

@@ -25,10 +25,10 @@ from brats_utils.files import OutputFolder
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import load_model, predict_case
 from brats_utils.losses import dice_cross_entropy_loss, dice_focal_loss
-from brats_utils.model import unet
+from brats_utils.model import has_gpu, unet
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
-from brats_utils.training import has_gpu, train
+from brats_utils.training import train
 
 PATCHES = {"patch_shape": (8, 8, 8), "tumour_share": 1, "batch_size": 2}
 REGIONS = ("WT", "TC", "ET")
@@ -497,7 +497,7 @@ def test_a_gpu_trains_in_half_precision(monkeypatch):
 
 
 def test_no_epochs_are_refused(split, tmp_path):
-    with pytest.raises(ValueError, match="epochs is 0, expected 1 or more"):
+    with pytest.raises(ValueError, match="epochs is 0, expected a whole number, 1 or"):
         run(split, tmp_path / "run", epochs=0)
     assert not (tmp_path / "run").exists()
 

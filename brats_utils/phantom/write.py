@@ -7,7 +7,14 @@ from joblib import Parallel, delayed
 from scipy.special import ndtri
 
 from brats_utils.cases import Case
-from brats_utils.files import OutputFolder, check_option, check_path, is_whole
+from brats_utils.files import (
+    BOOL,
+    OutputFolder,
+    check_option,
+    check_path,
+    is_whole,
+    whole,
+)
 from brats_utils.labels import ALL_MODALITIES
 from brats_utils.nifti import save_volume
 from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
@@ -80,10 +87,10 @@ def _fill_tables(n_cases, seed):
 def _check_arguments(compressed, jobs, shape, **numbers):
     """Validate the arguments and return them in a form that JSON can hold."""
     for name, value in numbers.items():
-        check_option(name, value, is_whole, "a whole number, 0 or more")
+        check_option(name, value, *whole(0))
     total = numbers["n_cases"] + numbers["without_segmentation"]
     check_option("n_cases", total, bool, "at least one case")
-    check_option("compressed", compressed, lambda x: type(x) is bool, "True or False")
+    check_option("compressed", compressed, *BOOL)
     check_option("jobs", jobs, lambda n: n is None or is_whole(n, 1), "1 or more")
     check_shape(shape, "shape", least=16)
     sizes = [int(n) for n in shape]
