@@ -1,7 +1,6 @@
 """Batches for Keras, read from one side of a split: whole volumes or patches."""
 
 import hashlib
-import itertools
 import json
 import math
 import threading
@@ -188,8 +187,9 @@ class BratsGenerator(keras.utils.PyDataset):
             problem = f"channels {self.modalities}, the model takes {channels}"
             raise ValueError(f"{self.folder} has the {problem}")
         for shape in shapes:
-            pairs = itertools.zip_longest(sizes, shape)
-            if any(n % factor if size is None else n != size for size, n in pairs):
+            pairs = zip(sizes, shape, strict=False)
+            wrong = [n % factor if size is None else n != size for size, n in pairs]
+            if len(sizes) != 3 or any(wrong):
                 takes = f"multiples of {factor}" if None in sizes else tuple(sizes)
                 problem = (
                     f"{self.folder} has samples of {shape}, the model takes {takes}"

@@ -21,7 +21,12 @@ from brats_utils.cases import (
     read_scan,
 )
 from brats_utils.labels import ENCODED_REGIONS, LABELS, decode_labels
-from brats_utils.model import DESCRIPTION, describe_model, size_factor
+from brats_utils.model import (
+    DESCRIPTION,
+    check_description,
+    describe_model,
+    size_factor,
+)
 from brats_utils.nifti import (
     BratsDataError,
     file_states,
@@ -29,13 +34,7 @@ from brats_utils.nifti import (
     write_segmentation,
 )
 from brats_utils.training import BEST
-from brats_utils.volumes import (
-    NORMALISATION,
-    bounding_box,
-    check_shape,
-    pad,
-    standardise,
-)
+from brats_utils.volumes import bounding_box, check_shape, pad, standardise
 
 MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
 OPTIONS = "modalities flips patch_shape thresholds min_et_voxels uncertainty".split()
@@ -132,34 +131,12 @@ def load_model(path):
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
         model.jit_compile = False  # XLA would compile again for each brain's size
     except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
-        problem = (
-            f"{path} cannot be loaded: it is damaged, holds code (Lambda layers) or"
-        )
-        problem += f" comes from another version than Keras {keras.__version__}"
-        raise ValueError(f"{problem}: {error}") from None
+        found = "damaged, holds code (Lambda layers) or comes from another version"
+        problem = f"{path} cannot be loaded: it is {found} than Keras"
+        raise ValueError(f"{problem} {keras.__version__}: {error}") from None
     if described:
-        _check_description(model, description, path)
+        check_description(model, description, path)
     return TrainedModel(model, description, path)
-
-
-def _check_description(model, description, path):
-    """Raise if a model does not fit the description in its file."""
-    outputs = {"labels 0..3": 4, "WT, TC, ET": 3}
-    version, takes = str(description.get("keras")), description.get("modalities") or ()
-    gives, major = outputs.get(description.get("outputs")), version.split(".")[0]
-    expected = {
-        "channels in": (len(takes), model.input_shape[-1]),
-        "channels out": (gives, model.output_shape[-1]),
-        "normalisation": (description.get("normalisation"), NORMALISATION),
-        "orientation": (description.get("orientation"), "LPS"),
-        f"Keras (install keras=={version})": (major, keras.__version__.split(".")[0]),
-    }
-    other = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
-    if other:
-        raise ValueError(f"{path} does not fit its description: {'; '.join(other)}")
-    if version != keras.__version__:
-        text = f"{path} was made by Keras {version}; this is {keras.__version__}"
-        warnings.warn(text, stacklevel=3)
 
 
 def _as_trained(models):
@@ -212,20 +189,22 @@ def _predict_once(model, image, patch_shape):
     return probabilities[tuple(map(slice, image.shape[:3]))]
 
 
-def _choose_patch(model, image, patch_shape):
+def _choose_patch(model, channels, patch_shape):
     """Return the shape of patches to predict, None for one pass; raise if none fits."""
-    expected, channels = model.input_shape[1:-1], model.input_shape[-1]
+    check_shape(patch_shape, "patch_shape")
+    expected = model.input_shape[1:-1]
     same_grid = model.output_shape[1:-1] == expected
-    if len(expected) != 3 or not same_grid or channels != image.shape[-1]:
+    if len(expected) != 3 or not same_grid or channels != model.input_shape[-1]:
         raise ValueError(
             f"the model maps {model.input_shape} to {model.output_shape}; expected "
-            f"(batch, X, Y, Z, {image.shape[-1]}) to the same grid"
+            f"(batch, X, Y, Z, {channels}) to the same grid"
         )
-    if None in expected:
-        return patch_shape
-    if patch_shape is not None and tuple(patch_shape) != expected:
-        raise ValueError(f"the model takes patches of {expected}, not {patch_shape}")
-    return expected
+    patch = expected if patch_shape is None else tuple(patch_shape)
+    factor = size_factor(model) if None in expected else 1
+    takes = expected if factor == 1 else f"multiples of {factor}"
+    if patch != expected and (None not in expected or any(n % factor for n in patch)):
+        raise ValueError(f"patch_shape is {patch}, the model takes patches of {takes}")
+    return None if None in patch else patch
 
 
 def predict_probabilities(model, image, *, flips=False, patch_shape=None):
@@ -258,9 +237,13 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
         If a model is no such model, or takes patches of another shape.
     """
     axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
-    total, squares, count = 0, 0, 0
-    for each in _as_trained(model):
-        shape = _choose_patch(each.model, image, patch_shape)
+    models, (total, squares, count) = _as_trained(model), (0, 0, 0)
+    files.check_option("model", models, len, "at least one model")
+    files.check_option("flips", flips, *files.BOOL)
+    if np.ndim(image) != 4:
+        raise ValueError(f"image has shape {np.shape(image)}, expected (X, Y, Z, C)")
+    for each in models:
+        shape = _choose_patch(each.model, image.shape[-1], patch_shape)
         for mirrored in axes if flips else [()]:
             found = _predict_once(each.model, np.flip(image, mirrored), shape)
             found = np.flip(found, mirrored)
@@ -274,36 +257,62 @@ def _choose_modalities(trained, modalities):
     channels = trained.model.input_shape[-1]
     usual = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
     usual = usual.get(channels, ()) if trained.path is None else ()
-    modalities = modalities or trained.description.get("modalities") or usual
-    if len(modalities) != channels:
-        model, found = trained.path or "the model", tuple(modalities)
-        problem = f"{model} takes {channels} channels and got the modalities {found}"
-        raise ValueError(f"{problem}; say which they are, in order: modalities=(...)")
+    if modalities is None:
+        modalities = trained.description.get("modalities") or usual
+    known = isinstance(modalities, (list, tuple)) and len(modalities) == channels
+    if not known or any(name not in ALL_MODALITIES for name in modalities):
+        model = trained.path or "the model"
+        problem = f"modalities is {modalities!r}, {model} takes {channels} channels"
+        advice = f"say which of {ALL_MODALITIES} they are, in order: modalities=(...)"
+        raise ValueError(f"{problem}; {advice}")
     return modalities
 
 
-def _check_options(models, options):
-    """Raise if an option of a prediction is not possible."""
-    check, known = files.check_option, f"some of {OPTIONS}"
+def check_options(models, options, possible=OPTIONS):
+    """Raise if models do not fit each other, or an option is not possible.
+
+    Parameters
+    ----------
+    models : list of TrainedModel
+    options : dict
+        Keywords of `predict_case`.
+    possible : sequence of str
+        Their names.
+
+    Raises
+    ------
+    ValueError
+        Names the option, its value and what is possible.
+    """
+    check, given = files.check_option, dict.fromkeys(OPTIONS) | options
     check("model", models, len, "at least one model")
-    check("an option's name", [*options], {*OPTIONS}.issuperset, known)
-    names, known = (
-        _choose_modalities(models[0], options.get("modalities")),
-        ALL_MODALITIES,
-    )
-    check("modalities", names, {*known}.issuperset, f"some of {known}")
+    check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
+    names = _choose_modalities(models[0], given["modalities"])
+    described = [m.description.get("modalities") or names for m in models]
+    alike = all([*names] == [*each] for each in described) or given["modalities"]
+    check("modalities", described, lambda _: alike, "the same for all models")
+    outputs = {each.model.output_shape[-1] for each in models}
+    check("the models' outputs", outputs, ({3}, {4}).__contains__, "3 or 4, all alike")
+    patch_shape = given["patch_shape"]
+    if patch_shape is None:
+        patch_shape = models[0].description.get("patch_shape")
+    for each in models:
+        _choose_patch(each.model, len(names), patch_shape)
     for name in ("flips", "uncertainty"):
         check(name, options.get(name, False), *files.BOOL)
-    check_shape(options.get("patch_shape"), "patch_shape")
-    thresholds = options.get("thresholds")
-    thresholds = PLAIN["thresholds"] if thresholds is None else thresholds
-    check("thresholds", thresholds, _are_shares, "three numbers from 0 to 1")
-    least = options.get("min_et_voxels") or 0
+    _check_decoding(given["thresholds"], given["min_et_voxels"])
+
+
+def _check_decoding(thresholds, min_et_voxels):
+    """Raise if an option of decoding is not possible; None is the default."""
+
+    def are_shares(shares):
+        return len(shares) == 3 and all(files.is_number(x, 0, 1) for x in shares)
+
+    check, shares = files.check_option, "three numbers from 0 to 1"
+    check("thresholds", thresholds, lambda t: t is None or are_shares(t), shares)
+    least = 0 if min_et_voxels is None else min_et_voxels
     check("min_et_voxels", least, *files.whole(0))
-
-
-def _are_shares(thresholds):
-    return len(thresholds) == 3 and all(files.is_number(t, 0, 1) for t in thresholds)
 
 
 def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):
@@ -331,7 +340,8 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     box = bounding_box(scan.brain_mask)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
     image = standardise(np.stack([volume[box] for volume in scan.volumes], axis=-1))
-    patch_shape = patch_shape or models[0].description.get("patch_shape")
+    if patch_shape is None:
+        patch_shape = models[0].description.get("patch_shape")
     found, spread = predict_probabilities(
         models, image, flips=flips, patch_shape=patch_shape
     )
@@ -392,7 +402,7 @@ def predict_case(
     options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
     options |= {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
     models = _as_trained(model)
-    _check_options(models, {**options, "uncertainty": uncertainty})
+    check_options(models, {**options, "uncertainty": uncertainty})
     segmentation, spread, _ = _predict_maps(models, case, **options)
     return (segmentation, spread) if uncertainty else segmentation
 
@@ -447,8 +457,10 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     BratsDataError, ValueError
         As `predict_case` does; or if `out_dir` holds something else.
     """
-    models, cases, failed = _as_trained(model), list(cases), []
-    _check_options(models, {**options, "uncertainty": uncertainty})
+    models, failed = _as_trained(model), []
+    check_options(models, {**options, "uncertainty": uncertainty})
+    files.check_option("cases", cases, iter, "a list of Case")
+    cases = list(cases)
     ids = [check_case(case) or case.id.lower() for case in cases]
     files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
     made_from = {"models": [_fingerprint(m) for m in models], "options": options}
@@ -489,6 +501,16 @@ def _predict_file(models, case, output, names, options):
             save_volume(spread, temporary, like=header)
 
 
+def _check_probabilities(probabilities):
+    """Return probabilities as an array, and how many channels they have: 3 or 4."""
+    probabilities = np.asarray(probabilities)
+    n_channels = (0, *probabilities.shape)[-1]
+    if n_channels not in (3, 4) or not np.issubdtype(probabilities.dtype, np.number):
+        problem = "probabilities: expected 4 channels (labels) or 3 (WT, TC, ET)"
+        raise ValueError(f"{problem}, got {n_channels} of {probabilities.dtype}")
+    return probabilities, n_channels
+
+
 def region_probabilities(probabilities):
     """Return the probabilities of WT, TC and ET, whatever a model's outputs are.
 
@@ -507,14 +529,9 @@ def region_probabilities(probabilities):
     ValueError
         If K is neither.
     """
-    probabilities = np.asarray(probabilities)
-    n_channels = probabilities.shape[-1]
+    probabilities, n_channels = _check_probabilities(probabilities)
     if n_channels == len(ENCODED_REGIONS):
         return probabilities
-    if n_channels != len(LABELS):
-        raise ValueError(
-            f"expected 4 channels (labels) or 3 (WT, TC, ET), got {n_channels}"
-        )
     members = [probabilities[..., list(v)].sum(-1) for v in ENCODED_REGIONS.values()]
     return np.stack(members, axis=-1)
 
@@ -549,7 +566,8 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
     >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
     array([1, 2, 0], dtype=uint8)
     """
-    if thresholds is None and np.shape(probabilities)[-1] == len(LABELS):
+    _check_decoding(thresholds, min_et_voxels)
+    if _check_probabilities(probabilities)[1] == len(LABELS) and thresholds is None:
         segmentation = decode_labels(np.argmax(probabilities, axis=-1))
     else:
         regions = region_probabilities(probabilities)
@@ -558,6 +576,6 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
         nested = np.logical_and.accumulate(above, axis=-1)
         # By how many regions a voxel lies in: oedema, core, enhancing tumour.
         segmentation = np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
-    if np.count_nonzero(segmentation == 4) < min_et_voxels:
+    if np.count_nonzero(segmentation == 4) < (min_et_voxels or 0):
         segmentation[segmentation == 4] = 1
     return segmentation

@@ -12,6 +12,7 @@ import pandas as pd
 from keras import layers
 
 from brats_utils.files import BOOL, check_option, is_whole, number, whole
+from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
@@ -449,6 +450,41 @@ def write_model(model, path, description):
     bare.save(path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+
+
+def check_description(model, description, path):
+    """Raise if a model does not fit the description in its file.
+
+    Parameters
+    ----------
+    model : keras.Model
+    description : dict
+        As `write_model` stores it.
+    path : Path
+        The file, for the message.
+
+    Raises
+    ------
+    ValueError
+        Names what differs.
+    """
+    outputs = {"labels 0..3": 4, "WT, TC, ET": 3}
+    version, takes = str(description.get("keras")), description.get("modalities")
+    takes = takes if isinstance(takes, list) else []
+    gives, major = outputs.get(str(description.get("outputs"))), version.split(".")[0]
+    expected = {
+        "channels in": (len(takes), model.input_shape[-1]),
+        "channels out": (gives, model.output_shape[-1]),
+        "normalisation": (description.get("normalisation"), NORMALISATION),
+        "orientation": (description.get("orientation"), "LPS"),
+        f"Keras (install keras=={version})": (major, keras.__version__.split(".")[0]),
+    }
+    other = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
+    if other:
+        raise ValueError(f"{path} does not fit its description: {'; '.join(other)}")
+    if version != keras.__version__:
+        text = f"{path} was made by Keras {version}; this is {keras.__version__}"
+        warnings.warn(text, stacklevel=3)
 
 
 def describe_object(value):

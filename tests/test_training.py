@@ -314,11 +314,16 @@ def test_E03_another_model_is_refused_and_nothing_changes(finished, split):
     assert before == {path.name: path.read_bytes() for path in run_dir.iterdir()}
 
 
-def test_E03_what_differs_is_said_with_its_values(finished, split):
+def open_unet():
+    return unet((None, None, None, 3), filters=2, depth=1)
+
+
+def test_E03_what_differs_is_said_with_its_values(split, tmp_path):
+    run(split, tmp_path, 1, model=open_unet())
     larger, _ = data(split, augment=True, patch_shape=(16, 8, 8))
     told = r"patch_shape.0 \(8 -> 16\).*RUN"
     with pytest.raises(ValueError, match=told):
-        run(split, finished[0], 5, train_data=larger)
+        run(split, tmp_path, 5, train_data=larger, model=open_unet())
 
 
 def test_E03_other_cases_are_refused_and_few_of_them_shown(finished, split, tmp_path):
@@ -864,10 +869,11 @@ def test_I5_another_dropout_is_refused(split, tmp_path, make):
         run(split, tmp_path, 2, model=with_rate(0.5))
 
 
-def test_I5_validation_patches_and_precision_are_compared(finished, split):
+def test_I5_validation_patches_and_precision_are_compared(finished, split, tmp_path):
+    run(split, tmp_path, 1, model=open_unet())
     other = BratsGenerator(split / "val", patch_shape=(8, 8, 4), batch_size=2)
     with pytest.raises(ValueError, match=r"val_data.patch_shape.2 \(8 -> 4\)"):
-        run(split, finished[0], 5, val_data=other)
+        run(split, tmp_path, 5, val_data=other, model=open_unet())
     keras.mixed_precision.set_global_policy("mixed_float16")
     try:
         with pytest.raises(ValueError, match="precision .'float32' -> 'mixed_float16'"):
@@ -882,3 +888,90 @@ def test_I5_how_patches_are_changed_is_compared(split, tmp_path):
     train_data, _ = data(split, augment=True)
     with pytest.raises(ValueError, match="augment .'brats_utils.augment.flip' -> True"):
         run(split, tmp_path, epochs=2, train_data=train_data)
+
+
+def of_shapes(split, tmp_path, *shapes):
+    """Return a split of cases of several shapes, whole volumes."""
+    for number, shape in enumerate(shapes * 3):
+        name = f"BraTS20_Training_{number:03}"
+        labels = np.zeros(shape, np.uint8)
+        labels[4:8, 4:8, 4:8] = [1, 2, 2, 4]
+        options = {"shape": shape, "seed": number, "segmentation": labels}
+        write_case(tmp_path / "raw", name, **options)
+    prepare_dataset(tmp_path / "raw", tmp_path / "p", crop_shape=None, min_labelled=0)
+    split_dataset(tmp_path / "p", tmp_path / "split", ratio=(0.5, 0.5))
+    return tmp_path / "split"
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "told"),
+    [
+        (
+            "val",
+            {"patch_shape": (8, 8, 6)},
+            r"val has samples of \(8, 8, 6\).*multiples",
+        ),
+        ("train", {"patch_shape": (6, 8, 8)}, r"train has samples of \(6, 8, 8\)"),
+        ("val", {"patch_shape": None, "batch_size": 1}, r"val has samples.*set patch"),
+        ("train", {"patch_shape": None, "batch_size": 2}, "train has samples"),
+    ],
+)
+def test_J3_samples_that_do_not_fit_are_told_before_the_first_step(
+    split, tmp_path, which, options, told
+):
+    mixed = of_shapes(split, tmp_path, (24, 24, 16), (20, 25, 17))
+    data = {n: BratsGenerator(mixed / n, **PATCHES) for n in ("train", "val")}
+    data[which] = BratsGenerator(mixed / which, **{**PATCHES, **options})
+    model = unet((None, None, None, 3), filters=2, depth=3)
+    with pytest.raises(ValueError, match=told):
+        train(model, data["train"], data["val"], tmp_path / "run", epochs=20)
+    fixed = unet((8, 8, 8, 3), filters=2, depth=1)
+    with pytest.raises(ValueError, match=r"the model takes \(8, 8, 8\)"):
+        train(fixed, data["train"], data["val"], tmp_path / "run", epochs=20)
+    assert not (tmp_path / "run").exists()
+
+
+def test_J3_channels_shared_cases_and_other_data_are_told_before_the_first_step(
+    split, tmp_path
+):
+    train_data, val_data = data(split)
+    for change, told in (
+        ({"model": unet((8, 8, 8, 4), filters=2, depth=1)}, "the model takes 4"),
+        ({"model": unet((8, 8, 3), filters=2, depth=1)}, "the model takes"),
+        ({"val_data": train_data}, "share 3 cases: .'BraTS20"),
+        ({"train_data": val_data}, "share 1 cases"),
+        ({"train_data": None}, "train_data is None, expected a BratsGenerator"),
+        ({"val_data": [1, 2]}, r"val_data is \[1, 2\]"),
+    ):
+        call = {"model": tiny_unet(), "train_data": train_data, "val_data": val_data}
+        with pytest.raises(ValueError, match=told):
+            train(run_dir=tmp_path / "run", epochs=20, **{**call, **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_of_xla_is_told_once_and_training_goes_on_without(
+    split, tmp_path, monkeypatch
+):
+    fit, calls = keras.Model.fit, []
+
+    def fail_at_first(self, *arguments, **options):
+        calls.append(self.jit_compile)
+        if len(calls) == 1:
+            raise RuntimeError("No valid engine configs for fused conv (CUDNN)")
+        return fit(self, *arguments, **options)
+
+    expected = run(split, tmp_path / "expected")[1]
+    monkeypatch.setattr(keras.Model, "fit", fail_at_first)
+    with pytest.raises(RuntimeError, match="CUDNN"):
+        run(split, tmp_path / "cpu")  # without XLA the error is another one
+    calls.clear()
+    compile_as = keras.Model.compile  # on a CPU "auto" is no
+
+    def with_xla(self, *arguments, **options):
+        compile_as(self, *arguments, **{**options, "jit_compile": True})
+
+    monkeypatch.setattr(keras.Model, "compile", with_xla)
+    with pytest.warns(UserWarning, match="XLA failed .*CUDNN") as caught:
+        history = run(split, tmp_path / "gpu")[1]
+    assert sum("XLA failed" in str(w.message) for w in caught) == 1
+    assert len(calls) == 2 and history["loss"].equals(expected["loss"])
