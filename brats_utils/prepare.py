@@ -40,7 +40,7 @@ def _check_options(crop_shape, min_labelled, modalities, scaling, jobs=1, skip=T
     check, scalings = files.check_option, volumes.SCALINGS
     volumes.check_shape(crop_shape)
     check("min_labelled", min_labelled, *files.number(0, 1))
-    check("jobs", jobs or 1, *files.whole(1))
+    check("jobs", 1 if jobs is None else jobs, *files.whole(1))
     check("skip_bad", skip, *files.BOOL)
     check("scaling", scaling, scalings.__contains__, f"one of {scalings}")
     known = f"some of {ALL_MODALITIES}, each once"
@@ -271,8 +271,7 @@ def _find(raw, labels):
     cases = raw if is_list else find_cases(raw, labels=labels, modalities=())
     for case in cases:
         check_case(case)
-    if is_list:
-        raw = os.path.commonpath(_folders(cases) or ["."])
+    raw = os.path.commonpath(_folders(cases) or ["."]) if is_list else raw
     labelled = [case for case in cases if case.segmentation]
     if not labelled:
         raise BratsDataError(f"none of {len(cases)} cases has a segmentation to learn")
@@ -340,8 +339,7 @@ def prepare_dataset(
     options = _check_options(*settings, jobs, skip_bad)
     given, (raw, cases, labelled) = raw, _find(raw, labels)
     bad = _bad_headers(labelled, modalities)
-    if bad and not skip_bad:
-        _refuse(bad)
+    _refuse(bad, skip_bad)
     patients, notes = find_patients(cases, raw)
     codes = {case.labels for case in labelled}
     code = codes.pop() if len(codes) == 1 else "auto"
@@ -353,8 +351,7 @@ def prepare_dataset(
         output.begin(made_from)
         rows, errors = _prepare_all(valid, output, options, jobs)
         bad |= {error.case: str(error) for error in errors}
-        if bad and not skip_bad:
-            _refuse(bad)
+        _refuse(bad, skip_bad)
         _forget_others(output, rows, patients)
         report = _report(rows, cases, bad, patients)
         output.claim([REPORT])
@@ -411,8 +408,10 @@ def _bad_headers(cases, modalities):
     return lines.groupby(problems["case"]).agg("; ".join).to_dict()
 
 
-def _refuse(bad):
-    """Raise one error for all invalid cases, {id: what is wrong}."""
+def _refuse(bad, skip_bad):
+    """Raise one error for all invalid cases, {id: what is wrong}, unless skipped."""
+    if skip_bad or not bad:
+        return
     problem = f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip(".")
     advice = "Correct them, or leave them out with prepare_dataset(skip_bad=True); "
     advice += "check_cases lists all that is wrong, inside the files too"
