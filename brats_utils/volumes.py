@@ -290,7 +290,7 @@ def check_image(volume, path, *, thorough=False):
     BratsDataError
         If it is blank, or holds NaN or infinity.
     """
-    problem, advice = None, "Download it again, or leave this case out"
+    problem, advice = None, "Correct the scan, or leave this case out"
     with np.errstate(over="ignore"):  # float64 reaches further than float32
         floats = volume.dtype.kind == "f"
         finite = np.isfinite(volume.astype(np.float32, copy=False)) if floats else True
