@@ -1,4 +1,4 @@
-"""Find the cases of a folder, check them, read them, write their label maps."""
+"""Find the cases of a folder, check them, and read them."""
 
 import re
 import warnings
@@ -111,12 +111,12 @@ class Scan:
 
     @cached_property
     def brain_mask(self):
-        """Return the (X, Y, Z) mask of voxels that are not zero in all modalities."""
+        """Return the (X, Y, Z) mask of voxels that are non-zero in some modality."""
         return brain_mask(self.volumes)
 
     @property
     def background_problem(self):
-        """Return what is wrong with the first background that is not 0, if any."""
+        """Return the first modality's background problem, '' if there is none."""
         return next(filter(None, map(background_problem, self.volumes)), "")
 
     def restore(self, volume):
@@ -211,7 +211,7 @@ def _check_complete(root, groups, leftovers, modalities):
             problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}{found}")
         other = seen.setdefault(case_id.lower(), folder)
         if other != folder:
-            problems.append(f"{case_id} is there twice: {other} and {folder}")
+            problems.append(f"{case_id} appears twice: {other} and {folder}")
     if problems:
         advice = "Add what is missing, or take those folders out"
         raise BratsDataError("; ".join(problems), advice=advice)
@@ -235,8 +235,8 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
         background, core, oedema and enhancing tumour), or a table such as
         {1: 1, 2: 2, 3: 4} from their values to 0, 1, 2 and 4. "auto" goes by the case
         ids or the `dataset.json` of known sets, checks the values against it, and
-        refuses what is not certain. If the ids are unknown, the values of the whole set
-        decide whether 4 or 3 is enhancing tumour.
+        refuses what is not certain. The values in the label maps of all
+        cases with unknown ids decide whether 4 or 3 is enhancing tumour.
     modalities : sequence of str
         Which images each case must have; others are taken where they are.
 
@@ -384,7 +384,7 @@ def check_spacing(header, case_id=None):
     """
     spacing = np.round(nifti.spacing_mm(header.get_best_affine()), 2).tolist()
     if not np.allclose(spacing, SPACING_MM, atol=0.05):
-        problem = f"voxels of {spacing} mm; networks here know {SPACING_MM}"
+        problem = f"voxels of {spacing} mm; the networks expect {SPACING_MM}"
         advice = "Resample the scan to 1 mm first"
         raise BratsDataError(problem, case=case_id, advice=advice)
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +10,7 @@ from scipy.ndimage import binary_erosion
 from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
-from brats_utils.files import OutputFolder, atomic_write, read_manifest
+from brats_utils import files
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.nifti import file_states, load_labels, to_lps
 from brats_utils.nifti import spacing_mm as spacing_of
@@ -102,6 +101,11 @@ def _mean_iou(prediction, truth, n_voxels):
     return float(np.mean(both[union > 0] / union[union > 0]))
 
 
+def _are_sizes(sizes):
+    """Return whether these are three voxel sizes, in mm."""
+    return len(sizes) == 3 and all(files.is_number(x, 1e-9, 1e9) for x in sizes)
+
+
 def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
     """Return the official BraTS scores of one predicted label map.
 
@@ -142,11 +146,10 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
     0.8
     """
     prediction, truth = np.asarray(prediction), np.asarray(truth)
+    files.check_option("spacing_mm", spacing_mm, _are_sizes, "three numbers above 0")
     if prediction.shape != truth.shape or truth.ndim != 3:
-        raise ValueError(
-            "expected a 3-D prediction and truth of one shape, got "
-            f"{prediction.shape} and {truth.shape}"
-        )
+        found = f"got {prediction.shape} and {truth.shape}"
+        raise ValueError(f"expected a 3-D prediction and truth of one shape, {found}")
     # All voxels outside the box are background in both maps. In C order, the masks of
     # arrays from files, which are in Fortran order, take a fraction of the time.
     box = bounding_box((prediction != 0) | (truth != 0))
@@ -177,6 +180,8 @@ def summarise_scores(scores, *, n_resamples=2000):
         bootstrap, with a fixed seed) shows how the mean would vary with other cases of
         the same kind. It is too narrow for a handful of cases and has no width for one.
     """
+    files.check_option("n_resamples", n_resamples, *files.whole(1))
+    files.check_option("scores", scores, lambda s: len(s.columns), "a table of scores")
     values = scores.select_dtypes("number")
     summary = pd.DataFrame({"mean": values.mean(), "median": values.median()})
     summary["low"] = summary["high"] = summary["mean"]
@@ -193,6 +198,13 @@ def _raise_for(case_ids, problem):
         raise ValueError(f"{len(case_ids)} case(s) {problem}: {', '.join(case_ids)}")
 
 
+def _check_labelled(cases):
+    """Raise unless there are cases, all with a segmentation."""
+    expected = "one Case or more, as find_cases returns them"
+    files.check_option("cases", cases, lambda c: [case.id for case in c], expected)
+    _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
+
+
 def _find_prediction(folder, case):
     """Return the predicted file of a case, None if there is none."""
     paths = [folder / f"{case.id}{suffix}" for suffix in (".nii.gz", ".nii")]
@@ -204,11 +216,9 @@ def _score_file(path, case):
     prediction, affine = load_labels(path)
     truth, expected = load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
-        raise ValueError(
-            f"{path} is not on the grid of case {case.id}: it has shape "
-            f"{prediction.shape} and affine {affine.tolist()}, expected "
-            f"{truth.shape} and {expected.tolist()}"
-        )
+        problem = f"{path} is not on the grid of case {case.id}: it has shape "
+        problem += f"{prediction.shape} and affine {affine.tolist()}, expected "
+        raise ValueError(f"{problem}{truth.shape} and {expected.tolist()}")
     return score_case(prediction, truth, spacing_of(expected))
 
 
@@ -234,15 +244,16 @@ def score_cases(predictions_dir, cases):
         If cases have no segmentation or no prediction (all of them are named), or a
         prediction does not lie on the grid of its case.
     """
-    _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
-    if (manifest := read_manifest(predictions_dir)).get("kind") == "predictions":
+    _check_labelled(cases)
+    folder = files.check_path("predictions_dir", predictions_dir)
+    if (manifest := files.read_manifest(folder)).get("kind") == "predictions":
         states = {case.id: file_states(case.images.values()) for case in cases}
         stale = [i for i in states if manifest["cases"].get(i) != states[i]]
         advice = "not predicted by this folder's model from these scans: predict again"
         _raise_for(stale, advice)
-    found = [(case, _find_prediction(Path(predictions_dir), case)) for case in cases]
+    found = [(case, _find_prediction(folder, case)) for case in cases]
     missing = [case.id for case, path in found if path is None]
-    _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {predictions_dir}")
+    _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {folder}")
     rows = [{"case": case.id, **_score_file(path, case)} for case, path in found]
     return pd.DataFrame(rows)
 
@@ -291,13 +302,14 @@ def tune_decoding(cases):
     from brats_utils.inference import PLAIN, region_probabilities
 
     kept, plain = [], []
+    files.check_option("cases", cases, iter, "pairs of probabilities and truth")
     for probabilities, truth in cases:
         regions = region_probabilities(probabilities)
         matters = (regions[..., 0] > THRESHOLDS[0]) | (truth > 0)
         kept.append((regions[matters], truth[matters]))
-        plain.append(
-            _mean_dice([(np.asarray(probabilities)[matters], truth[matters])], {})
-        )
+        pair = np.asarray(probabilities)[matters], truth[matters]
+        plain.append(_mean_dice([pair], {}))
+    files.check_option("cases", kept, len, "at least one case to tune on")
     plain = np.mean(plain, axis=0)
     best, tuned = PLAIN, _mean_dice(kept, PLAIN)
     for step in range(len(REGIONS) + 1):
@@ -322,9 +334,9 @@ def store_description(trained):
     from brats_utils.training import BEST
 
     path = trained.path
-    own = path.name == BEST and read_manifest(path.parent).get("kind") == "run"
-    run = OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
-    with run, run.write(BEST) if own else atomic_write(path) as temporary:
+    own = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
+    run = files.OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
+    with run, run.write(BEST) if own else files.atomic_write(path) as temporary:
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
             for entry in old.infolist():
                 if entry.filename != DESCRIPTION:
@@ -354,9 +366,11 @@ def tune_model(run_dir, cases, **options):
     ValueError
         If the file has no description; it is left as it is.
     """
-    from brats_utils.inference import load_model, predict_scan
+    from brats_utils.inference import check_options, load_model, predict_scan
 
+    _check_labelled(cases)
     trained = load_model(run_dir)
+    check_options([trained], options, ("modalities", "flips", "patch_shape"))
     if not trained.description:
         raise ValueError(f"{trained.path} has no description to store a decoding in")
 

@@ -1,13 +1,12 @@
-"""Files and settings: output folders that have an owner, atomic writes, small tables.
+"""Files and settings: output folders that have an owner, atomic writes, JSON.
 
-Every folder that the package writes goes through `OutputFolder`, and no other code
-deletes files. Such a folder holds a `manifest.json`: what it is, what it was made from,
+Folders of results are written through `OutputFolder`, the only code that deletes
+results. Such a folder holds a `manifest.json`: what it is, what it was made from,
 and the files that belong to it. Whatever else lies there belongs to the user.
 """
 
 import ast
 import contextlib
-import csv
 import ctypes
 import hashlib
 import json
@@ -61,7 +60,7 @@ def setting(name, default):
         return text or default
     value = WORDS.get(text.lower(), text)
     if value is None or isinstance(default, Path):
-        return value and project_root() / text
+        return None if value is None else project_root() / text
     if value is text:
         with contextlib.suppress(ValueError, SyntaxError, TypeError):
             value = ast.literal_eval(text)
@@ -102,7 +101,7 @@ def project_root(start=None):
 
 
 def check_option(name, value, fits, expected):
-    """Raise one plain error if an option has a value that is not possible.
+    """Raise one plain error if an option has an invalid value.
 
     Parameters
     ----------
@@ -110,7 +109,7 @@ def check_option(name, value, fits, expected):
         The option.
     value : object
     fits : callable
-        Takes the value, returns whether it is possible; an error means it is not.
+        Takes the value, returns whether it is valid; an error means that it is not.
     expected : str
         The possible values, in words.
 
@@ -128,7 +127,7 @@ def check_option(name, value, fits, expected):
 
 
 def check_path(name, path):
-    """Return an argument as a path; raise one plain error if it is none.
+    """Return an argument as a path; raise one plain error if it is not one.
 
     Parameters
     ----------
@@ -150,7 +149,7 @@ def check_path(name, path):
 
 
 def is_whole(value, least=0):
-    """Return whether a value is a whole number of at least `least`; True is none.
+    """Return whether a value is a whole number of at least `least`; True is not one.
 
     Parameters
     ----------
@@ -165,7 +164,7 @@ def is_whole(value, least=0):
 
 
 def is_number(value, low, high):
-    """Return whether a value is a number from `low` to `high`; NaN and True are none.
+    """Return whether a value is a number from `low` to `high`; NaN and True are not.
 
     Parameters
     ----------
@@ -309,46 +308,8 @@ def read_json(path):
     return value
 
 
-def read_csv(path):
-    """Read a small table as text, as Excel and other programs save it.
-
-    Parameters
-    ----------
-    path : path
-        UTF-8 or UTF-16, else taken as Latin-1; columns separated by commas, semicolons
-        or tabs, with a header line.
-
-    Returns
-    -------
-    rows : list of dict of str to str
-        A dictionary for each row. Nothing is converted: "NA" stays "NA".
-
-    Raises
-    ------
-    ValueError
-        If the file is not a text table; the message names it.
-    """
-    data = Path(path).read_bytes()
-    try:
-        text = data.decode("utf-16" if data[:1] in (b"\xff", b"\xfe") else "utf-8-sig")
-    except UnicodeDecodeError:
-        text = data.decode("latin-1")
-    lines = [line for line in text.splitlines() if line.strip()]
-    lines = lines[1:] if lines and lines[0].startswith("sep=") else lines  # of Excel
-    if "\0" in text or not lines:
-        raise ValueError(f"{path} is not a text table")
-    separator = max(",;\t", key=lines[0].count)
-    rows = csv.DictReader(lines, delimiter=separator, restval="", restkey="more")
-    try:
-        return [
-            {str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows
-        ]
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a text table: {error}") from None
-
-
 def describe_file(path):
-    """Return what a manifest notes of a file.
+    """Return what a manifest records about a file.
 
     Parameters
     ----------
@@ -474,7 +435,8 @@ class OutputFolder:
         Folders that are read. The output must not be, contain or lie inside one.
     beside : bool
         Write to a folder beside `path`, which `put_in_place` then exchanges for it in
-        one step. Until then, and if anything fails, the former result stays as it was.
+        one step (on Linux; elsewhere by three renames, which the next call completes).
+        Until then, and if anything fails, the former result stays as it was.
 
     Attributes
     ----------
@@ -496,7 +458,8 @@ class OutputFolder:
                 problem = f"the output {self.final} and the input {source} overlap"
                 raise ValueError(f"{problem}; choose another output folder")
         name = self.final.name
-        self.path = self.final.with_name(f".{name}-new") if beside else self.final
+        self._new = self.final.with_name(f".{name}-new")
+        self.path = self._new if beside else self.final
         self._spare = self.final.with_name(f".{name}-old")
         self._lock_path = self.final.with_name(f".{name}.lock")
         self._lock = FileLock(self._lock_path)
@@ -510,7 +473,7 @@ class OutputFolder:
                 kind = read_manifest(path).get("kind", "")
                 found = sorted({p.name for p in path.iterdir()} - {UNFINISHED})
             if found and kind != self.kind:
-                problem = f"{path} is no folder of this project for {self.kind!r}"
+                problem = f"{path} is not a folder of this project for {self.kind!r}"
                 problem += f" (kind {kind!r}; it holds {', '.join(found[:5])})"
                 raise ValueError(f"{problem}; choose another output folder")
 
@@ -522,21 +485,26 @@ class OutputFolder:
         with contextlib.suppress(OSError):
             holder = self._lock_path.read_text(encoding="utf-8")
         if not holder.startswith("process "[: len(holder)]):
-            raise ValueError(f"{self._lock_path} is no lock of this project; move it")
+            raise ValueError(
+                f"{self._lock_path} is not a lock of this project; move it"
+            )
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
             problem = f"{self.final} is being written by another process ({holder})"
             raise ValueError(f"{problem}; wait, or choose another folder") from None
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = f"process {os.getpid()} on {platform.node()} since {now}"
-        self._lock_path.write_text(holder, encoding="utf-8")
-        if self._spare.exists():  # killed within _exchange
-            self._spare.rename(self.path if self.final.exists() else self.final)
-        self.former = self._read(self.final)
-        self.manifest = (
-            self._read(self.path) if self.path != self.final else self.former
-        )
+        try:
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder = f"process {os.getpid()} on {platform.node()} since {now}"
+            self._lock_path.write_text(holder, encoding="utf-8")
+            if self._spare.exists():  # killed within _exchange
+                self._spare.rename(self._new if self.final.exists() else self.final)
+            self.former = self._read(self.final)
+            beside = self.path != self.final
+            self.manifest = self._read(self.path) if beside else self.former
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def _read(self, path):
@@ -545,7 +513,7 @@ class OutputFolder:
         return read_manifest(path) or {**blank, "files": {}, "cases": {}}
 
     def __exit__(self, kind, error, traceback):
-        """Save the manifest and give up the lock."""
+        """Save the manifest and release the lock."""
         try:
             if (self.path / MANIFEST).exists():
                 self.save()
@@ -591,8 +559,9 @@ class OutputFolder:
                 if (path := folder / parent).is_symlink() or path.is_file():
                     strange.append(parent)
             if strange:
-                problem = f"{folder} holds files of others: {', '.join(strange[:5])}"
-                raise ValueError(f"{problem}; move them, or choose another folder")
+                problem = f"{folder} holds files that this project did not write: "
+                problem += f"{', '.join(strange[:5])}; move them, or choose another"
+                raise ValueError(f"{problem} folder")
         new = names - self.manifest["files"].keys()
         if new:
             self.manifest["files"] |= dict.fromkeys(new)
@@ -635,7 +604,7 @@ class OutputFolder:
         self.manifest["files"][name] = self.former["files"][name]
 
     def note_case(self, case_id, record):
-        """Note what is known of a case, and save the manifest.
+        """Record what is known about a case, and save the manifest.
 
         Parameters
         ----------
@@ -662,11 +631,23 @@ class OutputFolder:
             self.save()
 
     def clear(self):
-        """Delete our files and forget the cases; keep a file that others changed."""
-        for name, noted in self.manifest["files"].items():
-            path = self.path / name
-            if not (noted and path.exists() and path.stat().st_size != noted["bytes"]):
-                _unlink(self.path, [name])
+        """Delete our files and forget the cases.
+
+        Raises
+        ------
+        ValueError
+            If others changed one of them; nothing is deleted then.
+        """
+        changed = [
+            name
+            for name, noted in self.manifest["files"].items()
+            if noted and (path := self.path / name).is_file() and not path.is_symlink()
+            if path.stat().st_size != noted["bytes"]
+        ]
+        if changed:
+            problem = f"{self.path} holds files that others changed: {changed[:5]}"
+            raise ValueError(f"{problem}; move them, or choose another folder")
+        _unlink(self.path, self.manifest["files"])
         self.manifest |= {"files": {}, "cases": {}}
 
     def put_in_place(self):
@@ -678,7 +659,8 @@ class OutputFolder:
             self.path.rename(self.final)
         # What was final is now beside: delete it, but for files that are not ours.
         # The manifest goes last: as long as it is there, the folder is known as ours.
-        _unlink(self.path, read_manifest(self.path).get("files", ()))
+        self.manifest, self.former = self.former, self.manifest
+        _unlink(self.path, self.manifest["files"])
         for path in sorted(self.path.rglob("*"), reverse=True):
             target = self.final / path.relative_to(self.path)
             if path.is_dir() and not path.is_symlink():

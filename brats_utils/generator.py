@@ -51,10 +51,10 @@ def _state(path):
 class BratsGenerator(keras.utils.PyDataset):
     """Batches of one side of a split, whole volumes or patches, standardised.
 
-    Each case comes once an epoch (or `patches_per_case` times), in an order that is a
+    Each case is used once an epoch (or `patches_per_case` times), in an order that is a
     function of (seed, epoch). The patch that is drawn from a case, and how it is
-    augmented, is a function of (seed, epoch, case). Image and mask are paired by the
-    case id.
+    augmented, is a function of (seed, epoch, case, number of the patch). Image and mask
+    are paired by the case id.
 
     Parameters
     ----------
@@ -70,7 +70,8 @@ class BratsGenerator(keras.utils.PyDataset):
         as far as the volume's border allows; the others lie anywhere.
     augment : bool or callable
         Whether to change patches at random with `brats_utils.augment.augment`; or a
-        function with the same signature to use instead, such as `flip`.
+        function with the same signature to use instead, such as `flip`, which does not
+        change its arguments.
     cache : bool
         Keep the volumes in memory, standardised, instead of reading them again: 4 bytes
         a voxel and channel.
@@ -102,7 +103,7 @@ class BratsGenerator(keras.utils.PyDataset):
     FileNotFoundError
         If the folder holds no volumes.
     ValueError
-        If an image lacks its mask or the reverse, or an argument is out of range.
+        If an image lacks its mask or vice versa, or an argument is out of range.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class BratsGenerator(keras.utils.PyDataset):
                 path: _state(path) for path in map(self._root.joinpath, names)
             }
         except OSError as error:
-            problem = f"image without mask, or the reverse: {error.filename} is missing"
+            problem = f"image without mask, or vice versa: {error.filename} is missing"
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from None
         self.settings = manifest["made_from"]["settings"]
         self.modalities = tuple(self.settings["modalities"])

@@ -1,4 +1,4 @@
-"""Label values, tumour regions, their names and colours: stated here, once."""
+"""Label values, tumour regions, their names and colours: stated here."""
 
 import re
 
@@ -37,8 +37,8 @@ _NAME = re.compile(rf"(?:(.+?)[-_])?(?:{_KEY})\.nii(?:\.gz)?", re.I)
 CONVENTIONS = ("0124", "0123", "0213")
 TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"
 TOLD_PED = "labels={1: 4, 2: 1, 3: 1, 4: 2} counts cysts as core"
-# What the beginning of a case's id says of its labels: (set, convention). Where it says
-# nothing certain, there is no convention but what to pass instead.
+# Which set a case id belongs to: (set, convention). Where the id does not settle the
+# convention, the second item is the `labels=` to suggest in the error.
 NAMINGS = {
     r"brats(1[789]|20|2021)_|tcga-\w\w-\w{4}": ("BraTS 2017-2021", "0124"),
     r"upenn-gbm-|ucsf-pdgm-": ("UPENN-GBM and UCSF-PDGM", "0124"),
@@ -57,7 +57,7 @@ _MEANINGS = {
 
 
 def naming(case_id):
-    """Return what the id of a case says of its labels.
+    """Return what the id of a case says about its labels.
 
     Parameters
     ----------

@@ -27,6 +27,7 @@ import numpy as np
 from keras import ops
 from keras.saving import register_keras_serializable
 
+from brats_utils.files import check_option
 from brats_utils.labels import ENCODED_REGIONS, LABELS
 
 SMOOTH = 1.0  # voxels
@@ -208,8 +209,7 @@ class RegionDice(keras.metrics.Mean):
     """
 
     def __init__(self, region, name=None, dtype=None):
-        if region not in ENCODED_REGIONS:
-            raise ValueError(f"expected one of {list(ENCODED_REGIONS)}, got {region!r}")
+        check_option("region", region, [*ENCODED_REGIONS].__contains__, "WT, TC or ET")
         super().__init__(name=name or f"dice_{region}", dtype=dtype)
         self.region = region
 

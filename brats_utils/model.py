@@ -47,7 +47,7 @@ def _check_input(input_shape, n_classes, factor):
     expected = "(X, Y, C) or (X, Y, Z, C), where only the number of channels C may not "
     check_option("input_shape", input_shape, is_shape, f"{expected}be None")
     classes = "4 (labels) or 3 (regions WT, TC, ET)"
-    check_option("n_classes", n_classes, (3, 4).__contains__, classes)
+    check_option("n_classes", n_classes, lambda n: is_whole(n) and n in (3, 4), classes)
     _check_sizes(input_shape[:-1], factor)
     return len(input_shape) - 1
 
@@ -177,7 +177,9 @@ def unet(
     """
     check_option("filters", filters, *whole(1))
     check_option("depth", depth, lambda n: is_whole(n, 1) and n < 10, "1 to 9")
-    check_option("stem_stride", stem_stride, (1, 2).__contains__, "1 or 2")
+    check_option(
+        "stem_stride", stem_stride, lambda n: is_whole(n, 1) and n < 3, "1 or 2"
+    )
     check_option("normalisation", normalisation, *BOOL)
     check_option("dropout", dropout, *number(0, 0.999))
     rank = _check_input(input_shape, n_classes, stem_stride * 2 ** (depth - 1))
@@ -236,16 +238,16 @@ def supervise_deeply(model, levels):
     ----------
     Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
     """
+    check_model(model)
     names = {layer.name for layer in model.layers}
     stages = [n for n in range(1, 10) if f"decoder{n}_act2" in names]
     features = {n: model.get_layer(f"decoder{n}_act2").output for n in stages}
     full, *sizes = _grid_sizes(model, [model.input, *features.values()])
     factors = {n: full // size for n, size in zip(stages, sizes, strict=True)}
     stages = [n for n in stages if factors[n] > 1]  # the others have full resolution
-    if not 1 <= levels <= len(stages):
-        raise ValueError(
-            f"expected levels from 1 to {len(stages)} for {model.name}, got {levels}"
-        )
+    fits = is_whole(levels, 1) and levels <= len(stages)
+    expected = f"1 to {len(stages)}, the coarser stages of {model.name}'s decoder"
+    check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
     outputs = [model.output]
     for n in stages[:levels]:
         outputs.append(_head(features[n], model.output_shape[-1], name=f"head{n}"))
@@ -298,6 +300,22 @@ def unet_cicek2016(input_shape, *, n_classes=4):
     block = {"norm": {"groups": -1, "scale": False}, "slope": 0.0}
     x = _encode_and_decode(image, widths, up_ratio=2, up_bias=False, **block)
     return keras.Model(image, _head(x, n_classes), name="unet_cicek2016")
+
+
+def check_model(model):
+    """Raise unless a model can be trained here.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Raises
+    ------
+    ValueError
+        If it is no functional model with one input.
+    """
+    single = "a functional keras.Model with one input"
+    check_option("model", model, lambda m: len(m.inputs) == 1, single)
 
 
 def _output_shapes(model, tensors, input_shape):
@@ -373,9 +391,17 @@ def model_table(model, input_shape=None):
     ValueError
         If a size is neither in the model nor in `input_shape`, or a size does not fit.
     """
-    shape = tuple(input_shape or model.input_shape[1:])
-    if None in shape:
-        raise ValueError(f"the model has open sizes, {shape}: pass input_shape")
+    check_model(model)
+    own = model.input_shape[1:]
+    shape = own if input_shape is None else input_shape
+
+    def fits(shape):
+        like = len(shape) == len(own) and shape[-1] == own[-1]
+        return like and all(is_whole(n, 1) for n in shape)
+
+    expected = f"a shape like {own}: the model has open sizes, pass input_shape"
+    check_option("input_shape", shape, fits, expected)
+    shape = tuple(shape)
     _check_sizes(shape[:-1], size_factor(model))
     if None not in model.input_shape[1:] and shape != model.input_shape[1:]:
         model = keras.models.clone_model(model, keras.Input(shape))

@@ -101,7 +101,7 @@ def _check_header(header, path, channels):
     if not header.single_vox_offset <= header["vox_offset"] <= 2**24:
         _refuse(path, f"its header puts the voxels at byte {header['vox_offset']}")
     if not np.isfinite(affine).all() or _is_singular(affine):
-        _refuse(path, f"its affine is no grid: {affine.tolist()}")
+        _refuse(path, f"its affine does not define a grid: {affine.tolist()}")
 
 
 def _parse_header(start, path, channels):
@@ -142,7 +142,7 @@ def _read(path, channels, *, voxels):
             most = expected + (expected // 8 + 2**20) * packed
             if voxels and least <= found <= most:
                 file.seek(0)
-                # A byte more than expected: the checksum is read, and a bomb is seen.
+                # A byte more than expected: it reads the checksum, and shows a bomb.
                 contents = unpack(file).read(expected + 1)
                 found, least, most = len(contents), expected, expected
     except (EOFError, OverflowError, OSError, isal_zlib.error) as error:
@@ -436,7 +436,7 @@ def threes_and_fours(path):
     Returns
     -------
     values : set of int
-        Empty if the file cannot be read: that is told when its case is read.
+        Empty if the file cannot be read: the error is raised when its case is read.
     """
     try:
         volume = read_volume(path)[0]
@@ -493,7 +493,7 @@ def save_segmentation(segmentation, case, path):
     path = check_path("path", path)
     check_suffix(path)
     if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
-        problem = f"{path} is there and was not written by this project"
+        problem = f"{path} already exists and was not written by this project"
         raise ValueError(f"{problem}; it is left as it is. Choose another path")
     header = read_header(next(iter(case.images.values())), case.channels)
     with atomic_write(path) as temporary:

@@ -66,7 +66,7 @@ def _names(case_id):
 
 
 def _is_done(case_id, made_of, output):
-    """Return whether a folder holds a case, undamaged; reuse that of the former result.
+    """Return whether a folder holds an intact case, taken over if the former has it.
 
     `made_of` is what the case would be made of now.
     """
@@ -136,8 +136,10 @@ def prepare_case(
             raise ValueError(f"{problem}; choose another folder")
         output.begin(options)
         rows, bad = _prepare_all([case], output, options, jobs=1)
-    if bad:
-        raise bad[0]
+        if bad:
+            raise bad[0]
+        if not rows[0]["kept"]:
+            output.remove(_names(case.id))  # of a call with other options
     return rows[0]
 
 
@@ -198,15 +200,17 @@ def _crop_and_measure(case, options):
     mask = volumes.pad(encode_labels(scan.segmentation[box]), crop_shape)
     share = int(np.count_nonzero(mask)) / mask.size
     losses = _crop_losses(scan.segmentation, box)
-    notes = [scan.background_problem] if scan.background_problem else []
-    notes += [] if scan.segmentation.any() else ["no voxel is labelled"]
-    if losses["lost_share"] > LOSS_TO_WARN_OF:
-        notes.append(f"the crop leaves out {losses['lost_share']:.0%} of the tumour")
+    lost = f"the crop leaves out {losses['lost_share']:.0%} of the tumour"
+    notes = {
+        scan.background_problem: bool(scan.background_problem),
+        "no voxel is labelled": not scan.segmentation.any(),
+        lost: losses["lost_share"] > LOSS_TO_WARN_OF,
+    }
     row = {
         "case": case.id,
         "kept": share >= min_labelled,
         "reason": "" if share >= min_labelled else f"labelled below {min_labelled:g}",
-        "note": "; ".join(notes),
+        "note": "; ".join(text for text, holds in notes.items() if holds),
         "labelled_share": share,
         **losses,
         "shape": "x".join(map(str, mask.shape)),
@@ -266,16 +270,17 @@ def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITI
 
 
 def _find(raw, labels):
-    """Return the folder, its cases, and those of them that have a segmentation."""
+    """Return the folder, what is read, all cases, and those with a segmentation."""
     is_list = isinstance(raw, (list, tuple))
     cases = raw if is_list else find_cases(raw, labels=labels, modalities=())
     for case in cases:
         check_case(case)
-    raw = os.path.commonpath(_folders(cases) or ["."]) if is_list else raw
-    labelled = [case for case in cases if case.segmentation]
+    labelled, folders = [case for case in cases if case.segmentation], _folders(cases)
     if not labelled:
-        raise BratsDataError(f"none of {len(cases)} cases has a segmentation to learn")
-    return Path(raw).resolve(), cases, labelled
+        problem = f"none of {len(cases)} cases has a segmentation to learn from"
+        raise BratsDataError(problem)
+    folder = Path(os.path.commonpath(folders) if is_list else raw).resolve()
+    return folder, folders if is_list else {folder, *folders}, cases, labelled
 
 
 def prepare_dataset(
@@ -318,7 +323,7 @@ def prepare_dataset(
     skip_bad : bool
         Leave invalid cases out, with the reason in the report, instead of raising.
     labels : str or dict
-        As in `find_cases`, which reads all label maps to check if not told.
+        As in `find_cases`, which reads all label maps unless this is given.
 
     Returns
     -------
@@ -337,14 +342,13 @@ def prepare_dataset(
     """
     settings = crop_shape, min_labelled, modalities, scaling
     options = _check_options(*settings, jobs, skip_bad)
-    given, (raw, cases, labelled) = raw, _find(raw, labels)
+    raw, sources, cases, labelled = _find(raw, labels)
     bad = _bad_headers(labelled, modalities)
     _refuse(bad, skip_bad)
     patients, notes = find_patients(cases, raw)
     codes = {case.labels for case in labelled}
     code = codes.pop() if len(codes) == 1 else "auto"
     made_from = {"raw": str(raw), **options, "version": __version__, "labels": code}
-    sources = _folders(cases) | (set() if isinstance(given, (list, tuple)) else {raw})
     with files.OutputFolder(out, "prepared", inputs=sources, beside=True) as output:
         valid = [case for case in labelled if case.id not in bad]
         _check_space(valid, output, options)
@@ -440,7 +444,7 @@ def extract(archive, folder, *, max_gb=100):
     """
     root = Path(folder).resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise ValueError(f"{root} is there already; choose a new or empty folder")
+        raise ValueError(f"{root} already exists; choose a new or empty folder")
     unpacked = files.OutputFolder(root, "unpacked", inputs=[archive], beside=True)
     try:
         with zipfile.ZipFile(archive) as zipped, unpacked as output:

@@ -1,6 +1,7 @@
 """Split prepared cases into train and val: by patient, into links, in one step."""
 
 import contextlib
+import csv
 import io
 import os
 import re
@@ -15,7 +16,6 @@ from brats_utils.files import (
     OutputFolder,
     check_option,
     check_path,
-    read_csv,
     read_manifest,
     whole,
 )
@@ -99,12 +99,50 @@ def _mapping_tables(cases, raw):
     return sorted(table for table in tables if not table.name.startswith((".", "~")))
 
 
+def read_csv(path):
+    """Read a small table as text, as Excel and other programs save it.
+
+    Parameters
+    ----------
+    path : path
+        UTF-8 or UTF-16, else taken as Latin-1; columns separated by commas, semicolons
+        or tabs, with a header line.
+
+    Returns
+    -------
+    rows : list of dict of str to str
+        A dictionary for each row. Nothing is converted: "NA" stays "NA".
+
+    Raises
+    ------
+    ValueError
+        If the file is not a text table; the message names it.
+    """
+    data = Path(path).read_bytes()
+    try:
+        text = data.decode("utf-16" if data[:1] in (b"\xff", b"\xfe") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    lines = [line for line in text.splitlines() if line.strip()]
+    lines = lines[1:] if lines and lines[0].startswith("sep=") else lines  # of Excel
+    if "\0" in text or not lines:
+        raise ValueError(f"{path} is not a text table")
+    separator = max(",;\t", key=lines[0].count)
+    rows = csv.DictReader(lines, delimiter=separator, restval="", restkey="more")
+    try:
+        return [
+            {str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows
+        ]
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a text table: {error}") from None
+
+
 def _link(links, ids, path):
     """Add what a table says to the links of the cases; return how many it names."""
     try:
         rows = read_csv(path)
     except ValueError as error:
-        raise ValueError(f"{error}; save it as csv, or take it away") from None
+        raise ValueError(f"{error}; save it as csv, or remove it") from None
     columns = [c for c in rows[0] if _OF_PATIENTS.search(c.lower())] if rows else []
     columns = [c for c in columns if not _NOT_OF_PATIENTS.search(c.lower())]
     # "NA" may be a case's id in the set's own column, and means nothing in others.
@@ -119,7 +157,7 @@ def _link(links, ids, path):
         matched |= same
     if not matched:
         problem = f"{path} names none of these cases ({next(iter(ids.values()))}, ...)"
-        raise ValueError(f"{problem}: correct it, or take it away")
+        raise ValueError(f"{problem}: correct it, or remove it")
     return len(matched)
 
 
@@ -161,7 +199,7 @@ def _read_prepared(prepared):
     ]
     if missing:
         raise BratsDataError(
-            f"image without mask, or the reverse: {', '.join(missing[:5])} is missing",
+            f"image without mask, or vice versa: {', '.join(missing[:5])} is missing",
             file=prepared,
             advice=advice,
         )
@@ -261,7 +299,7 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
     Raises
     ------
     BratsDataError
-        If an image lacks its mask or the reverse, or a side would be empty.
+        If an image lacks its mask or vice versa, or a side would be empty.
     ValueError
         If `ratio` is not two shares, or `out` holds files that are not a split.
     """
@@ -301,7 +339,7 @@ def split_folds(prepared, out, *, folds=5, seed=42):
     Raises
     ------
     BratsDataError
-        If an image lacks its mask or the reverse, or there are fewer patients.
+        If an image lacks its mask or vice versa, or there are fewer patients.
     ValueError
         If `folds` is less than 2, or `out` holds files that are not folds.
     """
@@ -328,5 +366,5 @@ def _refuse(prepared, groups, why):
         f"{sum(map(len, groups))} kept cases of {len(groups)} patients cannot be split "
         f"{why}",
         file=prepared,
-        advice="Give more cases, or lower min_labelled",
+        advice="Provide more cases, or lower min_labelled",
     )

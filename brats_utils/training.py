@@ -16,18 +16,11 @@ import numpy as np
 import pandas as pd
 from keras import ops
 
-from brats_utils.files import (
-    BOOL,
-    OutputFolder,
-    check_option,
-    number,
-    progress_bar,
-    whole,
-)
-from brats_utils.generator import BratsGenerator
+from brats_utils import files
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import RegionDice, dice_cross_entropy_loss
 from brats_utils.model import (
+    check_model,
     describe_model,
     describe_object,
     has_gpu,
@@ -72,14 +65,11 @@ def _advice_on_memory(model, data):
     except Exception as error:  # each backend has a class of its own
         if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):
             raise
-        found = f"{data.batch_size} patches of {data.patch_shape} a step"
-        problem = (
-            f"out of memory with {found} ({str(error)[:200]}). Lower batch_size to "
+        problem = f"out of memory with {data.batch_size} patches of {data.patch_shape}"
+        advice = (
+            "Lower batch_size to 1, then patch_shape (96 or 64). What was saved stays"
         )
-        problem += (
-            "1 first, then patch_shape (96 or 64). Nothing that was saved is lost"
-        )
-        raise MemoryError(problem) from error
+        raise MemoryError(f"{problem} ({str(error)[:200]}). {advice}") from error
 
 
 def _compile(model, loss, learning_rate, steps, average):
@@ -156,7 +146,7 @@ class Run:
         self.output, self.description, self.rows = output, description, []
 
     def resume(self, model):
-        """Restore the run that the folder holds, or begin one there.
+        """Restore the run that the folder holds, if any; nothing is written.
 
         Parameters
         ----------
@@ -181,13 +171,22 @@ class Run:
             found = [f"{name} ({a:.40} -> {b:.40})" for name, a, b in pairs]
             problem = f"{folder} holds a run with other settings: {'; '.join(found)}"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
-        self.rows = record["history"]
-        self.output.begin(self.description)
-        self.output.claim([BEST, HISTORY, STATE, FORMER])
-        if arrays and not different:
+        self.rows, self.is_new = record["history"], arrays is None or bool(different)
+        if not self.is_new:
             for variable, array in zip(_variables(model), arrays, strict=True):
                 variable.assign(array)
-        else:  # the weights before the first step are a state to resume from, too
+
+    def begin(self, model):
+        """Announce the files of the run.
+
+        Parameters
+        ----------
+        model : keras.Model
+            Its weights before the first step are a state to resume from, too.
+        """
+        self.output.begin(self.description)
+        self.output.claim([BEST, HISTORY, STATE, FORMER])
+        if self.is_new:
             self.save(model)
 
     def save(self, model):
@@ -278,7 +277,6 @@ class TimeLimit(keras.callbacks.Callback):
 
     def __init__(self, minutes):
         super().__init__()
-        minutes = np.inf if minutes is None else minutes
         self.deadline = time.perf_counter() + 60 * minutes
 
     def on_epoch_end(self, epoch, logs=None):
@@ -333,20 +331,22 @@ class Checkpoint(keras.callbacks.Callback):
 
 def _check_data(model, train_data, val_data):
     """Raise unless a model and its data fit, before the first step."""
+    check_model(model)
+    outputs = model.output_shape[-1]
+    files.check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
     for name, data in (("train_data", train_data), ("val_data", val_data)):
-        is_data = isinstance(data, BratsGenerator)
-        check_option(name, data, lambda _, is_data=is_data: is_data, "a BratsGenerator")
+        files.check_option(name, data, lambda d: d.check_fit, "a BratsGenerator")
         data.check_fit(model.input_shape, size_factor(model))
+    channels, others = train_data.modalities, val_data.modalities
+    files.check_option("modalities of val_data", others, channels.__eq__, f"{channels}")
     if shared := sorted({*train_data.case_ids} & {*val_data.case_ids}):
         problem = f"train_data and val_data share {len(shared)} cases: {shared[:5]}"
         raise ValueError(f"{problem}; validate with other cases")
 
 
-def _fit(model, checkpoint, epochs, validation_freq, max_minutes):
+def _fit(model, checkpoint, epochs, validation_freq, minutes):
     """Train for the epochs that the run's history lacks."""
     train_data, val_data = checkpoint.train_data, checkpoint.val_data
-    train_data.verify()
-    val_data.verify()
     for region in ENCODED_REGIONS:
         if not any(row[f"{region}_ml"] for row in train_data.rows.values()):
             warnings.warn(f"no training case has {region}", stacklevel=3)
@@ -359,17 +359,19 @@ def _fit(model, checkpoint, epochs, validation_freq, max_minutes):
         epochs=epochs,
         shuffle=False,  # the generator's order is its own
         verbose=0,
-        callbacks=[FiniteCheck(), checkpoint, TimeLimit(max_minutes)],
+        callbacks=[FiniteCheck(), checkpoint, TimeLimit(minutes)],
     )
     try:
         fit(initial_epoch=len(checkpoint.run.rows))
     except Exception as error:  # cuDNN 9.3 to 9.5 fail in XLA on some GPUs
-        if not (model.jit_compile and re.search("(?i)cudnn|xla", repr(error))):
+        of_xla = re.search("(?is)(?!.*resource_?exhausted).*(cudnn|xla)", repr(error))
+        if not (of_xla and model.jit_compile) or keras.backend.backend() == "jax":
             raise
         text = f"XLA failed ({str(error)[:200]}): training goes on without it, slower"
         warnings.warn(text, stacklevel=3)
         model.jit_compile = False
         model.train_function = model.test_function = None
+        checkpoint.run.resume(model)  # what a part of an epoch has changed
         fit(initial_epoch=len(checkpoint.run.rows))
 
 
@@ -450,31 +452,36 @@ def train(
     Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
     (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
     """
-    check_option("epochs", epochs, *whole(1))
-    check_option("learning_rate", learning_rate, *number(1e-12, 1e3))
-    check_option("average", average, *number(0, 0.9999))
-    check_option("validation_freq", validation_freq, *whole(1))
-    check_option("deep_supervision", deep_supervision, *whole(0))
-    minutes = 0 if max_minutes is None else max_minutes
-    check_option("max_minutes", minutes, *number(0, np.inf))
-    check_option("verbose", verbose, *BOOL)
-    check_option("loss", loss, keras.losses.get, "a loss as Keras takes it")
+    files.check_option("epochs", epochs, *files.whole(1))
+    files.check_option("learning_rate", learning_rate, *files.number(1e-12, 1e3))
+    files.check_option("average", average, *files.number(0, 0.9999))
+    files.check_option("validation_freq", validation_freq, *files.whole(1))
+    files.check_option("deep_supervision", deep_supervision, *files.whole(0))
+    minutes = np.inf if max_minutes is None else max_minutes
+    files.check_option("max_minutes", minutes, *files.number(0, np.inf))
+    files.check_option("verbose", verbose, *files.BOOL)
+    files.check_option("loss", loss, keras.losses.get, "a loss as Keras takes it")
     _check_data(model, train_data, val_data)
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
     description = _describe_run(model, train_data, val_data, loss, **settings)
     trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
     inputs = [train_data.folder.parent, val_data.folder.parent]
-    with OutputFolder(run_dir, "run", inputs=inputs) as output:
+    with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
         _compile(trained, loss, learning_rate, epochs * len(train_data), average)
         run = Run(output, description)
         run.resume(trained)
         if len(run.rows) < epochs:
+            train_data.verify()
+            val_data.verify()
             done = {"initial": len(run.rows), "total": epochs, "unit": "epoch"}
-            bar = progress_bar(desc="training", disable=not verbose, **done)
+            bar = files.progress_bar(desc="training", disable=not verbose, **done)
             checkpoint = Checkpoint(run, train_data, val_data, bar)
             with bar, _advice_on_memory(model, train_data):
-                _fit(trained, checkpoint, epochs, validation_freq, max_minutes)
+                run.begin(trained)
+                _fit(trained, checkpoint, epochs, validation_freq, minutes)
+        if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
+            raise ValueError(f"this run wrote another {BEST} than {run_dir} holds now")
     best = keras.models.load_model(Path(run_dir) / BEST, compile=False)
     model.set_weights(best.get_weights())
     return pd.DataFrame(run.rows)

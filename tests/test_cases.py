@@ -121,7 +121,7 @@ def test_A01_A22_all_missing_modalities_and_doubles_are_listed_at_once(toy_set):
     shutil.copytree(folder, toy_set / "copy" / folder.name)
     with pytest.raises(BratsDataError) as error:
         find_cases(toy_set)
-    for part in ("002 (", "lacks t1ce", "003 (", "lacks t2", "004 is there twice"):
+    for part in ("002 (", "lacks t1ce", "003 (", "lacks t2", "004 appears twice"):
         assert part in str(error.value)
 
 

@@ -21,14 +21,13 @@ from brats_utils.files import (
     find_changed,
     free_gb,
     project_root,
-    read_csv,
     read_json,
     read_manifest,
     setting,
     write_json,
 )
 from brats_utils.prepare import extract, prepare_dataset
-from brats_utils.split import split_dataset
+from brats_utils.split import read_csv, split_dataset
 
 MANIFEST = {"kind": "a", "format": 1, "made_from": {}, "files": {}, "cases": {}}
 
@@ -49,6 +48,7 @@ MANIFEST = {"kind": "a", "format": 1, "made_from": {}, "files": {}, "cases": {}}
         ("2024", "full", "2024"),
         ("/data/x", Path("y"), Path("/data/x")),
         ("none", Path("y"), None),
+        ("/no", Path("y"), Path("/no")),
         ("text", None, "text"),
         ("64, 64,32", None, (64, 64, 32)),
         ("/data/a, b", None, "/data/a, b"),
@@ -161,6 +161,66 @@ def test_find_changed_names_what_is_missing_incomplete_or_changed(tmp_path):
 
 def test_free_gb_of_a_folder_that_is_not_there_yet(tmp_path):
     assert free_gb(tmp_path / "a" / "b") > 0
+
+
+def test_H1_an_error_while_tidying_up_does_not_mix_the_manifests(tmp_path, monkeypatch):
+    fill(tmp_path / "out", ["old"], beside=True)
+    unlink = Path.unlink
+
+    def refuse(path, **options):  # as Windows does while a volume is read
+        if path.name == "old":
+            raise PermissionError("it is in use")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(PermissionError):
+        fill(tmp_path / "out", ["new"], beside=True)
+    monkeypatch.undo()
+    assert list(read_manifest(tmp_path / "out")["files"]) == ["new"]
+    assert list(read_manifest(tmp_path / ".out-new")["files"]) == ["old"]
+    fill(tmp_path / "out", ["old", "newer"], beside=True)
+    assert sorted(tree(tmp_path / "out")) == ["manifest.json", "newer", "old"]
+
+
+def test_H1_links_whose_targets_changed_do_not_block_the_next_call(tmp_path):
+    (tmp_path / "target").write_text("short")
+    with OutputFolder(tmp_path / "out", "a") as output:
+        output.begin({})
+        output.claim(["link"])
+        (tmp_path / "out" / "link").symlink_to(tmp_path / "target")
+        output.manifest["files"]["link"] = describe_file(tmp_path / "target")
+        (tmp_path / "target").write_text("much longer")
+        output.clear()
+        output.claim(["link"])
+    assert (tmp_path / "target").read_text() == "much longer"
+
+
+def test_H2_a_file_that_others_changed_is_refused_before_any_is_deleted(tmp_path):
+    fill(tmp_path / "out", ["one", "two"])
+    (tmp_path / "out" / "two").write_text("changed by hand")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="others changed: .'two'"):
+        fill(tmp_path / "out", ["one", "two"])
+    assert tree(tmp_path) == before
+
+
+def test_a_failure_to_open_gives_the_lock_back(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("the disk is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "_read", refuse)
+        with pytest.raises(OSError, match="gone"), OutputFolder(tmp_path / "out", "a"):
+            pass
+    with OutputFolder(tmp_path / "out", "a"):
+        pass
+
+
+def test_H3_an_old_result_left_aside_does_not_stop_a_writer_in_place(tmp_path):
+    fill(tmp_path / "out", ["one"])
+    shutil.copytree(tmp_path / "out", tmp_path / ".out-old")
+    with OutputFolder(tmp_path / "out", "a") as output:
+        assert list(output.former["files"]) == ["one"]
 
 
 def test_R3_what_is_no_manifest_is_named(tmp_path):

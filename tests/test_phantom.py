@@ -163,7 +163,7 @@ def test_a_folder_with_files_of_the_user_is_refused_and_kept(tmp_path, name):
     root = tmp_path / "raw"
     (root / name).parent.mkdir(parents=True)
     (root / name).write_text("mine")
-    with pytest.raises(ValueError, match="no folder of this project"):
+    with pytest.raises(ValueError, match="not a folder of this project"):
         write_phantom(root, 1, shape=SHAPE)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [root / name]
     assert (root / name).read_text() == "mine"
@@ -213,3 +213,12 @@ def test_a_renamed_segmentation_does_not_outlive_its_patients(tmp_path):
     rename_odd_segmentation(fresh)
     found, expected = checksums(root), checksums(fresh)
     assert {**found, "manifest.json": ""} == {**expected, "manifest.json": ""}
+
+
+def test_H2_a_patient_that_was_changed_by_hand_is_not_replaced(tmp_path):
+    write_phantom(tmp_path / "root", 2, shape=SHAPE)
+    next((tmp_path / "root").rglob("*_t2.nii")).write_bytes(b"changed")
+    before = checksums(tmp_path / "root")
+    with pytest.raises(ValueError, match="others changed"):
+        write_phantom(tmp_path / "root", 2, shape=SHAPE, seed=1)
+    assert checksums(tmp_path / "root") == before

@@ -464,3 +464,10 @@ def test_a_case_taken_out_of_the_set_leaves_nothing(toy_set, tmp_path):
     manifest = read_manifest(out)
     assert len(report) == 4 and not find_changed(out, manifest["files"])
     assert not any("002" in name for name in (*tree(out), *manifest["cases"]))
+
+
+def test_H5_a_case_that_is_dropped_later_leaves_no_volumes(toy_set, tmp_path):
+    case, out = find_cases(toy_set)[0], tmp_path / "one"
+    assert prepare_case(case, out, min_labelled=0)["kept"]
+    assert not prepare_case(case, out, min_labelled=0.9)["kept"]
+    assert list(tree(out)) == ["manifest.json"]

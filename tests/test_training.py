@@ -640,7 +640,9 @@ def test_E02_damaged_states_are_refused_or_equal(tmp_path):
     model.compile("adam", "mse")
     model.optimizer.build(model.trainable_variables)
     with OutputFolder(tmp_path / "run", "run") as output:
-        training.Run(output, {"loss": "mse"}).resume(model)
+        begun = training.Run(output, {"loss": "mse"})
+        begun.resume(model)
+        begun.begin(model)
         saved = [variable.numpy() for variable in model.variables]
         path, rng, refused = tmp_path / "run" / "last.npz", np.random.default_rng(0), 0
         good = path.read_bytes()
