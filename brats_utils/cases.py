@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from brats_utils import nifti
-from brats_utils.files import check_option, check_path
+from brats_utils.files import BOOL, check_option, check_path
 from brats_utils.labels import (
     ALL_MODALITIES,
     CONVENTIONS,
@@ -80,8 +80,7 @@ def check_case(case):
     ValueError
         If it is something else.
     """
-    is_case = isinstance(case, Case) and len(case.images) > 0
-    check_option("case", case, lambda _: is_case, "a Case, as find_cases returns it")
+    check_option("case", case, lambda c: c.images, "a Case, as find_cases returns it")
 
 
 @dataclass(frozen=True)
@@ -292,9 +291,7 @@ def _decide_labels(groups, sets):
     unknown = set().union(*(values[p] for p in paths if not expected[p][1]))
     usual = "0123" if unknown == {3} else "0124"
     if usual == "0123":
-        text = (
-            "label 3 and no label 4 in this set: 1 is read as core, 2 as oedema and 3 "
-        )
+        text = "label 3 and no label 4 in this set: 1 is read as core, 2 as oedema, 3 "
         text += "as enhancing tumour; pass labels= to find_cases if they are not"
         warnings.warn(text, stacklevel=3)
     for place, (name, code) in expected.items():
@@ -501,6 +498,8 @@ def check_cases(cases, *, voxels=True, modalities=None):
     """
     import pandas as pd
 
+    check_option("cases", cases, lambda c: all(x.images for x in c), "a list of Case")
+    check_option("voxels", voxels, *BOOL)
     rows = []
 
     def note(case, path, check, *arguments, **options):
@@ -510,7 +509,6 @@ def check_cases(cases, *, voxels=True, modalities=None):
             rows.append((case.id, str(path), error.problem, error.advice or ""))
 
     for case in cases:
-        check_case(case)
         first, required = None, MODALITIES if modalities is None else modalities
         note(case, next(iter(case.images.values())).parent, _paths, case, required)
         checked = case.images if modalities is None else modalities
@@ -550,6 +548,7 @@ def read_grid(case):
     spacing_mm : tuple of 3 float
         Voxel size along X, Y and Z.
     """
+    check_case(case)
     header = _first(case)[1]
     affine = header.get_best_affine()
     return header.get_data_shape(), affine, nifti.spacing_mm(affine)

@@ -215,6 +215,8 @@ def relabel(values, table):
         If a value is not in the table, with how often it occurs; nothing is rounded.
     """
     values = np.asarray(values)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"labels are {values!r:.60}, expected an array of numbers")
     known = sum(np.count_nonzero(values == old) for old in table)
     if known != values.size:
         found = zip(*np.unique(values, return_counts=True), strict=True)
@@ -313,6 +315,10 @@ def region_volumes_ml(segmentation, spacing_mm):
     labels = encode_labels(segmentation)
     if labels.ndim != 3:
         raise ValueError(f"expected a 3-D label map, got shape {labels.shape}")
+    sizes = np.asarray(spacing_mm, float)
+    if sizes.shape != (3,) or not np.isfinite(sizes).all() or sizes.min() <= 0:
+        problem = f"spacing_mm is {spacing_mm!r}, expected three numbers above 0"
+        raise ValueError(problem)
     counts = np.array([np.count_nonzero(labels == i) for i in range(len(LABELS))])
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {

@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
-from brats_utils.files import atomic_write, check_path, read_json
+from brats_utils.files import atomic_write, check_option, check_path, read_json
 from brats_utils.labels import (
     ALL_MODALITIES,
     encode_labels,
@@ -491,6 +491,7 @@ def save_segmentation(segmentation, case, path):
         that this function did not write.
     """
     path = check_path("path", path)
+    check_option("case", case, lambda c: len(c.images), "a Case, as find_cases returns")
     check_suffix(path)
     if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
         problem = f"{path} already exists and was not written by this project"

@@ -293,7 +293,7 @@ def plot_slices(
         volume, or a label map holds a value that is not a BraTS label.
     """
     n = len(volumes)
-    if axis not in (0, 1, 2):
+    if type(axis) is bool or axis not in (0, 1, 2):
         raise ValueError(f"axis is {axis!r}, expected 0, 1 or 2")
     overlays = overlays or [_label_overlay(s) for s in segmentations or [None] * n]
     boxes = boxes or [None] * n

@@ -200,17 +200,15 @@ def _crop_and_measure(case, options):
     mask = volumes.pad(encode_labels(scan.segmentation[box]), crop_shape)
     share = int(np.count_nonzero(mask)) / mask.size
     losses = _crop_losses(scan.segmentation, box)
-    lost = f"the crop leaves out {losses['lost_share']:.0%} of the tumour"
-    notes = {
-        scan.background_problem: bool(scan.background_problem),
-        "no voxel is labelled": not scan.segmentation.any(),
-        lost: losses["lost_share"] > LOSS_TO_WARN_OF,
-    }
+    notes = [scan.background_problem]
+    notes.append("" if scan.segmentation.any() else "no voxel is labelled")
+    if losses["lost_share"] > LOSS_TO_WARN_OF:
+        notes.append(f"the crop leaves out {losses['lost_share']:.0%} of the tumour")
     row = {
         "case": case.id,
         "kept": share >= min_labelled,
         "reason": "" if share >= min_labelled else f"labelled below {min_labelled:g}",
-        "note": "; ".join(text for text, holds in notes.items() if holds),
+        "note": "; ".join(filter(None, notes)),
         "labelled_share": share,
         **losses,
         "shape": "x".join(map(str, mask.shape)),
@@ -277,8 +275,7 @@ def _find(raw, labels):
         check_case(case)
     labelled, folders = [case for case in cases if case.segmentation], _folders(cases)
     if not labelled:
-        problem = f"none of {len(cases)} cases has a segmentation to learn from"
-        raise BratsDataError(problem)
+        raise BratsDataError(f"none of the {len(cases)} cases has a segmentation")
     folder = Path(os.path.commonpath(folders) if is_list else raw).resolve()
     return folder, folders if is_list else {folder, *folders}, cases, labelled
 
@@ -405,11 +402,9 @@ def _report(rows, cases, bad, patients):
 
 def _bad_headers(cases, modalities):
     """Return {case id: all that names, headers and lengths show to be wrong}."""
-    problems = check_cases(cases, voxels=False, modalities=modalities)
-    lines = (
-        problems["file"] + ": " + problems["problem"] + ". " + problems["what to do"]
-    )
-    return lines.groupby(problems["case"]).agg("; ".join).to_dict()
+    table = check_cases(cases, voxels=False, modalities=modalities)
+    lines = table["file"] + ": " + table["problem"] + ". " + table["what to do"]
+    return lines.groupby(table["case"]).agg("; ".join).to_dict()
 
 
 def _refuse(bad, skip_bad):
@@ -465,8 +460,7 @@ def _check_archive(zipped, root, max_gb):
     entries = zipped.infolist()
     size_gb = sum(entry.file_size for entry in entries) / 1e9
     room = min(max_gb, files.free_gb(root))
-    problem = f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"
-    problems = [problem] if size_gb > room else []
+    problems = [f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"] * (size_gb > room)
     for entry in entries:
         if "\\" in entry.filename:  # of Windows: a folder there, a part of a name here
             problems.append(f"{entry.filename!r} has backslashes; use another tool")

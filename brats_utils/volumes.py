@@ -85,6 +85,8 @@ def scale_volume(volume, method="minmax"):
     >>> scale_volume(np.array([[[0, 50, 100]]])).tolist()
     [[[0.0, 0.5, 1.0]]]
     """
+    numbers = "an array of numbers (X, Y, Z)"
+    check_option("volume", volume, lambda v: np.asarray(v, np.float32).ndim, numbers)
     volume = np.asarray(volume, np.float32)
     if not np.isfinite(volume).all():
         raise ValueError("the volume holds NaN or infinity; check the scan")
@@ -179,6 +181,7 @@ def standardise(image, statistics=None):
     standardised : (X, Y, Z, C) float32 array
         Background is exactly 0.
     """
+    check_option("image", image, lambda i: np.ndim(i) == 4, "an array (X, Y, Z, C)")
     image = np.asarray(image)
     if statistics is None:
         own = [nonzero_statistics(channel) for channel in np.moveaxis(image, -1, 0)]
@@ -394,6 +397,12 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
         If every voxel of the image is zero, or `shape` is not three positive numbers.
     """
     check_shape(shape)
+    spatial = "an array (X, Y, Z) or (X, Y, Z, C)"
+    check_option("image", image, lambda i: np.ndim(i) in (3, 4), spatial)
+    fits = segmentation is None or np.shape(segmentation) == image.shape[:3]
+    check_option(
+        "segmentation", segmentation, lambda _: fits, "the image's shape, None"
+    )
     brain = brain_mask([image] if image.ndim == 3 else np.moveaxis(image, -1, 0))
     if shape is None:
         return bounding_box(brain)

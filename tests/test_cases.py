@@ -165,7 +165,7 @@ def write_labelled(root, case_id, values, names=None):
 def test_B02_values_decide_where_the_names_are_unknown(tmp_path):
     for number, values in enumerate(((0, 1, 2, 0), (0, 1, 2, 3))):
         write_labelled(tmp_path, f"patient{number}", values)
-    with pytest.warns(UserWarning, match="1 is read as core, 2 as oedema and 3 as"):
+    with pytest.warns(UserWarning, match="1 is read as core, 2 as oedema, 3 as"):
         cases = find_cases(tmp_path)
     assert {case.labels for case in cases} == {"0123"}
     assert set(np.unique(load_case(cases[1])[1])) == {0, 1, 2, 4}

@@ -414,12 +414,7 @@ def is_refused(function, arguments, name):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "rows",
-    [
-        OF_THE_NETWORK,
-        pytest.param(OF_OTHER_MODULES, marks=pytest.mark.xfail(reason="being done")),
-    ],
-    ids=["network", "others"],
+    "rows", [OF_THE_NETWORK, OF_OTHER_MODULES], ids=["network", "others"]
 )
 def test_J4_impossible_values_are_one_plain_error(toys, monkeypatch, tmp_path, rows):
     monkeypatch.chdir(tmp_path)

@@ -94,7 +94,7 @@ def test_all_invalid_cases_are_named_in_one_error(toy_set, tmp_path):
 
 def test_B05_nothing_to_learn_from_is_an_error(tmp_path):
     write_case(tmp_path / "raw", "BraTS20_Validation_001", seg_name=None)
-    with pytest.raises(BratsDataError, match="none of 1 cases has a segmentation"):
+    with pytest.raises(BratsDataError, match="none of the 1 cases has a seg"):
         prepare_dataset(tmp_path / "raw", tmp_path / "out")
 
 

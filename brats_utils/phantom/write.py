@@ -92,7 +92,7 @@ def _check_arguments(compressed, jobs, shape, **numbers):
     check_option("n_cases", total, bool, "at least one case")
     check_option("compressed", compressed, *BOOL)
     check_option("jobs", jobs, lambda n: n is None or is_whole(n, 1), "1 or more")
-    check_shape(shape, "shape", least=16)
+    check_shape(() if shape is None else shape, "shape", least=16)
     sizes = [int(n) for n in shape]
     settings = {name: int(value) for name, value in numbers.items()}
     return {**settings, "shape": sizes, "compressed": compressed}
