@@ -364,7 +364,8 @@ def tune_model(run_dir, cases, **options):
     Raises
     ------
     ValueError
-        If the file has no description; it is left as it is.
+        If the file has no description, or the model was trained on one of the cases; it
+        is left as it is then.
     """
     from brats_utils.inference import check_options, load_model, predict_scan
 
@@ -373,6 +374,9 @@ def tune_model(run_dir, cases, **options):
     check_options([trained], options, ("modalities", "flips", "patch_shape"))
     if not trained.description:
         raise ValueError(f"{trained.path} has no description to store a decoding in")
+
+    seen = {case.id for case in cases} & {*trained.description.get("train_cases", ())}
+    _raise_for(sorted(seen), "are cases the model was trained on; tune on others")
 
     def predicted():
         for case in cases:

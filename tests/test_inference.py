@@ -685,3 +685,12 @@ def test_of_two_better_thresholds_the_best_is_taken():
 def test_thresholds_may_be_an_array():
     regions = [[0.9, 0.6, 0.6]]
     assert decode_probabilities(regions, thresholds=np.full(3, 0.7)).tolist() == [2]
+
+
+def test_a_decoding_is_not_tuned_on_the_cases_of_the_training(tmp_path, cases):
+    path = tmp_path / "model.keras"
+    write_model(oracle(), path, {**DESCRIPTION, "train_cases": ["case1"]})
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="case1.*trained on; tune on others"):
+        tune_model(path, cases)
+    assert path.read_bytes() == before
