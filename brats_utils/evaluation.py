@@ -376,7 +376,7 @@ def tune_model(run_dir, cases, **options):
         raise ValueError(f"{trained.path} has no description to store a decoding in")
 
     seen = {case.id for case in cases} & {*trained.description.get("train_cases", ())}
-    _raise_for(sorted(seen), "are cases the model was trained on; tune on others")
+    _raise_for(sorted(seen), "were in the training; tune on others")
 
     def predicted():
         for case in cases:
