@@ -289,10 +289,10 @@ def check_options(models, options, possible=OPTIONS):
     check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
     names = _choose_modalities(models[0], given["modalities"])
     described = [m.description.get("modalities") or names for m in models]
-    alike = all([*names] == [*each] for each in described) or given["modalities"]
-    check("modalities", described, lambda _: alike, "the same for all models")
+    same = all([*names] == [*each] for each in described) or given["modalities"]
+    check("modalities", described, lambda _: same, "the same for all models")
     outputs = {each.model.output_shape[-1] for each in models}
-    check("the models' outputs", outputs, ({3}, {4}).__contains__, "3 or 4, all alike")
+    check("the models' outputs", outputs, ({3}, {4}).__contains__, "3 or 4, the same for all")
     patch_shape = given["patch_shape"]
     if patch_shape is None:
         patch_shape = models[0].description.get("patch_shape")
