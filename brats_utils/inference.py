@@ -292,7 +292,7 @@ def check_options(models, options, possible=OPTIONS):
     same = all([*names] == [*each] for each in described) or given["modalities"]
     check("modalities", described, lambda _: same, "the same for all models")
     outputs = {each.model.output_shape[-1] for each in models}
-    check("the models' outputs", outputs, ({3}, {4}).__contains__, "3 or 4, the same for all")
+    check("the models' outputs", outputs, ({3}, {4}).__contains__, "all 3, or all 4")
     patch_shape = given["patch_shape"]
     if patch_shape is None:
         patch_shape = models[0].description.get("patch_shape")
