@@ -121,16 +121,11 @@ class BratsGenerator(keras.utils.PyDataset):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_option("batch_size", batch_size, *whole(1))
-        check_option("patches_per_case", patches_per_case, *whole(1))
-        check_option("seed", seed, *whole(0))
-        check_option("tumour_share", tumour_share, *number(0, 1))
+        self.batch_size, self.patches_per_case = batch_size, patches_per_case
+        self.tumour_share, self.augment, self.seed = tumour_share, augment, seed
+        self.full_batches, self.patch_shape = full_batches, patch_shape
         check_option("cache", cache, *BOOL)
-        check_option("full_batches", full_batches, *BOOL)
-        change = type(augment) is bool or callable(augment)
-        known = "True, False or a function of (image, labels, rng)"
-        check_option("augment", augment, lambda _: change, known)
-        check_shape(patch_shape, "patch_shape")
+        self._check_options()
         self.folder = check_path("folder", folder).resolve()
         self._root, manifest, names = _read_side(self.folder)
         self._noted = {name: manifest["files"][name] for name in names}
@@ -145,12 +140,21 @@ class BratsGenerator(keras.utils.PyDataset):
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from None
         self.settings = manifest["made_from"]["settings"]
         self.modalities = tuple(self.settings["modalities"])
-        self.batch_size, self.patches_per_case = batch_size, patches_per_case
         self.patch_shape = None if patch_shape is None else tuple(patch_shape)
-        self.tumour_share, self.augment, self.seed = tumour_share, augment, seed
-        self.full_batches = full_batches
         self._cache = {} if cache else None
         self.epoch, self._within_epoch = 0, False
+
+    def _check_options(self):
+        """Raise if an option is not possible."""
+        least = {"batch_size": 1, "patches_per_case": 1, "seed": 0}
+        for name, n in {**least, "workers": 0, "max_queue_size": 0}.items():
+            check_option(name, getattr(self, name), *whole(n))
+        check_option("tumour_share", self.tumour_share, *number(0, 1))
+        check_option("full_batches", self.full_batches, *BOOL)
+        change = type(self.augment) is bool or callable(self.augment)
+        known = "True, False or a function of (image, labels, rng)"
+        check_option("augment", self.augment, lambda _: change, known)
+        check_shape(self.patch_shape, "patch_shape")
 
     def describe(self):
         """Return what a training run depends on: the volumes and all options.

@@ -12,15 +12,8 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from brats_utils import files
-from brats_utils.cases import (
-    ALL_MODALITIES,
-    MODALITIES,
-    check_case,
-    check_spacing,
-    read_scan,
-)
-from brats_utils.labels import ENCODED_REGIONS, LABELS, decode_labels
+from brats_utils import files, labels
+from brats_utils.cases import check_case, check_spacing, read_scan
 from brats_utils.model import (
     DESCRIPTION,
     check_description,
@@ -255,16 +248,16 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
 def _choose_modalities(trained, modalities):
     """Return the channels of a model: those given, described, or the usual ones."""
     channels = trained.model.input_shape[-1]
-    usual = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
+    usual = {len(names): names for names in (labels.MODALITIES, labels.ALL_MODALITIES)}
     usual = usual.get(channels, ()) if trained.path is None else ()
     if modalities is None:
         modalities = trained.description.get("modalities") or usual
     known = isinstance(modalities, (list, tuple)) and len(modalities) == channels
-    if not known or any(name not in ALL_MODALITIES for name in modalities):
+    if not known or any(name not in labels.ALL_MODALITIES for name in modalities):
         model = trained.path or "the model"
         problem = f"modalities is {modalities!r}, {model} takes {channels} channels"
-        advice = f"say which of {ALL_MODALITIES} they are, in order: modalities=(...)"
-        raise ValueError(f"{problem}; {advice}")
+        which = f"say which of {labels.ALL_MODALITIES} they are"
+        raise ValueError(f"{problem}; {which}, in order: modalities=(...)")
     return modalities
 
 
@@ -300,7 +293,16 @@ def check_options(models, options, possible=OPTIONS):
         _choose_patch(each.model, len(names), patch_shape)
     for name in ("flips", "uncertainty"):
         check(name, options.get(name, False), *files.BOOL)
-    _check_decoding(given["thresholds"], given["min_et_voxels"])
+    _choose_decoding(models[0], given["thresholds"], given["min_et_voxels"])
+
+
+def _choose_decoding(trained, thresholds, min_et_voxels):
+    """Return keywords of `decode_probabilities`: those given, or else those tuned."""
+    decoding = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
+    tuned = trained.description.get("decoding", {})
+    decoding = {k: tuned.get(k) if v is None else v for k, v in decoding.items()}
+    _check_decoding(**decoding)
+    return decoding
 
 
 def _check_decoding(thresholds, min_et_voxels):
@@ -409,10 +411,8 @@ def predict_case(
 
 def _predict_maps(models, case, *, thresholds=None, min_et_voxels=None, **options):
     """Return the label map, the spread and the header of their grid."""
-    chosen = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
+    decoding = _choose_decoding(models[0], thresholds, min_et_voxels)
     found = predict_scan(models, case, **options)
-    decoding = {**models[0].description.get("decoding", {})}
-    decoding |= {key: value for key, value in chosen.items() if value is not None}
     segmentation = decode_probabilities(found.probabilities, **decoding)
     return found.place(segmentation), found.place(found.spread), found.scan.header
 
@@ -465,7 +465,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
     made_from = {"models": [_fingerprint(m) for m in models], "options": options}
     made_from = {**made_from, "uncertainty": uncertainty}
-    made_from = json.loads(json.dumps(made_from, default=np.ndarray.tolist))
+    made_from = json.loads(json.dumps(made_from, default=lambda x: x.tolist()))
     names = {case.id: [f"{case.id}.nii.gz"] for case in cases}
     for case_id in names if uncertainty else ():
         names[case_id].append(f"uncertainty/{case_id}.nii.gz")
@@ -483,7 +483,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
                 if not known or files.find_changed(output.path, noted):
                     _predict_file(models, case, output, names[case.id], options)
                     output.note_case(case.id, state)
-            except (BratsDataError, FileNotFoundError) as error:
+            except (ValueError, FileNotFoundError) as error:
                 failed.append(str(error))
     if failed:
         problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
@@ -530,9 +530,10 @@ def region_probabilities(probabilities):
         If K is neither.
     """
     probabilities, n_channels = _check_probabilities(probabilities)
-    if n_channels == len(ENCODED_REGIONS):
+    if n_channels == 3:
         return probabilities
-    members = [probabilities[..., list(v)].sum(-1) for v in ENCODED_REGIONS.values()]
+    regions = labels.ENCODED_REGIONS.values()
+    members = [probabilities[..., list(values)].sum(-1) for values in regions]
     return np.stack(members, axis=-1)
 
 
@@ -567,8 +568,8 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
     array([1, 2, 0], dtype=uint8)
     """
     _check_decoding(thresholds, min_et_voxels)
-    if _check_probabilities(probabilities)[1] == len(LABELS) and thresholds is None:
-        segmentation = decode_labels(np.argmax(probabilities, axis=-1))
+    if _check_probabilities(probabilities)[1] == 4 and thresholds is None:
+        segmentation = labels.decode_labels(np.argmax(probabilities, axis=-1))
     else:
         regions = region_probabilities(probabilities)
         thresholds = PLAIN["thresholds"] if thresholds is None else thresholds

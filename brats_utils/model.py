@@ -1,6 +1,7 @@
 """U-Nets in two and three dimensions, and a table of what each stage costs."""
 
 import functools
+import inspect
 import json
 import math
 import warnings
@@ -15,7 +16,6 @@ from brats_utils.files import BOOL, check_option, is_whole, number, whole
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
-PLAIN = (bool, int, float, str, list, tuple, dict, type(None))
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
@@ -303,7 +303,7 @@ def unet_cicek2016(input_shape, *, n_classes=4):
 
 
 def check_model(model):
-    """Raise unless a model can be trained here.
+    """Raise unless a model is a functional one with a single input.
 
     Parameters
     ----------
@@ -312,7 +312,7 @@ def check_model(model):
     Raises
     ------
     ValueError
-        If it is no functional model with one input.
+        If it is something else.
     """
     single = "a functional keras.Model with one input"
     check_option("model", model, lambda m: len(m.inputs) == 1, single)
@@ -503,6 +503,8 @@ def check_description(model, description, path):
         "channels out": (gives, model.output_shape[-1]),
         "normalisation": (description.get("normalisation"), NORMALISATION),
         "orientation": (description.get("orientation"), "LPS"),
+        "decoding": (type(description.get("decoding", {})), dict),
+        "train_cases": (type(description.get("train_cases", [])), list),
         f"Keras (install keras=={version})": (major, keras.__version__.split(".")[0]),
     }
     other = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
@@ -514,10 +516,11 @@ def check_description(model, description, path):
 
 
 def describe_object(value):
-    """Return what tells a loss or another object from others: a default for JSON.
+    """Return what distinguishes a loss or another object: a `default` for JSON.
 
-    A function is described by its name alone, an object by its class, its `get_config`
-    and its public attributes.
+    A function is described by its name, an object by its class, its `get_config` and
+    its attributes, private ones too. Code is not compared: of code that is neither
+    Keras's nor this package's, a warning says so.
 
     Parameters
     ----------
@@ -531,17 +534,24 @@ def describe_object(value):
         return np.asarray(value).tolist()
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
-    if name := getattr(value, "__qualname__", ""):
-        if "<" in name or value.__module__ == "__main__":
-            text = f"{name}: a change in its code is not noticed when a run is resumed"
-            warnings.warn(text, stacklevel=2)
-        return f"{value.__module__}.{name}"
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    state = getattr(value, "__dict__", None)
+    name = getattr(value, "__qualname__", None)
+    place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
+    if state is None or (name and not place.startswith(("keras.", "brats_utils."))):
+        text = f"{place}: a change in its code is not noticed when a run is resumed"
+        warnings.warn(text, stacklevel=2)
+    if name or state is None:
+        return place
     config = value.get_config() if hasattr(value, "get_config") else {}
-    for key, each in vars(value).items():
-        if not key.startswith("_"):
-            known = isinstance(each, PLAIN) or hasattr(each, "__array__")
-            config[key] = each if known else type(each).__qualname__
-    return {"class": type(value), **config}
+    config.pop("name", None)  # Keras numbers it
+    if isinstance(value, keras.losses.Loss):
+        known = vars(keras.losses.Loss())
+        state = {key: each for key, each in state.items() if key not in known}
+    elif config:  # a layer or a model: its state is Keras's own
+        state = {}
+    return {"class": type(value), **config, **state}
 
 
 def has_gpu():

@@ -66,9 +66,7 @@ def _advice_on_memory(model, data):
         if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):
             raise
         problem = f"out of memory with {data.batch_size} patches of {data.patch_shape}"
-        advice = (
-            "Lower batch_size to 1, then patch_shape (96 or 64). What was saved stays"
-        )
+        advice = "Lower batch_size to 1, then patch_shape (96 or 64). The run is kept"
         raise MemoryError(f"{problem} ({str(error)[:200]}). {advice}") from error
 
 
@@ -364,7 +362,7 @@ def _fit(model, checkpoint, epochs, validation_freq, minutes):
     try:
         fit(initial_epoch=len(checkpoint.run.rows))
     except Exception as error:  # cuDNN 9.3 to 9.5 fail in XLA on some GPUs
-        of_xla = re.search("(?is)(?!.*resource_?exhausted).*(cudnn|xla)", repr(error))
+        of_xla = re.match("(?is)(?!.*resource_?exhausted).*(cudnn|xla)", repr(error))
         if not (of_xla and model.jit_compile) or keras.backend.backend() == "jax":
             raise
         text = f"XLA failed ({str(error)[:200]}): training goes on without it, slower"
@@ -481,7 +479,8 @@ def train(
                 run.begin(trained)
                 _fit(trained, checkpoint, epochs, validation_freq, minutes)
         if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
-            raise ValueError(f"this run wrote another {BEST} than {run_dir} holds now")
+            problem = f"{BEST} in {run_dir} is not the one that this run wrote"
+            raise ValueError(f"{problem}. {ANOTHER_RUN}")
     best = keras.models.load_model(Path(run_dir) / BEST, compile=False)
     model.set_weights(best.get_weights())
     return pd.DataFrame(run.rows)

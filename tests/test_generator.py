@@ -397,3 +397,27 @@ def test_a_folder_above_or_below_a_side_is_refused(toy_set, tmp_path):
     for folder in ("fold2/train", "fold0", "fold0/train/images"):
         with pytest.raises(FileNotFoundError, match="01_prepare"):
             BratsGenerator(tmp_path / "folds" / folder)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: mask.astype(np.int16),
+        lambda mask: mask.astype(bool),
+        lambda mask: np.where(mask == 3, 4, mask).astype(np.uint8),
+        lambda mask: mask[..., None],
+    ],
+)
+def test_J3_masks_of_another_type_or_label_are_refused(split, change, cache):
+    path = split / "masks" / "case_002.npy"
+    np.save(path, change(np.load(path)))
+    with pytest.raises(ValueError, match="case_002.*labels 0 to 3.*01_prepare"):
+        list(BratsGenerator(split, cache=cache, patch_shape=(8, 8, 8)))
+
+
+@pytest.mark.parametrize("name", ["workers", "max_queue_size"])
+def test_J4_how_many_threads_is_a_whole_number(split, name):
+    for value in ("2", 1.5, -1, None, True):
+        with pytest.raises(ValueError, match=f"{name} is .* expected a whole number"):
+            BratsGenerator(split, **{name: value})

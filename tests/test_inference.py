@@ -687,6 +687,84 @@ def test_thresholds_may_be_an_array():
     assert decode_probabilities(regions, thresholds=np.full(3, 0.7)).tolist() == [2]
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"modalities": ["flair", "t1ce", "adc"]}, "adc.*say which of"),
+        ({"modalities": 3}, "channels in: 0, found 3"),
+        ({"outputs": ["labels"]}, "channels out"),
+        ({"patch_shape": "large"}, "patch_shape is 'large'"),
+        ({"decoding": 5}, "decoding"),
+        ({"decoding": {"thresholds": [9]}}, r"thresholds is \[9\]"),
+    ],
+)
+def test_I4_an_edited_description_is_refused_before_anything_is_written(
+    tmp_path, case, change, told
+):
+    path = tmp_path / "model.keras"
+    write_described(oracle(), path, {**DESCRIPTION, **change})
+    with pytest.raises(ValueError, match=told):
+        predict_cases(path, [case], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_I4_models_that_mean_other_channels_or_outputs_are_no_ensemble(tmp_path, case):
+    others = {"modalities": ["t1", "t1ce", "t2"]}, {"outputs": "WT, TC, ET"}
+    write_model(oracle(), tmp_path / "0.keras", DESCRIPTION)
+    write_model(oracle(), tmp_path / "1.keras", {**DESCRIPTION, **others[0]})
+    write_model(oracle(output=3), tmp_path / "2.keras", {**DESCRIPTION, **others[1]})
+    for names, told in (("01", "modalities is .*same for all"), ("02", "outputs is")):
+        models = [tmp_path / f"{name}.keras" for name in names]
+        with pytest.raises(ValueError, match=told):
+            predict_cases(models, [case], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_H5_numbers_of_numpy_are_options_as_others_are(tmp_path, cases):
+    model, seen = watched(oracle())
+    for number in (float, np.float32):
+        options = {"thresholds": [number(0.5)] * 3, "min_et_voxels": np.int64(5)}
+        predict_cases(model, cases, tmp_path / "out", **options)
+    assert len(seen) == 3
+
+
+def test_a_scan_whose_prediction_is_nan_does_not_stop_the_others(tmp_path, cases):
+    model, seen = watched(oracle())
+    predict = model.predict_on_batch
+    model.predict_on_batch = lambda x: predict(x) * (np.nan if len(seen) == 1 else 1)
+    with pytest.raises(BratsDataError, match="1 of 3 cases .*case0: .* NaN"):
+        predict_cases(model, cases, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+
+
+def test_J3_patches_that_the_network_cannot_take_are_refused_at_once(tmp_path, case):
+    with pytest.raises(ValueError, match=r"patch_shape is \(7, 8, 8\).*multiples of 2"):
+        predict_cases(
+            unet((None, None, None, 3), filters=2, depth=2),
+            [case],
+            tmp_path / "out",
+            patch_shape=(7, 8, 8),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_J4_tuning_needs_labelled_cases_and_writes_nothing_without(tmp_path, case):
+    path = tmp_path / "model.keras"
+    write_model(oracle(), path, DESCRIPTION)
+    before = path.read_bytes()
+    write_case(tmp_path / "blind", "blind", seg_name=None)
+    for wrong, told in (
+        ({"cases": []}, r"cases is \[\], expected one"),
+        ({"cases": find_cases(tmp_path / "blind")}, "no segmentation: blind"),
+        ({"flip": True}, "flip.*expected some of .*flips"),
+        ({"flips": "yes"}, "flips is 'yes'"),
+    ):
+        call = {"run_dir": path, "cases": [case], **wrong}
+        with pytest.raises(ValueError, match=told):
+            tune_model(**call)
+    assert path.read_bytes() == before
+
+
 def test_a_decoding_is_not_tuned_on_the_cases_of_the_training(tmp_path, cases):
     path = tmp_path / "model.keras"
     write_model(oracle(), path, {**DESCRIPTION, "train_cases": ["case1"]})

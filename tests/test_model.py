@@ -1,3 +1,7 @@
+import json
+import warnings
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -5,6 +9,7 @@ from keras import layers
 
 from brats_utils.losses import RegionDice, dice_focal_loss
 from brats_utils.model import (
+    describe_object,
     model_table,
     size_factor,
     supervise_deeply,
@@ -294,3 +299,62 @@ def test_the_table_of_a_model_of_fixed_size_may_be_asked_for_another_patch():
         unet((None,) * 3 + (3,), filters=2, depth=2), (16, 16, 16, 3)
     )
     assert table.equals(expected)
+
+
+class OfKeras(keras.losses.Loss):
+    """A loss of the user with private weights, which `get_config` does not mention."""
+
+    def __init__(self, weights, **kwargs):
+        super().__init__(**kwargs)
+        self._weights = weights
+
+
+class Plain:
+    """What is no Keras object; may hold others."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def loss(self, y_true, y_pred):
+        return 0.0
+
+
+class Slotted:
+    """An object whose values cannot be listed."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+def described(value):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        text = json.dumps(value, default=describe_object)
+    return text, [str(warning.message) for warning in said]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: OfKeras([x, 1.0]),
+        lambda x: OfKeras(np.array([x, 1.0])),
+        Plain,
+        lambda x: Plain(OfKeras([x])),
+        lambda x: Plain({"losses": [dice_focal_loss, Plain(x)]}),
+        lambda x: Plain(x).loss,
+        lambda x: partial(dice_focal_loss, weight=x),
+        lambda x: Plain(partial(dice_focal_loss, weight=x)),
+        lambda x: keras.losses.SparseCategoricalCrossentropy(ignore_class=x),
+    ],
+)
+def test_I5_objects_of_other_state_are_told_apart_and_equal_ones_are_not(make):
+    assert described(make(1))[0] == described(make(1))[0] != described(make(2))[0]
+
+
+def test_I5_what_cannot_be_compared_is_told():
+    for value in (lambda y, p: 0.0, Plain(1), Slotted(1), Plain(1).loss, described):
+        assert "test_model" in " ".join(described(value)[1])
+    for value in (dice_focal_loss, keras.losses.KLDivergence(), np.float32(1)):
+        assert described(value)[1] == []

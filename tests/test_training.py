@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -352,6 +353,7 @@ def test_C08_a_flipped_bit_is_caught_before_training(split, tmp_path):
     path.write_bytes(whole)
     with pytest.raises(ValueError, match=f"changed since.*{path.name}"):
         run(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -805,6 +807,11 @@ def test_I5_a_loss_of_the_user_trains_and_another_is_refused(split, tmp_path, ki
         run(split, tmp_path, 3, loss=second)
 
 
+def test_I5_the_cell_run_again_makes_the_same_loss_again(split, tmp_path):
+    for epochs in (1, 2):  # Keras names the second object weighted_loss_1
+        run(split, tmp_path, epochs, loss=WeightedLoss([1.0] * 4))
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_I5_a_loss_of_the_user_is_supervised_deeply(split, tmp_path, kind):
     options = {"loss": LOSSES[kind][0], "deep_supervision": 1}
@@ -977,3 +984,101 @@ def test_a_failure_of_xla_is_told_once_and_training_goes_on_without(
         history = run(split, tmp_path / "gpu")[1]
     assert sum("XLA failed" in str(w.message) for w in caught) == 1
     assert len(calls) == 2 and history["loss"].equals(expected["loss"])
+
+
+@pytest.mark.parametrize("when", ["on_train_batch_end", "on_test_begin"])
+def test_after_a_failure_of_xla_a_part_of_an_epoch_counts_for_nothing(
+    split, tmp_path, monkeypatch, when
+):
+    options = {"average": 0.9, "validation_freq": 1}
+    expected = run(split, tmp_path / "expected", 2, **options)
+    fit, failed = keras.Model.fit, []
+
+    def fail_within(self, *arguments, callbacks, **options):
+        def fail(*_, **__):
+            if not failed:
+                failed.append(when)
+                raise RuntimeError("XLA compilation failed: CUDNN_STATUS")
+
+        failing = keras.callbacks.LambdaCallback(**{when: fail})
+        return fit(self, *arguments, callbacks=[*callbacks, failing], **options)
+
+    monkeypatch.setattr(keras.Model, "fit", fail_within)
+    monkeypatch.setattr(training, "has_gpu", lambda: True)
+    monkeypatch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda self: True)
+    with pytest.warns(UserWarning, match="XLA failed"):
+        history = run(split, tmp_path / "run", 2, **options)[1]
+    assert failed
+    assert_same_run(tmp_path / "run", history, (tmp_path / "expected", *expected))
+
+
+def test_E06_out_of_memory_is_no_failure_of_xla(split, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: XLA could not allocate")
+
+    monkeypatch.setattr(keras.Model, "fit", fail)
+    monkeypatch.setattr(training, "has_gpu", lambda: True)
+    monkeypatch.setattr(keras.Model, "_resolve_auto_jit_compile", lambda self: True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "XLA")
+        with pytest.raises(MemoryError, match="batch_size to 1"):
+            run(split, tmp_path)
+
+
+def five_outputs():
+    x = inputs = keras.Input((8, 8, 8, 3))
+    return keras.Model(inputs, keras.layers.Conv3D(5, 1, activation="softmax")(x))
+
+
+def two_inputs():
+    both = [keras.Input((8, 8, 8, 3)) for _ in range(2)]
+    x = keras.layers.Concatenate()(both)
+    return keras.Model(both, keras.layers.Conv3D(4, 1, activation="softmax")(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (five_outputs, "outputs is 5, expected 3 or 4"),
+        (two_inputs, "model is .*one input"),
+        (lambda: keras.Sequential([keras.layers.Conv3D(4, 1)]), "model is"),
+        (lambda: "best.keras", "model is 'best.keras'"),
+    ],
+)
+def test_J3_other_networks_are_told_before_the_first_step(split, tmp_path, make, told):
+    with pytest.raises(ValueError, match=told):
+        run(
+            split,
+            tmp_path / "run",
+            model=make(),
+            loss="sparse_categorical_crossentropy",
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_J3_validation_data_of_other_channels_is_told_before_the_first_step(
+    split, tmp_path
+):
+    order = ("t2", "t1ce", "flair")  # as many as those of the training, and not them
+    raw, options = split.with_name("raw"), {"crop_shape": (16, 16, 8), "jobs": 1}
+    prepare_dataset(raw, tmp_path / "prepared", modalities=order, **options)
+    split_dataset(tmp_path / "prepared", tmp_path / "split")
+    val_data = data(tmp_path / "split")[1]
+    with pytest.raises(ValueError, match="modalities of val_data is .*'t2', .*'flair'"):
+        run(split, tmp_path / "run", val_data=val_data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_I4_the_best_model_of_another_run_is_not_taken_for_ones_own(split, tmp_path):
+    for seed, name in enumerate(("mine", "other")):
+        run(split, tmp_path / name, 1, model=tiny_unet(seed=seed))
+    shutil.copy(tmp_path / "other" / "best.keras", tmp_path / "mine" / "best.keras")
+    with pytest.raises(ValueError, match="best.keras in .*mine is not"):
+        run(split, tmp_path / "mine", 1)
+
+
+def test_I5_the_optimizers_options_are_compared(split, tmp_path, monkeypatch):
+    run(split, tmp_path, 1)
+    monkeypatch.setitem(training.OPTIMIZER, "weight_decay", 1e-2)
+    with pytest.raises(ValueError, match="optimizer.weight_decay .0.0001 -> 0.01"):
+        run(split, tmp_path, 2)
