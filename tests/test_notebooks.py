@@ -11,7 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from brats_utils import inference
+from brats_utils import evaluation, inference
 from brats_utils.cases import find_cases
 from brats_utils.files import read_manifest
 from brats_utils.nifti import load_labels
@@ -109,7 +109,7 @@ def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path):
     trained = inference.load_model(run_dir)
     trained.description["decoding"] = {"thresholds": [0.9, 0.9, 0.9]}
     # Tuned on the cases that are scored: it must not be used for their scores.
-    inference.store_description(trained)
+    evaluation.store_description(trained)
     for path in reversed(NOTEBOOKS):
         assert not warnings_in(execute(path, tmp_path, **TINY))
     pd.testing.assert_frame_equal(pd.read_csv(table), scores)
