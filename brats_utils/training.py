@@ -34,8 +34,12 @@ from brats_utils.volumes import NORMALISATION
 BEST, HISTORY = "best.keras", "history.csv"
 STATE, FORMER = "last.npz", "last_but_one.npz"
 ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
-WARMUP_SHARE = 0.05  # of all steps
-AVERAGED_SHARE = 0.05  # of all steps: an average reaches back no further
+WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no further
+POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
+POSSIBLE |= {"average": files.number(0, 0.9999), "deep_supervision": files.whole(0)}
+POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
+POSSIBLE |= {"max_minutes": files.number(0, np.inf)}
+POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
 
@@ -327,6 +331,12 @@ class Checkpoint(keras.callbacks.Callback):
         self.bar.update()
 
 
+def _check_options(**options):
+    """Raise if an option of `train` is not possible."""
+    for name, value in options.items():
+        files.check_option(name, value, *POSSIBLE[name])
+
+
 def _check_data(model, train_data, val_data):
     """Raise unless a model and its data fit, before the first step."""
     check_model(model)
@@ -345,6 +355,9 @@ def _check_data(model, train_data, val_data):
 def _fit(model, checkpoint, epochs, validation_freq, minutes):
     """Train for the epochs that the run's history lacks."""
     train_data, val_data = checkpoint.train_data, checkpoint.val_data
+    train_data.verify()
+    val_data.verify()
+    checkpoint.run.begin(model)
     for region in ENCODED_REGIONS:
         if not any(row[f"{region}_ml"] for row in train_data.rows.values()):
             warnings.warn(f"no training case has {region}", stacklevel=3)
@@ -450,18 +463,12 @@ def train(
     Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
     (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
     """
-    files.check_option("epochs", epochs, *files.whole(1))
-    files.check_option("learning_rate", learning_rate, *files.number(1e-12, 1e3))
-    files.check_option("average", average, *files.number(0, 0.9999))
-    files.check_option("validation_freq", validation_freq, *files.whole(1))
-    files.check_option("deep_supervision", deep_supervision, *files.whole(0))
     minutes = np.inf if max_minutes is None else max_minutes
-    files.check_option("max_minutes", minutes, *files.number(0, np.inf))
-    files.check_option("verbose", verbose, *files.BOOL)
-    files.check_option("loss", loss, keras.losses.get, "a loss as Keras takes it")
-    _check_data(model, train_data, val_data)
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
+    others = {"epochs": epochs, "validation_freq": validation_freq, "loss": loss}
+    _check_options(**settings, **others, max_minutes=minutes, verbose=verbose)
+    _check_data(model, train_data, val_data)
     description = _describe_run(model, train_data, val_data, loss, **settings)
     trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
     inputs = [train_data.folder.parent, val_data.folder.parent]
@@ -470,13 +477,10 @@ def train(
         run = Run(output, description)
         run.resume(trained)
         if len(run.rows) < epochs:
-            train_data.verify()
-            val_data.verify()
             done = {"initial": len(run.rows), "total": epochs, "unit": "epoch"}
             bar = files.progress_bar(desc="training", disable=not verbose, **done)
             checkpoint = Checkpoint(run, train_data, val_data, bar)
             with bar, _advice_on_memory(model, train_data):
-                run.begin(trained)
                 _fit(trained, checkpoint, epochs, validation_freq, minutes)
         if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
             problem = f"{BEST} in {run_dir} is not the one that this run wrote"
