@@ -4,4 +4,4 @@ Importing the package imports nothing heavy; take what you need from its modules
 `from brats_utils.cases import find_cases`, say.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
