@@ -69,7 +69,7 @@ class Case:
 
 
 def check_case(case):
-    """Raise one plain error if an argument is no case.
+    """Raise one plain error if an argument is not a case.
 
     Parameters
     ----------
@@ -234,8 +234,8 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
         background, core, oedema and enhancing tumour), or a table such as
         {1: 1, 2: 2, 3: 4} from their values to 0, 1, 2 and 4. "auto" goes by the case
         ids or the `dataset.json` of known sets, checks the values against it, and
-        refuses what is not certain. The values in the label maps of all
-        cases with unknown ids decide whether 4 or 3 is enhancing tumour.
+        refuses what is not certain. For cases with unknown ids, the values in all
+        their label maps decide whether 4 or 3 is enhancing tumour.
     modalities : sequence of str
         Which images each case must have; others are taken where they are.
 
@@ -303,7 +303,7 @@ def _decide_labels(groups, sets):
         strange = values.get(place, set()) - label_table(codes[place]).keys()
         if strange:
             name = name or "the rest of this set"
-            problem = f"label {strange.pop()}, but {name} has the labels {codes[place]}"
+            problem = f"label {strange.pop()}, but {name} writes labels {codes[place]}"
             advice = (
                 f"Keep sets apart, or pass labels=, one of {CONVENTIONS} or a table"
             )

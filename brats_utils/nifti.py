@@ -270,7 +270,7 @@ def walk(root):
 
 
 def file_states(paths):
-    """Return what tells whether files have changed, without reading them.
+    """Return sizes and times that show whether files have changed, without reading.
 
     Parameters
     ----------
