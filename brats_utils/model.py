@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -16,6 +17,7 @@ from brats_utils.files import BOOL, check_option, is_whole, number, whole
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
+PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}

@@ -55,12 +55,12 @@ SCANNER = {
 }
 
 
-def _per_axis(values):
+def per_axis(values):
     """Return three values, one for each axis, shaped to broadcast with (3, X, Y, Z)."""
     return np.asarray(values, np.float32).reshape(3, 1, 1, 1)
 
 
-def _upsample(coarse, shape):
+def upsample(coarse, shape):
     """Interpolate a volume linearly to `shape`; the corners keep their values."""
     for axis, size in enumerate(shape):
         where = np.linspace(0, coarse.shape[axis] - 1, size)
@@ -71,14 +71,14 @@ def _upsample(coarse, shape):
     return coarse
 
 
-def _smooth_noise(rng, shape, length):
+def smooth_noise(rng, shape, length):
     """Draw a random field of mean 0 and SD 1, smooth over `length` (3,) voxels."""
     length = np.maximum(length, 0.4)
     step = np.maximum(length / 1.5, 1)
     size = np.ceil(np.array(shape) / step).astype(int) + 2
     noise = rng.standard_normal(size, np.float32)
     noise = ndimage.gaussian_filter(noise, length / step, truncate=3)
-    return _upsample((noise - noise.mean()) / noise.std(), shape)
+    return upsample((noise - noise.mean()) / noise.std(), shape)
 
 
 def _speckle(rng, shape):
@@ -90,7 +90,7 @@ def _speckle(rng, shape):
     return noise / noise.std()
 
 
-def _soft_step(x, width):
+def soft_step(x, width):
     """Return a smooth step from 0 to 1 at x = 0, about four times `width` wide."""
     return 1 / (1 + np.exp(-np.clip(x / width, -30, 30)))
 
@@ -103,14 +103,14 @@ def _threshold_of_highest(values, n):
 
 def _ellipsoid(points, centre, half_axes, power=2.0):
     """Return roughly how many mm a point is inside (+) or outside (-) an ellipsoid."""
-    half_axes = _per_axis(half_axes)
-    scaled = np.abs((points - _per_axis(centre)) / half_axes)
+    half_axes = per_axis(half_axes)
+    scaled = np.abs((points - per_axis(centre)) / half_axes)
     radius = (scaled**power).sum(0) ** (1 / power)
     return (1 - radius) * half_axes.min()
 
 
 @dataclass
-class _Head:
+class Head:
     """A head without tumour: its place in the volume, and coarse maps of it.
 
     `window` is the brain's box in the volume and `inside` a mask of the brain in it.
@@ -130,34 +130,40 @@ class _Head:
 
     def texture(self, rng, length_mm):
         """Draw a coarse random field of mean 0 and SD 1."""
-        return _smooth_noise(rng, self.depth.shape, length_mm / self.step_mm)
+        return smooth_noise(rng, self.depth.shape, length_mm / self.step_mm)
+
+    def place(self, values, shape):
+        """Return a volume of `shape` with values (N,) at the brain's voxels, else 0."""
+        volume = np.zeros(shape, values.dtype, order="F")
+        volume[self.window][self.inside] = values
+        return volume
 
     def at_voxels(self, coarse):
         """Return the values of a coarse map at the N voxels of the brain."""
-        return _upsample(coarse, self.inside.shape)[self.inside]
+        return upsample(coarse, self.inside.shape)[self.inside]
 
 
 def _draw_brain(rng, points, step_mm):
     """Return how deep points are inside cerebrum, and cerebellum with brain stem."""
-    size = _per_axis(rng.normal(1, 0.02) * rng.normal(1, 0.015, 3))
-    points = (points - _per_axis(CENTRE_MM)) / size + _per_axis(CENTRE_MM)
-    bumps = 1.5 * _smooth_noise(rng, points.shape[1:], 14 / step_mm)
+    size = per_axis(rng.normal(1, 0.02) * rng.normal(1, 0.015, 3))
+    points = (points - per_axis(CENTRE_MM)) / size + per_axis(CENTRE_MM)
+    bumps = 1.5 * smooth_noise(rng, points.shape[1:], 14 / step_mm)
     cerebrum = _ellipsoid(points, (118.5, 128.5, 84), (69, 85, 55), 2.05) + bumps
     lower = _ellipsoid(points, (118.5, 172, 36), (48, 33, 28), 2.1) + 0.5 * bumps
     stem = _ellipsoid(points, (118.5, 150, 22), (13, 14, 40), 3)
     return cerebrum, np.maximum(lower, stem)
 
 
-def _draw_csf(rng, points, step_mm, cerebrum, lower, depth):
+def _draw_csf(rng, points, step_mm, cerebrum, lower, depth, ventricle_mm):
     """Return the maps `cortex`, `ventricle` and `fold` of a head."""
-    x, y, z = points - _per_axis(CENTRE_MM)
-    fold = _smooth_noise(rng, depth.shape, 5 / step_mm)
+    x, y, z = points - per_axis(CENTRE_MM)
+    fold = smooth_noise(rng, depth.shape, 5 / step_mm)
     sulcus = 6.5 * np.abs(fold) + 0.5 * np.maximum(depth - 18, 0)
     beyond = (y / 62) ** 2 + ((z - 2) / 24) ** 2 - 1
     fissure = np.abs(x + 1.5 * fold) + 20 * np.maximum(-beyond, 0)
     tentorium = np.abs(cerebrum - lower)
     cortex = np.minimum.reduce([depth, sulcus, fissure, tentorium])
-    wide = rng.uniform(3.5, 7)
+    wide = rng.uniform(*ventricle_mm)
     across = np.abs(x) - (wide + 3 + 0.005 * y**2)
     up = (z - 12 + 0.01 * y**2) / 1.4
     body = np.sqrt(across**2 + up**2 + np.maximum(np.abs(y) - 32, 0) ** 2) - wide
@@ -165,12 +171,32 @@ def _draw_csf(rng, points, step_mm, cerebrum, lower, depth):
     return cortex, np.minimum(body, third) + 0.8 * fold, fold
 
 
-def _draw_head(rng, shape):
-    """Draw a head without tumour in a volume of `shape`."""
+def draw_head(rng, shape, *, bend=None, strip=None, ventricle_mm=(3.5, 7)):
+    """Draw a head without tumour.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    shape : tuple of 3 int
+        Voxels of the volume.
+    bend : function, optional
+        (rng, points, step_mm) -> points: changes the shape of the anatomy.
+    strip : function, optional
+        (rng, height, step_mm) -> height: errors of skull-stripping. The image shows
+        where the height, about the mm inside the surface of the brain, is above 0.
+    ventricle_mm : (float, float)
+        Least and greatest half width of the lateral ventricles.
+
+    Returns
+    -------
+    head : Head
+    """
     factor = 2 if min(shape) >= 64 else 1
     step_mm = np.array(FULL_SHAPE) / shape * factor
     points = np.indices([-(-n // factor) for n in shape])
     points = (points * step_mm.reshape(3, 1, 1, 1)).astype(np.float32)
+    if bend:
+        points = bend(rng, points, step_mm)
     cerebrum, lower = _draw_brain(rng, points, step_mm)
     brain = np.maximum(cerebrum, lower)
     box = ndimage.find_objects((brain > 0).astype(np.uint8))[0]
@@ -178,21 +204,22 @@ def _draw_head(rng, shape):
     points = points[:, *box]
     depth = ndimage.distance_transform_edt(np.pad(brain > 0, 1), sampling=step_mm)
     depth = depth[1:-1, 1:-1, 1:-1].astype(np.float32)
-    csf = _draw_csf(rng, points, step_mm, cerebrum, lower, depth)
+    csf = _draw_csf(rng, points, step_mm, cerebrum, lower, depth, ventricle_mm)
     window = tuple(slice(b.start * factor, (b.stop - 1) * factor + 1) for b in box)
-    inside = _upsample(brain, [part.stop - part.start for part in window]) > 0
-    return _Head(window, inside, step_mm, points, cerebrum, depth, *csf)
+    shown = strip(rng, brain, step_mm) if strip else brain
+    inside = upsample(shown, [part.stop - part.start for part in window]) > 0
+    return Head(window, inside, step_mm, points, cerebrum, depth, *csf)
 
 
 def _draw_tissues(rng, head):
     """Return the shares of CSF, grey matter, vessels and rims in each brain voxel."""
     maps = (head.depth, head.cortex, head.ventricle, head.fold)
     depth, cortex, ventricle, fold = (head.at_voxels(values) for values in maps)
-    csf = _soft_step(1.0 - np.minimum(cortex, ventricle), 0.4)
-    grey = _soft_step(4.5 - cortex, 0.5) * (1 - csf)
+    csf = soft_step(1.0 - np.minimum(cortex, ventricle), 0.4)
+    grey = soft_step(4.5 - cortex, 0.5) * (1 - csf)
     other = head.at_voxels(head.texture(rng, 6))
-    vessels = np.exp(-(fold**2 + other**2) / 0.05) * _soft_step(16 - depth, 2)
-    dura = _soft_step(2.0 - depth, 0.5) * np.maximum(other, 0)
+    vessels = np.exp(-(fold**2 + other**2) / 0.05) * soft_step(16 - depth, 2)
+    dura = soft_step(2.0 - depth, 0.5) * np.maximum(other, 0)
     return csf, grey, np.maximum(vessels, dura), np.exp(-np.abs(ventricle - 2) / 3)
 
 
@@ -219,11 +246,11 @@ def _draw_centre(rng, head):
 def _draw_distance(rng, head, centre):
     """Return the distance to `centre` in mm, stretched along three random axes."""
     axes = np.linalg.qr(rng.standard_normal((3, 3)))[0] * rng.uniform(0.8, 1.25, 3)
-    offset = head.points - _per_axis(centre)
-    return np.sqrt(sum((_per_axis(axis) * offset).sum(0) ** 2 for axis in axes.T))
+    offset = head.points - per_axis(centre)
+    return np.sqrt(sum((per_axis(axis) * offset).sum(0) ** 2 for axis in axes.T))
 
 
-def _draw_tumour_heights(rng, head, raggedness):
+def draw_tumour_heights(rng, head, raggedness):
     """Draw two (N,) arrays, in mm, whose highest parts are whole tumour and core."""
     centre = _draw_centre(rng, head)
     height = -_draw_distance(rng, head, centre)
@@ -244,8 +271,19 @@ def _draw_tumour_heights(rng, head, raggedness):
     return head.at_voxels(whole), head.at_voxels(core)
 
 
-def _draw_tumour(rng, head, draws, enhances):
+def draw_tumour(rng, head, heights, sizes, enhances):
     """Draw the label of every brain voxel, and soft versions of the three regions.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    head : Head
+    heights : pair of (N,) arrays
+        From `draw_tumour_heights`.
+    sizes : tuple of 3 int
+        Voxels of whole tumour, core and enhancing tumour.
+    enhances : bool
+        Whether there is an enhancing part.
 
     Returns
     -------
@@ -254,16 +292,14 @@ def _draw_tumour(rng, head, draws, enhances):
     regions : list of 3 (N,) arrays
         Soft membership, 0 to 1, of whole tumour, core and enhancing tumour.
     """
-    whole, core = _draw_tumour_heights(rng, head, 1.45 + 0.25 * draws[3])
     speckle = _speckle(rng, head.inside.shape)[head.inside]
-    n_whole, n_core, n_enhancing = _tumour_sizes(draws, len(whole))
-    whole += speckle
+    n_whole, n_core, n_enhancing = sizes
+    whole, core = heights[0] + speckle, heights[1] + 0.7 * speckle
     limit = _threshold_of_highest(whole, n_whole)
     labels = np.where(whole >= limit, 2, 0).astype(np.uint8)
-    regions = [_soft_step(whole - limit, 0.8)]
-    core += 0.7 * speckle
+    regions = [soft_step(whole - limit, 0.8)]
     limit = _threshold_of_highest(core[labels > 0], n_core)
-    regions.append(_soft_step(core - limit, 0.5) * regions[0])
+    regions.append(soft_step(core - limit, 0.5) * regions[0])
     in_core = (labels > 0) & (core >= limit)
     labels[in_core] = 1
     if not enhances:
@@ -273,7 +309,7 @@ def _draw_tumour(rng, head, draws, enhances):
     rim += rng.uniform(0.3, 1.2) * head.at_voxels(head.texture(rng, 3))
     limit = _threshold_of_highest(rim[in_core], n_enhancing)
     labels[in_core & (rim >= limit)] = 4
-    return labels, [*regions, _soft_step(rim - limit, 0.3) * regions[1]]
+    return labels, [*regions, soft_step(rim - limit, 0.3) * regions[1]]
 
 
 def _class_contrasts(modality, draws):
@@ -306,23 +342,46 @@ def _acquire(rng, modality, image, spots, brightness):
     return np.clip(np.rint(raw * mean / raw.mean()), 1, 32767).astype(np.int16)
 
 
-def _draw_images(rng, head, draws, regions, brightness):
-    """Yield each modality's name and raw values at the brain's voxels, (N,) int16."""
+def draw_images(rng, head, draws, regions, brightness, *, spread=1.0, degrade=None):
+    """Draw the four images of a head.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    head : Head
+    draws : (4, 4) sequence of float
+        As `draw_patient` takes them, without the first row.
+    regions : list of 3 (N,) arrays
+        From `draw_tumour`.
+    brightness : float
+        Factor on the raw values.
+    spread : float
+        Factor on how much tissues and textures vary.
+    degrade : function, optional
+        (rng, head, image) -> image, (N,) arrays: a worse scanner.
+
+    Yields
+    ------
+    name : str
+        "flair", "t1", "t1ce" and "t2".
+    values : (N,) int16 array
+        Raw values at the voxels of the brain.
+    """
     tissues, spots = _draw_tissues(rng, head), _bright_spots(rng, head)
     whole, core, enhancing_part = regions
     # Deep white matter is smoother than the rest.
-    calm = 0.35 + _soft_step(8 - head.cortex, 2)
+    calm = 0.35 + soft_step(8 - head.cortex, 2)
     strengths = (calm, calm, calm, 1, calm, 1)
     shared = [head.texture(rng, length) for length in TEXTURE_MM[:4]]
     water = head.texture(rng, TUMOUR_TEXTURE_MM)
     for modality, own_draws in zip(ALL_MODALITIES, draws, strict=True):
         weights, noise, (wet, patchy) = TEXTURES[modality]
         fields = shared + [head.texture(rng, length) for length in TEXTURE_MM[4:]]
-        weights = (weights * rng.lognormal(0, 0.3, 6)).tolist()
+        weights = (weights * rng.lognormal(0, 0.3 * spread, 6)).tolist()
         parts = zip(weights, strengths, fields, strict=True)
         normal = head.at_voxels(sum(w * s * field for w, s, field in parts))
         for weight, tissue in zip(TISSUES[modality], tissues, strict=True):
-            normal += weight * rng.lognormal(0, 0.25) * tissue
+            normal += weight * rng.lognormal(0, 0.25 * spread) * tissue
         normal -= normal.mean()
         oedema, necrosis, enhancing = _class_contrasts(modality, own_draws)
         tumour = oedema + (necrosis - oedema) * core
@@ -332,6 +391,8 @@ def _draw_images(rng, head, draws, regions, brightness):
         )
         image = normal * (1 - 0.5 * whole) + tumour * whole
         image += noise * rng.standard_normal(len(image), np.float32)
+        if degrade:
+            image = degrade(rng, head, image)
         yield modality, _acquire(rng, modality, image, spots, brightness)
 
 
@@ -362,11 +423,11 @@ def draw_patient(seed, draws, shape, *, enhances=True, brightness=1.0):
         uint8 labels 0, 1, 2, 4; int16 raw values, 0 outside the brain.
     """
     rng = np.random.default_rng(seed)
-    head = _draw_head(rng, shape)
-    labels, regions = _draw_tumour(rng, head, draws[0], enhances)
+    head = draw_head(rng, shape)
+    heights = draw_tumour_heights(rng, head, 1.45 + 0.25 * draws[0][3])
+    sizes = _tumour_sizes(draws[0], len(heights[0]))
+    labels, regions = draw_tumour(rng, head, heights, sizes, enhances)
     brightness *= rng.lognormal(0, 0.35)
-    images = _draw_images(rng, head, draws[1:], regions, brightness)
+    images = draw_images(rng, head, draws[1:], regions, brightness)
     for name, values in chain([("seg", labels)], images):
-        volume = np.zeros(shape, values.dtype, order="F")
-        volume[head.window][head.inside] = values
-        yield name, volume
+        yield name, head.place(values, shape)

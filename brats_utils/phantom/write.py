@@ -18,6 +18,7 @@ from brats_utils.files import (
 from brats_utils.labels import ALL_MODALITIES
 from brats_utils.nifti import save_volume
 from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
+from brats_utils.phantom.wide import draw_wide_patient
 from brats_utils.volumes import check_shape
 
 SET_FOLDER = "BraTS2020_{0}Data/MICCAI_BraTS2020_{0}Data"
@@ -48,12 +49,9 @@ def _plan_case(root, kind, index, suffix):
     return Case(case_id, images, segmentation)
 
 
-def _write_case(folder, root, case, index, seed, shape):
-    """Draw one patient and write its files."""
-    kind_number = int(case.segmentation is None)
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
-    affine[1, 3] = shape[1] - 1
-    volumes = draw_patient(
+def _draw_case(kind_number, index, seed, shape):
+    """Draw one calibrated patient."""
+    return draw_patient(
         [seed, kind_number, 0, index],
         _even_draws(seed, kind_number, index),
         shape,
@@ -61,6 +59,17 @@ def _write_case(folder, root, case, index, seed, shape):
         # One case in eight is from a scanner with values about thirty times higher.
         brightness=25 if index % 8 == 3 else 1,
     )
+
+
+def _write_case(folder, root, case, index, seed, shape, wide):
+    """Draw one patient and write its files."""
+    kind_number = int(case.segmentation is None)
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[1, 3] = shape[1] - 1
+    if wide:
+        volumes = draw_wide_patient([seed, kind_number, 3, index], shape)
+    else:
+        volumes = _draw_case(kind_number, index, seed, shape)
     paths = {**case.images, "seg": case.segmentation}
     for key, volume in volumes:
         if paths[key]:
@@ -84,17 +93,19 @@ def _fill_tables(n_cases, seed):
     return {f"{folder}/{name}": text for name, text in tables.items()}
 
 
-def _check_arguments(compressed, jobs, shape, **numbers):
+def _check_arguments(compressed, wide, jobs, shape, **numbers):
     """Validate the arguments and return them in a form that JSON can hold."""
     for name, value in numbers.items():
         check_option(name, value, *whole(0))
     total = numbers["n_cases"] + numbers["without_segmentation"]
     check_option("n_cases", total, bool, "at least one case")
     check_option("compressed", compressed, *BOOL)
+    check_option("wide", wide, *BOOL)
     check_option("jobs", jobs, lambda n: n is None or is_whole(n, 1), "1 or more")
     check_shape(() if shape is None else shape, "shape", least=16)
     sizes = [int(n) for n in shape]
     settings = {name: int(value) for name, value in numbers.items()}
+    settings |= {"wide": True} if wide else {}
     return {**settings, "shape": sizes, "compressed": compressed}
 
 
@@ -111,6 +122,7 @@ def write_phantom(
     shape=FULL_SHAPE,
     without_segmentation=0,
     compressed=False,
+    wide=False,
     jobs=None,
 ):
     """Write synthetic BraTS-like patients, in the folders and names of the Kaggle set.
@@ -135,6 +147,9 @@ def write_phantom(
         Number of validation patients, which have no segmentation.
     compressed : bool
         Write `.nii.gz` instead of `.nii`, which is slower.
+    wide : bool
+        Draw patients who differ more than real ones do, to pretrain on: see
+        `brats_utils.phantom.wide`.
     jobs : int, optional
         How many patients to draw at once, in threads. By default, one per core.
 
@@ -151,7 +166,7 @@ def write_phantom(
     """
     root = check_path("root", root)
     numbers = {"n_cases": n_cases, "without_segmentation": without_segmentation}
-    settings = _check_arguments(compressed, jobs, shape, seed=seed, **numbers)
+    settings = _check_arguments(compressed, wide, jobs, shape, seed=seed, **numbers)
     suffix = ".nii.gz" if compressed else ".nii"
     patients = [("Training", i) for i in range(n_cases)]
     patients += [("Validation", i) for i in range(without_segmentation)]
@@ -169,7 +184,7 @@ def write_phantom(
         folder.begin(settings)
         folder.claim(names)
         Parallel(jobs or -1, prefer="threads")(  # -1: one per core
-            delayed(_write_case)(folder, root, case, index, seed, tuple(shape))
+            delayed(_write_case)(folder, root, case, index, seed, tuple(shape), wide)
             for case, (_, index) in zip(cases, patients, strict=True)
         )
         for name, text in tables.items():

@@ -1,0 +1,78 @@
+"""Train the quick profile's network on wide phantoms, and store its weights.
+
+`make pretrain` runs it; hours on two cores. Stopped, it resumes. The same seed gives
+the same weights on the same machine. BRATS_PATIENTS and BRATS_EPOCHS shorten it.
+"""
+
+import json
+
+import keras
+import numpy as np
+
+from brats_utils import files, inference, losses
+from brats_utils.generator import BratsGenerator
+from brats_utils.model import PHANTOM_WEIGHTS, unet
+from brats_utils.phantom import write_phantom
+from brats_utils.prepare import prepare_dataset
+from brats_utils.split import split_dataset
+from brats_utils.training import train
+
+SEED = 7
+NETWORK = {"n_classes": 4, "filters": 16, "depth": 5, "stem_stride": 2}
+PATCHES = {"batch_size": 1, "patch_shape": (96, 96, 96)}
+PLAN = {"learning_rate": 3e-3, "average": 0.999, "validation_freq": 4}
+
+
+def prepare(data, n_patients):
+    """Draw the patients and prepare them; return the folder of the split."""
+    raw, shape = data / "raw", files.setting("SHAPE", (240, 240, 155))
+    write_phantom(raw, n_patients, seed=SEED, wide=True, shape=shape)
+    # Healthy brains belong to it.
+    prepare_dataset(raw, data / "prepared", crop_shape=None, min_labelled=0.0)
+    split_dataset(data / "prepared", data / "split", ratio=(0.94, 0.06), seed=SEED)
+    return data / "split"
+
+
+def pretrain(data, n_patients, epochs, weights):
+    """Train, or resume training, and write the weights; return the history."""
+    done = (data / "split" / "manifest.json").exists()
+    split = data / "split" if done else prepare(data, n_patients)
+    more = {"augment": True, "tumour_share": 1 / 3, "seed": SEED}
+    train_data = BratsGenerator(split / "train", **PATCHES, **more)
+    val_data = BratsGenerator(split / "val", **PATCHES, tumour_share=1.0)
+    keras.utils.set_random_seed(SEED)
+    model = unet((None, None, None, 3), **NETWORK)
+    history = train(
+        model,
+        train_data,
+        val_data,
+        data / "run",
+        epochs=epochs,
+        loss=losses.batch_dice_cross_entropy_loss,
+        **PLAN,
+    )
+    write_weights(data / "run", weights)
+    return history
+
+
+def write_weights(run_dir, path):
+    """Write a trained network's weights in half precision, as `load_model` reads them.
+
+    The description keeps what a user must know; the ids of the phantoms are not it.
+    """
+    trained = inference.load_model(run_dir)
+    keys = "modalities normalisation orientation outputs patch_shape keras".split()
+    kept = {key: trained.description[key] for key in keys}
+    record = json.dumps({"network": NETWORK, "description": kept})
+    weights = {f"w{i:03}": w for i, w in enumerate(trained.model.get_weights())}
+    half = {name: array.astype(np.float16) for name, array in weights.items()}
+    with files.atomic_write(path) as temporary:
+        np.savez_compressed(temporary, record=record, **half)
+
+
+if __name__ == "__main__":
+    folder = files.setting("DATA", files.project_root() / "data") / "pretrain"
+    n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 52)
+    weights = files.setting("WEIGHTS", PHANTOM_WEIGHTS)
+    history = pretrain(folder, n_patients, epochs, weights)
+    print(f"{history['seconds'].sum() / 3600:.1f} hours; {weights}")

@@ -1,0 +1,131 @@
+"""Draw patients who differ more than real ones do, to pretrain a network on.
+
+The patients of `anatomy` look like the scans of one collection. A network that is to
+work on other people's scans must not rely on that. Here shape, tissues, tumours and
+scanner vary well beyond the calibrated figures, after the idea of SynthSeg: whatever
+varies in training cannot mislead later.
+
+References
+----------
+Billot et al., 2023, SynthSeg, doi:10.1016/j.media.2023.102789.
+"""
+
+from itertools import chain
+
+import numpy as np
+from scipy import ndimage
+
+from brats_utils.phantom import anatomy
+from brats_utils.phantom.anatomy import CENTRE_MM, per_axis, smooth_noise
+
+TILT_DEGREES, SIZE_SD, BEND_MM = 8, 0.06, 4
+VENTRICLE_MM = (2, 12)
+LARGEST_ML, BRAIN_ML = 250, 1471
+HEALTHY, LOW_GRADE, SOLID = 0.1, 0.25, 0.15  # shares of the patients
+SPREAD = (0.8, 2.0)  # of contrasts, tissues, textures, times the calibrated spread
+GAMMA, BIAS_SD, SLICE_MM = (0.6, 1.7), 0.15, (1.5, 6)
+
+
+def _bend(rng, points, step_mm):
+    """Tilt, stretch and bend a head, which also shifts its midline."""
+    matrix = np.diag(1 + SIZE_SD * rng.standard_normal(3))
+    for axis, angle in enumerate(np.radians(TILT_DEGREES * rng.standard_normal(3))):
+        first, second = (a for a in range(3) if a != axis)
+        turn = np.eye(3)
+        turn[first, first] = turn[second, second] = np.cos(angle)
+        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    offset = points - per_axis(CENTRE_MM)
+    bent = np.einsum("ij,jxyz->ixyz", matrix.astype(np.float32), offset)
+    for axis in range(3):
+        bent[axis] += BEND_MM * smooth_noise(rng, points.shape[1:], 40 / step_mm)
+    return bent + per_axis(CENTRE_MM)
+
+
+def _strip(rng, height, step_mm):
+    """Strip the skull badly: take bites out of the brain, leave residues around it."""
+    errors = smooth_noise(rng, height.shape, 12 / step_mm)
+    bites = np.maximum(errors - rng.uniform(1.2, 4), 0)
+    residues = np.maximum(-errors - rng.uniform(1.2, 4), 0)
+    errors = 8 * residues - 12 * bites
+    return height + rng.uniform(-2, 2) + errors * (rng.random() < 0.5)
+
+
+def _draw_sizes(rng, n_brain):
+    """Return the voxels of whole tumour, core and enhancing tumour, of any kind."""
+    whole = LARGEST_ML ** rng.random(2).max() / BRAIN_ML * n_brain  # from 1 ml
+    n_core = max(2, round(rng.uniform(0.03, 0.95) * whole))
+    share = 1 if rng.random() < SOLID else rng.uniform(0.1, 0.9)
+    n_enhancing = int(np.clip(round(share * n_core), 1, n_core - 1))
+    return max(n_core + 1, round(whole)), n_core, n_enhancing
+
+
+def _draw_tumours(rng, head):
+    """Draw no tumour or up to three: the labels and soft regions of `draw_tumour`."""
+    if rng.random() < HEALTHY:
+        nothing = np.zeros(np.count_nonzero(head.inside), np.float32)
+        return nothing.astype(np.uint8), [nothing] * 3
+    foci, lower = [], 0
+    for _ in range(rng.choice([1, 2, 3], p=[0.7, 0.2, 0.1])):
+        heights = anatomy.draw_tumour_heights(rng, head, rng.uniform(0.8, 2.2))
+        foci.append(np.subtract(heights, lower))
+        lower = rng.uniform(0, 20)  # mm by which the next focus is smaller
+    sizes = _draw_sizes(rng, foci[0].shape[1])
+    enhances = rng.random() >= LOW_GRADE
+    return anatomy.draw_tumour(rng, head, np.max(foci, axis=0), sizes, enhances)
+
+
+def _thicken(rng, head, values):
+    """Return values (N,) as a scanner with thick slices along one axis shows them."""
+    volume = np.full(head.inside.shape, np.median(values), np.float32)
+    volume[head.inside] = values
+    axis, thickness = rng.integers(3), rng.uniform(*SLICE_MM)
+    size = volume.shape[axis]
+    blurred = ndimage.gaussian_filter1d(volume, 0.4 * thickness, axis)
+    slices = np.linspace(0, size - 1, max(2, round(size / thickness))).round()
+    coarse = blurred.take(slices.astype(int), axis)
+    return anatomy.upsample(coarse, volume.shape)[head.inside]
+
+
+def _degrade(rng, head, image):
+    """Change the grey scale, the evenness, the resolution and the noise of an image."""
+    low, high = np.percentile(image[::7], (0.5, 99.5)).tolist()
+    image = np.clip((image - low) / (high - low), 0, 1.5)
+    if rng.random() < 0.5:
+        image = image ** np.exp(rng.uniform(*np.log(GAMMA)))
+    bias = head.texture(rng, rng.uniform(40, 90)) * (BIAS_SD * rng.random())
+    image = image * np.exp(head.at_voxels(bias))
+    if rng.random() < 0.4:
+        image = _thicken(rng, head, image)
+    noise = 0.1 * rng.random() ** 2
+    return image + noise * rng.standard_normal(len(image), np.float32)
+
+
+def draw_wide_patient(seed, shape):
+    """Draw one patient of any appearance.
+
+    One in ten has no tumour, a quarter of the others no enhancing one. There are one to
+    three foci, of 1 to 250 ml in all, with any share of oedema and necrosis.
+
+    Parameters
+    ----------
+    seed : int or sequence of int
+        The same seed gives the same patient.
+    shape : tuple of 3 int
+        Voxels of a volume; the anatomy is scaled to it.
+
+    Yields
+    ------
+    name, volume
+        As `draw_patient` does.
+    """
+    rng = np.random.default_rng(seed)
+    changes = {"bend": _bend, "strip": _strip, "ventricle_mm": VENTRICLE_MM}
+    head = anatomy.draw_head(rng, shape, **changes)
+    labels, regions = _draw_tumours(rng, head)
+    brightness, spread = rng.lognormal(0, 0.5), rng.uniform(*SPREAD)
+    draws = (spread * rng.standard_normal((4, 4)).clip(-2, 2)).tolist()
+    worse = {"spread": spread, "degrade": _degrade}
+    images = anatomy.draw_images(rng, head, draws, regions, brightness, **worse)
+    for name, values in chain([("seg", labels)], images):
+        yield name, head.place(values, shape)
