@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import binary_erosion
+from scipy import ndimage
 from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
@@ -25,15 +25,36 @@ LEAST_GAIN = 0.001  # of mean Dice: less is chance
 MISSED_REGION_MM = float(np.sqrt(240**2 + 240**2 + 155**2))
 
 
+# BraTS 2023: parts of a lesion are at most 6 mm apart, smaller ones do not count.
+GROWN, SMALL_LESION_MM3, MISSED_LESION_MM = 3, 50, 374.0
+EDGES, CORNERS = (ndimage.generate_binary_structure(3, n) for n in (2, 3))
+
+
 def _surface_mm(mask, spacing_mm):
     """Return the positions (n, 3) of the voxels with a face neighbour outside."""
-    return np.argwhere(mask & ~binary_erosion(mask)) * np.asarray(spacing_mm, float)
+    padded, core = np.pad(mask, 1), mask.copy()
+    for axis, size in enumerate(mask.shape):
+        for start in (0, 2):
+            window = [slice(1, -1)] * 3
+            window[axis] = slice(start, start + size)
+            core &= padded[tuple(window)]
+    return np.argwhere(mask & ~core) * np.asarray(spacing_mm, float)
 
 
 def _nearest_mm(points, others):
     """Return the distance from each point to the nearest of the others."""
     # A tree that is built quickly: a noisy map has a million surface voxels.
     return KDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]
+
+
+def _surface_distances(prediction, truth, spacing_mm):
+    """Return the distances of all surface voxels, (n,) mm; None if a mask is empty."""
+    box = bounding_box(prediction | truth)
+    masks = prediction[box], truth[box]
+    ours, theirs = (_surface_mm(mask, spacing_mm) for mask in masks)
+    if not (len(ours) and len(theirs)):
+        return None
+    return np.concatenate([_nearest_mm(ours, theirs), _nearest_mm(theirs, ours)])
 
 
 def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
@@ -66,10 +87,79 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     present = sum(mask.any() for mask in masks)
     if present < 2:
         return float(present * MISSED_REGION_MM)
-    box = bounding_box(masks[0] | masks[1])
-    ours, theirs = (_surface_mm(mask[box], spacing_mm) for mask in masks)
-    pooled = np.concatenate([_nearest_mm(ours, theirs), _nearest_mm(theirs, ours)])
-    return float(np.percentile(pooled, 95))
+    return float(np.percentile(_surface_distances(*masks, spacing_mm), 95))
+
+
+def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
+    """Return the share of two surfaces that lies near the other one (NSD).
+
+    Parameters
+    ----------
+    prediction, truth, spacing_mm
+        As in `hd95`.
+    tolerance_mm : float
+        What counts as near.
+
+    Returns
+    -------
+    share : float
+        Of the surface voxels of both masks. 1.0 if both are empty, 0.0 if one is.
+
+    Examples
+    --------
+    >>> mask = np.zeros((8, 8, 8), bool)
+    >>> mask[2, 2, 2] = True
+    >>> surface_dice(mask, np.roll(mask, 1, axis=0))
+    1.0
+    """
+    masks = np.asarray(prediction, bool), np.asarray(truth, bool)
+    present = sum(mask.any() for mask in masks)
+    if present < 2:
+        return float(present == 0)
+    return float(np.mean(_surface_distances(*masks, spacing_mm) <= tolerance_mm))
+
+
+def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
+    """Return Dice and HD95 as the mean over lesions, as BraTS scores since 2023.
+
+    A lesion is a part of the truth that stays connected when the truth is dilated by
+    three voxels. The predicted components that touch the dilated lesion belong to it.
+    Lesions of at most 50 mm³ do not count. A lesion that was missed, and a component
+    that belongs to no lesion, have a Dice of 0 and a distance of 374 mm.
+
+    Parameters
+    ----------
+    prediction, truth, spacing_mm
+        As in `hd95`.
+
+    Returns
+    -------
+    dice, distance : float
+        1.0 and 0.0 if there is nothing to score.
+
+    References
+    ----------
+    The rules of BraTS 2023, glioma.
+    """
+    prediction, truth = np.asarray(prediction, bool), np.asarray(truth, bool)
+    dilated = ndimage.binary_dilation(truth, EDGES, iterations=GROWN)
+    zones, n_lesions = ndimage.label(dilated, CORNERS)
+    components, n_components = ndimage.label(prediction, CORNERS)
+    rows, known = [], set()
+    for lesion in range(1, n_lesions + 1):
+        zone = zones == lesion
+        touching = set(components[zone & prediction].tolist())
+        known |= touching
+        own = truth & zone
+        if np.count_nonzero(own) * np.prod(spacing_mm) <= SMALL_LESION_MM3:
+            continue
+        found = np.isin(components, [*touching])
+        missed = 0.0, MISSED_LESION_MM
+        scores = float(dice(found, own)), hd95(found, own, spacing_mm)
+        rows.append(scores if touching else missed)
+    rows += [(0.0, MISSED_LESION_MM)] * (n_components - len(known))
+    mean, distance = np.mean(rows or [(1.0, 0.0)], axis=0).tolist()
+    return mean, distance
 
 
 def _share(part, whole, false):
@@ -106,7 +196,14 @@ def _are_sizes(sizes):
     return len(sizes) == 3 and all(files.is_number(x, 1e-9, 1e9) for x in sizes)
 
 
-def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
+def _score_lesions(prediction, truth, spacing_mm):
+    """Return the scores that newer challenges add for one region."""
+    dice_, distance = lesion_scores(prediction, truth, spacing_mm)
+    nsd = surface_dice(prediction, truth, spacing_mm)
+    return {"lesion_dice": dice_, "lesion_hd95": distance, "nsd": nsd}
+
+
+def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     """Return the official BraTS scores of one predicted label map.
 
     Parameters
@@ -115,6 +212,9 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
         BraTS 2020 label maps of one grid, with only the values 0, 1, 2 and 4.
     spacing_mm : (3,) sequence of float
         Voxel size along X, Y and Z, in millimetres.
+    lesions : bool
+        Add the scores of newer challenges: `lesion_dice` and `lesion_hd95` of
+        `lesion_scores` (BraTS 2023) and `nsd`, the `surface_dice` at 1 mm.
 
     Returns
     -------
@@ -147,6 +247,7 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
     """
     prediction, truth = np.asarray(prediction), np.asarray(truth)
     files.check_option("spacing_mm", spacing_mm, _are_sizes, "three numbers above 0")
+    files.check_option("lesions", lesions, *files.BOOL)
     if prediction.shape != truth.shape or truth.ndim != 3:
         found = f"got {prediction.shape} and {truth.shape}"
         raise ValueError(f"expected a 3-D prediction and truth of one shape, {found}")
@@ -159,6 +260,8 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1)):
     for region, values in ENCODED_REGIONS.items():
         masks = np.isin(ours, values), np.isin(theirs, values)
         table[region] = _score_region(*masks, truth.size, spacing_mm)
+        if lesions:
+            table[region] |= _score_lesions(*masks, spacing_mm)
     scores = {f"{name}_{r}": table[r][name] for name in table["WT"] for r in table}
     return {**scores, "mean_iou": _mean_iou(ours, theirs, truth.size)}
 
@@ -211,7 +314,7 @@ def _find_prediction(folder, case):
     return next((path for path in paths if path.is_file()), None)
 
 
-def _score_file(path, case):
+def _score_file(path, case, lesions):
     """Score the prediction in a file, which must lie on the grid of its case."""
     prediction, affine = load_labels(path)
     truth, expected = load_labels(case.segmentation, case.labels)
@@ -219,10 +322,10 @@ def _score_file(path, case):
         problem = f"{path} is not on the grid of case {case.id}: it has shape "
         problem += f"{prediction.shape} and affine {affine.tolist()}, expected "
         raise ValueError(f"{problem}{truth.shape} and {expected.tolist()}")
-    return score_case(prediction, truth, spacing_of(expected))
+    return score_case(prediction, truth, spacing_of(expected), lesions=lesions)
 
 
-def score_cases(predictions_dir, cases):
+def score_cases(predictions_dir, cases, *, lesions=False):
     """Score the predicted files of many cases.
 
     Parameters
@@ -231,6 +334,8 @@ def score_cases(predictions_dir, cases):
         Folder of `<case id>.nii.gz` (or `.nii`) files, values 0, 1, 2 and 4.
     cases : sequence of Case
         Cases with a segmentation.
+    lesions : bool
+        As in `score_case`.
 
     Returns
     -------
@@ -254,7 +359,9 @@ def score_cases(predictions_dir, cases):
     found = [(case, _find_prediction(folder, case)) for case in cases]
     missing = [case.id for case, path in found if path is None]
     _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {folder}")
-    rows = [{"case": case.id, **_score_file(path, case)} for case, path in found]
+    rows = [
+        {"case": case.id, **_score_file(path, case, lesions)} for case, path in found
+    ]
     return pd.DataFrame(rows)
 
 

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +14,9 @@ import numpy as np
 from brats_utils import files, labels
 from brats_utils.cases import check_case, check_spacing, read_scan
 from brats_utils.model import (
-    DESCRIPTION,
-    check_description,
+    PHANTOM_WEIGHTS,
     describe_model,
+    read_model,
     size_factor,
 )
 from brats_utils.nifti import (
@@ -29,7 +28,6 @@ from brats_utils.nifti import (
 from brats_utils.training import BEST
 from brats_utils.volumes import bounding_box, check_shape, pad, standardise
 
-MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
 OPTIONS = "modalities flips patch_shape thresholds min_et_voxels uncertainty".split()
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_et_voxels": 0}
 
@@ -88,7 +86,8 @@ def load_model(path):
     Parameters
     ----------
     path : path
-        A `.keras` file, or the folder of a run, whose `best.keras` is taken.
+        A `.keras` file; the folder of a run, whose `best.keras` is taken; or "phantom",
+        the network that comes with this package, trained on synthetic patients only.
 
     Returns
     -------
@@ -101,34 +100,12 @@ def load_model(path):
         If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
         code (Lambda layers), or does not fit its own description.
     """
+    if path == "phantom":
+        path = PHANTOM_WEIGHTS
     path = files.check_path("model", path)
     path = path / BEST if path.is_dir() else path
-    if path.suffix.lower() in (".h5", ".hdf5"):
-        advice = "keras.models.load_model(path).save('model.keras') will convert it"
-        problem = f"{path}: HDF5 models may hold code and are refused"
-        raise ValueError(f"{problem}. If you trust it, {advice}")
-    if not path.is_file():
-        raise ValueError(f"there is no model {path}; train one first (notebook 04)")
-    if not zipfile.is_zipfile(path):
-        is_page = path.read_bytes()[:1] == b"<"
-        found = "an HTML page, not a model" if is_page else "damaged or no Keras model"
-        raise ValueError(f"{path} is {found}; get it again, as a .keras file")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > MOST_UNPACKED * path.stat().st_size:
-                raise ValueError(f"it would unpack to {unpacked / 1e6:.0f} MB")
-            described = DESCRIPTION in archive.namelist()
-            text = archive.read(DESCRIPTION) if described else "{}"
-            description = dict(json.loads(text))
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
-        model.jit_compile = False  # XLA would compile again for each brain's size
-    except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
-        found = "damaged, holds code (Lambda layers) or comes from another version"
-        problem = f"{path} cannot be loaded: it is {found} than Keras"
-        raise ValueError(f"{problem} {keras.__version__}: {error}") from None
-    if described:
-        check_description(model, description, path)
+    model, description = read_model(path)
+    model.jit_compile = False  # XLA would compile again for each brain's size
     return TrainedModel(model, description, path)
 
 
@@ -230,19 +207,23 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
         If a model is no such model, or takes patches of another shape.
     """
     axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
-    models, (total, squares, count) = _as_trained(model), (0, 0, 0)
+    models, total, squares = _as_trained(model), 0, 0
     files.check_option("model", models, len, "at least one model")
     files.check_option("flips", flips, *files.BOOL)
     if np.ndim(image) != 4:
         raise ValueError(f"image has shape {np.shape(image)}, expected (X, Y, Z, C)")
+    mirrors = axes if flips else [()]
+    n_passes = len(models) * len(mirrors)
     for each in models:
         shape = _choose_patch(each.model, image.shape[-1], patch_shape)
-        for mirrored in axes if flips else [()]:
+        for mirrored in mirrors:
             found = _predict_once(each.model, np.flip(image, mirrored), shape)
             found = np.flip(found, mirrored)
-            total, squares, count = total + found, squares + found**2, count + 1
-    mean = total / count
-    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0)).max(axis=-1)
+            if n_passes == 1:
+                return found, np.zeros(found.shape[:3], np.float32)
+            total, squares = total + found, squares + found**2
+    mean = total / n_passes
+    return mean, np.sqrt(np.maximum(squares / n_passes - mean**2, 0)).max(axis=-1)
 
 
 def _choose_modalities(trained, modalities):

@@ -17,6 +17,7 @@ from brats_utils.files import BOOL, check_option, is_whole, number, whole
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
+MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
 PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
@@ -478,6 +479,111 @@ def write_model(model, path, description):
     bare.save(path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+
+
+def _read_phantom_weights():
+    """Return the network that was trained on phantoms, and its description."""
+    with np.load(PHANTOM_WEIGHTS) as saved:
+        record = json.loads(saved["record"].item())
+        weights = [saved[name].astype(np.float32) for name in sorted(saved.files)[1:]]
+    channels = len(record["description"]["modalities"])
+    model = unet((None, None, None, channels), **record["network"])
+    model.set_weights(weights)
+    return model, record["description"]
+
+
+def read_model(path):
+    """Read a saved model as data: nothing that the file holds is executed.
+
+    Parameters
+    ----------
+    path : Path
+        A `.keras` file, or `PHANTOM_WEIGHTS`.
+
+    Returns
+    -------
+    model : keras.Model
+        Not compiled.
+    description : dict
+        As `write_model` stored it; empty without one.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
+        code (Lambda layers), or does not fit its own description.
+    """
+    if path == PHANTOM_WEIGHTS:
+        return _read_phantom_weights()
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        advice = "keras.models.load_model(path).save('model.keras') will convert it"
+        problem = f"{path}: HDF5 models may hold code and are refused"
+        raise ValueError(f"{problem}. If you trust it, {advice}")
+    if not path.is_file():
+        raise ValueError(f"there is no model {path}; train one first (notebook 04)")
+    if not zipfile.is_zipfile(path):
+        is_page = path.read_bytes()[:1] == b"<"
+        found = "an HTML page, not a model" if is_page else "damaged or no Keras model"
+        raise ValueError(f"{path} is {found}; get it again, as a .keras file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > MOST_UNPACKED * path.stat().st_size:
+                raise ValueError(f"it would unpack to {unpacked / 1e6:.0f} MB")
+            described = DESCRIPTION in archive.namelist()
+            text = archive.read(DESCRIPTION) if described else "{}"
+            description = dict(json.loads(text))
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
+        found = "damaged, holds code (Lambda layers) or comes from another version"
+        problem = f"{path} cannot be loaded: it is {found} than Keras"
+        raise ValueError(f"{problem} {keras.__version__}: {error}") from None
+    if described:
+        check_description(model, description, path)
+    return model, description
+
+
+def _facts(model):
+    """Return what a user chose of a U-Net, by name."""
+    first = next(layer for layer in model.layers if hasattr(layer, "kernel"))
+    facts = {"channels": model.input_shape[-1], "filters": first.kernel.shape[-1]}
+    stride, factor = first.strides[0], size_factor(model)
+    return {
+        **facts,
+        "depth": 1 + (factor // stride).bit_length() - 1,
+        "stem_stride": stride,
+    }
+
+
+def copy_weights(source, model, name):
+    """Give a model the weights of another, to start training from.
+
+    If the models have other outputs (labels, regions), the last layer keeps its own.
+
+    Parameters
+    ----------
+    source, model : keras.Model
+        U-Nets alike in channels, filters, depth and stride.
+    name : str
+        What to call `source` in a message.
+
+    Raises
+    ------
+    ValueError
+        Says what differs.
+    """
+    theirs, ours = _facts(source), _facts(model)
+    differ = [f"{k} {theirs[k]}, not {ours[k]}" for k in ours if theirs[k] != ours[k]]
+    pairs = [
+        [layer for layer in each.layers if layer.weights] for each in (source, model)
+    ]
+    shapes = [[[w.shape for w in x.weights] for x in each[:-1]] for each in pairs]
+    if differ or shapes[0] != shapes[1]:
+        found = "; ".join(differ) or "other layers"
+        raise ValueError(f"start={name!r} does not fit the model: it has {found}")
+    for old, new in zip(*pairs, strict=True):
+        if [w.shape for w in old.weights] == [w.shape for w in new.weights]:
+            new.set_weights(old.get_weights())
 
 
 def check_description(model, description, path):

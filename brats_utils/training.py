@@ -20,11 +20,14 @@ from brats_utils import files
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.losses import RegionDice, dice_cross_entropy_loss
 from brats_utils.model import (
+    PHANTOM_WEIGHTS,
     check_model,
+    copy_weights,
     describe_model,
     describe_object,
     has_gpu,
     model_table,
+    read_model,
     size_factor,
     supervise_deeply,
     write_model,
@@ -352,6 +355,18 @@ def _check_data(model, train_data, val_data):
         raise ValueError(f"{problem}; validate with other cases")
 
 
+def _read_start(start, train_data):
+    """Return a network to start from, and the checksum of its file."""
+    path = PHANTOM_WEIGHTS if start == "phantom" else files.check_path("start", start)
+    path = path / BEST if path.is_dir() else path
+    source, described = read_model(path)
+    channels = [*train_data.modalities]
+    if described and [*described["modalities"]] != channels:
+        problem = f"start={start!r} takes {described['modalities']}"
+        raise ValueError(f"{problem}, train_data has {channels}")
+    return source, files.describe_file(path)["sha256"]
+
+
 def _fit(model, checkpoint, epochs, validation_freq, minutes):
     """Train for the epochs that the run's history lacks."""
     train_data, val_data = checkpoint.train_data, checkpoint.val_data
@@ -398,6 +413,7 @@ def train(
     deep_supervision=0,
     average=0.0,
     validation_freq=1,
+    start=None,
     max_minutes=None,
     verbose=True,
 ):
@@ -435,6 +451,10 @@ def train(
         normalisation, a moving average already, are not averaged.
     validation_freq : int
         Validate after this many epochs each, and after the last.
+    start : path or "phantom", optional
+        Begin with the weights of this model rather than with random ones: a `.keras`
+        file, the folder of a run, or "phantom", the weights that come with this
+        package. It must be alike in channels, filters, depth and stride.
     max_minutes : float, optional
         Stop after the epoch in which this time is up; the same call then resumes. The
         learning rate stays planned for `epochs`, so give as many as the time allows.
@@ -456,7 +476,7 @@ def train(
     ValueError
         If `run_dir` holds a run of another model, of other data or other settings, or
         only damaged states, or something else; if a volume has changed since it was
-        prepared; or if an option is out of range.
+        prepared; if `start` does not fit; or if an option is out of range.
 
     References
     ----------
@@ -470,6 +490,9 @@ def train(
     _check_options(**settings, **others, max_minutes=minutes, verbose=verbose)
     _check_data(model, train_data, val_data)
     description = _describe_run(model, train_data, val_data, loss, **settings)
+    if start is not None:
+        source, description["start"] = _read_start(start, train_data)
+        copy_weights(source, model, start)
     trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:

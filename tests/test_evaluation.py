@@ -9,11 +9,14 @@ from scipy.ndimage import gaussian_filter
 
 from brats_utils.cases import Case, find_cases
 from brats_utils.evaluation import (
+    MISSED_LESION_MM,
     MISSED_REGION_MM,
     hd95,
+    lesion_scores,
     score_case,
     score_cases,
     summarise_scores,
+    surface_dice,
 )
 from brats_utils.labels import REGIONS
 from brats_utils.nifti import BratsDataError, load_labels, save_volume
@@ -202,3 +205,92 @@ def test_summary_of_a_single_case_has_no_interval():
     with warnings.catch_warnings(action="error"):
         summary = summarise_scores(pd.DataFrame({"case": ["a"], "dice": [0.8]}))
     assert summary.loc["dice"].tolist() == [0.8] * 4
+
+
+def cube(*corners, size=4, shape=(60, 20, 20)):
+    """Return a mask with a cube of `size` voxels at each corner."""
+    mask = np.zeros(shape, bool)
+    for corner in corners:
+        mask[tuple(slice(i, i + size) for i in corner)] = True
+    return mask
+
+
+def test_lesions_are_scored_one_by_one():
+    truth = cube((3, 3, 3), (23, 3, 3), (43, 3, 3))
+    # The first is found, the second is a voxel off, the third missed, one invented.
+    found = cube((3, 3, 3), (24, 3, 3), (33, 13, 13))
+    shifted = truth & cube((24, 3, 3)) | cube((23, 3, 3))
+    overlap = 2 * 3 * 16 / (64 + 64)
+    assert shifted.sum() == 64
+    dice, distance = lesion_scores(found, truth)
+    assert dice == pytest.approx((1 + overlap + 0 + 0) / 4)
+    assert distance == pytest.approx((0 + 1 + 2 * MISSED_LESION_MM) / 4)
+
+
+def test_near_parts_are_one_lesion():
+    # Grown by 3 voxels each, parts with a gap of 6 touch, and with 7 at their faces
+    # still do (26 neighbours); with 8 they do not.
+    for gap, n_lesions in ((6, 1), (8, 2)):
+        truth = cube((5, 5, 5), (9 + gap, 5, 5))
+        dice, distance = lesion_scores(cube((5, 5, 5)), truth)
+        if n_lesions == 1:
+            assert dice == pytest.approx(2 * 64 / (64 + 128))
+        else:
+            assert dice == pytest.approx((1 + 0) / 2)
+            assert distance == pytest.approx(MISSED_LESION_MM / 2)
+
+
+def test_a_component_may_belong_to_several_lesions():
+    truth = cube((5, 5, 5), (25, 5, 5))
+    found = np.zeros_like(truth)
+    found[5:29, 5:9, 5:9] = True
+    dice, _ = lesion_scores(found, truth)
+    assert dice == pytest.approx(2 * 64 / (64 + 24 * 16))
+
+
+def test_small_lesions_do_not_count():
+    small = cube((3, 3, 3), size=3)  # 27 mm³, or 54 mm³ with slices of 2 mm
+    nothing = np.zeros_like(small)
+    assert lesion_scores(nothing, small) == (1, 0)
+    assert lesion_scores(nothing, small, (1, 1, 2)) == (0, MISSED_LESION_MM)
+    # What touches a lesion that does not count is not invented either.
+    assert lesion_scores(small, small) == (1, 0)
+    assert lesion_scores(small, nothing) == (0, MISSED_LESION_MM)
+    assert lesion_scores(nothing, nothing) == (1, 0)
+    large = cube((30, 3, 3))
+    assert lesion_scores(large, large | small) == (1, 0)
+
+
+def test_surface_dice_by_hand():
+    truth, shifted = cube((5, 5, 5)), cube((7, 5, 5))
+    # Of the 56 surface voxels of each, 12 (layer 9 or 6) to 2 mm from the other one.
+    near = surface_dice(truth, shifted)
+    far = surface_dice(truth, shifted, tolerance_mm=2)
+    assert near < far == 1
+    points = [
+        np.argwhere(mask & ~cube((i, 6, 6), size=2))
+        for mask, i in ((truth, 6), (shifted, 8))
+    ]
+    gaps = np.linalg.norm(points[0][:, None] - points[1][None], axis=-1)
+    distances = np.concatenate([gaps.min(0), gaps.min(1)])
+    assert len(distances) == 2 * 56 and near == np.mean(distances <= 1)
+    nothing = np.zeros_like(truth)
+    assert surface_dice(nothing, nothing) == 1
+    assert surface_dice(truth, nothing) == surface_dice(nothing, truth) == 0
+    assert surface_dice(truth, truth, (1, 1, 3)) == 1
+
+
+def test_the_newer_scores_stand_beside_those_of_2020():
+    truth, found = np.zeros((2, 40, 20, 20), np.uint8)
+    truth[3:8, 3:8, 3:8], truth[5, 5, 5] = 2, 4
+    found[3:8, 3:8, 3:8] = 2
+    found[30:35, 3:8, 3:8] = 1
+    plain = score_case(found, truth)
+    scores = score_case(found, truth, lesions=True)
+    assert {k: scores[k] for k in plain} == plain
+    assert scores["lesion_dice_WT"] == 1 / 2
+    assert scores["lesion_hd95_WT"] == MISSED_LESION_MM / 2
+    assert scores["lesion_dice_ET"] == 1  # a voxel in the truth, none found
+    assert scores["nsd_WT"] == 2 / 3  # two surfaces of the three
+    with pytest.raises(ValueError, match="lesions is 2"):
+        score_case(found, truth, lesions=2)
