@@ -72,7 +72,7 @@ def write_weights(run_dir, path):
 
 if __name__ == "__main__":
     folder = files.setting("DATA", files.project_root() / "data") / "pretrain"
-    n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 52)
+    n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 36)
     weights = files.setting("WEIGHTS", PHANTOM_WEIGHTS)
     history = pretrain(folder, n_patients, epochs, weights)
     print(f"{history['seconds'].sum() / 3600:.1f} hours; {weights}")

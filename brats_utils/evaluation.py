@@ -17,6 +17,7 @@ from brats_utils.nifti import spacing_mm as spacing_of
 from brats_utils.volumes import bounding_box, dice
 
 THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)
+MIN_ISLAND = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 MIN_ET_VOXELS = (0, 25, 50, 100, 200, 400)
 LEAST_GAIN = 0.001  # of mean Dice: less is chance
 
@@ -378,31 +379,34 @@ def _mean_dice(cases, decoding):
 
 
 def _trials(decoding, step):
-    """Return decodings with other values of one threshold, or last of the volume."""
+    """Return decodings with other values of one threshold, or of a least size."""
     if step == len(REGIONS):
+        return [{**decoding, "min_island": share} for share in MIN_ISLAND]
+    if step > len(REGIONS):
         return [{**decoding, "min_et_voxels": n} for n in MIN_ET_VOXELS]
     before, after = decoding["thresholds"][:step], decoding["thresholds"][step + 1 :]
     return [{**decoding, "thresholds": [*before, float(t), *after]} for t in THRESHOLDS]
 
 
 def tune_decoding(cases):
-    """Choose thresholds and the least enhancing volume by the mean Dice over cases.
+    """Choose the keywords of `decode_probabilities` by the mean Dice over cases.
 
-    The threshold of WT first, then TC's, then ET's, then the volume. If it is tuned on
-    few cases and scored on the same, the gain is too optimistic.
+    The threshold of WT first, then TC's, then ET's, then which islands to keep, then
+    the least enhancing volume. If they are tuned on few cases and scored on the same,
+    the gain is too optimistic.
 
     Parameters
     ----------
     cases : iterable of (probabilities, truth)
         (..., K) float as `decode_probabilities` takes them, and (...) integer labels
-        0, 1, 2, 4. Only the voxels of each case that can matter are kept in memory.
+        0, 1, 2, 4. Only the box of each case that can matter is kept in memory.
 
     Returns
     -------
     decoding : dict
-        "thresholds" and "min_et_voxels", keywords of `decode_probabilities`: 0.5 and 0
-        wherever no other value is better; empty if nothing is better than to decode
-        without them, as `decode_probabilities` does by default.
+        "thresholds", "min_island" and "min_et_voxels": 0.5 and 0 wherever no other
+        value is better; empty if nothing is better than to decode without them, as
+        `decode_probabilities` does by default.
     gain : pandas.DataFrame
         Rows WT, TC and ET; mean Dice by default, "plain", and "tuned".
     """
@@ -412,14 +416,13 @@ def tune_decoding(cases):
     files.check_option("cases", cases, iter, "pairs of probabilities and truth")
     for probabilities, truth in cases:
         regions = region_probabilities(probabilities)
-        matters = (regions[..., 0] > THRESHOLDS[0]) | (truth > 0)
-        kept.append((regions[matters], truth[matters]))
-        pair = np.asarray(probabilities)[matters], truth[matters]
-        plain.append(_mean_dice([pair], {}))
+        box = bounding_box((regions[..., 0] > THRESHOLDS[0]) | (truth > 0))
+        kept.append((np.array(regions[box]), np.array(truth[box])))
+        plain.append(_mean_dice([(np.asarray(probabilities)[box], truth[box])], {}))
     files.check_option("cases", kept, len, "at least one case to tune on")
     plain = np.mean(plain, axis=0)
     best, tuned = PLAIN, _mean_dice(kept, PLAIN)
-    for step in range(len(REGIONS) + 1):
+    for step in range(len(REGIONS) + 2):
         found = [(_mean_dice(kept, trial), trial) for trial in _trials(best, step)]
         score, trial = max(found, key=lambda pair: pair[0].mean())
         if score.mean() > tuned.mean() + LEAST_GAIN:
@@ -479,8 +482,9 @@ def tune_model(run_dir, cases, **options):
     _check_labelled(cases)
     trained = load_model(run_dir)
     check_options([trained], options, ("modalities", "flips", "patch_shape"))
-    if not trained.description:
-        raise ValueError(f"{trained.path} has no description to store a decoding in")
+    if not trained.description or trained.path.suffix != ".keras":
+        problem = "is no .keras file with a description, to store a decoding in"
+        raise ValueError(f"{trained.path} {problem}")
 
     seen = {case.id for case in cases} & {*trained.description.get("train_cases", ())}
     _raise_for(sorted(seen), "were in the training; tune on others")

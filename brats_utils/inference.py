@@ -10,6 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from scipy import ndimage
 
 from brats_utils import files, labels
 from brats_utils.cases import check_case, check_spacing, read_scan
@@ -28,8 +29,8 @@ from brats_utils.nifti import (
 from brats_utils.training import BEST
 from brats_utils.volumes import bounding_box, check_shape, pad, standardise
 
-OPTIONS = "modalities flips patch_shape thresholds min_et_voxels uncertainty".split()
-PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_et_voxels": 0}
+PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_island": 0.0, "min_et_voxels": 0}
+OPTIONS = ["modalities", "flips", "patch_shape", *PLAIN, "uncertainty"]
 
 
 @dataclass
@@ -274,19 +275,18 @@ def check_options(models, options, possible=OPTIONS):
         _choose_patch(each.model, len(names), patch_shape)
     for name in ("flips", "uncertainty"):
         check(name, options.get(name, False), *files.BOOL)
-    _choose_decoding(models[0], given["thresholds"], given["min_et_voxels"])
+    _choose_decoding(models[0], {name: given[name] for name in PLAIN})
 
 
-def _choose_decoding(trained, thresholds, min_et_voxels):
+def _choose_decoding(trained, given):
     """Return keywords of `decode_probabilities`: those given, or else those tuned."""
-    decoding = {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
     tuned = trained.description.get("decoding", {})
-    decoding = {k: tuned.get(k) if v is None else v for k, v in decoding.items()}
+    decoding = {k: tuned.get(k) if v is None else v for k, v in given.items()}
     _check_decoding(**decoding)
     return decoding
 
 
-def _check_decoding(thresholds, min_et_voxels):
+def _check_decoding(thresholds, min_island, min_et_voxels):
     """Raise if an option of decoding is not possible; None is the default."""
 
     def are_shares(shares):
@@ -294,8 +294,8 @@ def _check_decoding(thresholds, min_et_voxels):
 
     check, shares = files.check_option, "three numbers from 0 to 1"
     check("thresholds", thresholds, lambda t: t is None or are_shares(t), shares)
-    least = 0 if min_et_voxels is None else min_et_voxels
-    check("min_et_voxels", least, *files.whole(0))
+    check("min_et_voxels", min_et_voxels or 0, *files.whole(0))
+    check("min_island", min_island or 0, *files.number(0, 1))
 
 
 def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):
@@ -344,6 +344,7 @@ def predict_case(
     flips=False,
     patch_shape=None,
     thresholds=None,
+    min_island=None,
     min_et_voxels=None,
     uncertainty=False,
 ):
@@ -363,7 +364,7 @@ def predict_case(
     flips, patch_shape
         As in `predict_probabilities`. The default shape is that of the training
         patches, if the model is described.
-    thresholds, min_et_voxels : optional
+    thresholds, min_island, min_et_voxels : optional
         As in `decode_probabilities`. By default as `evaluation.tune_model` stored them.
     uncertainty : bool
         Return the spread over flips and models as well.
@@ -383,16 +384,18 @@ def predict_case(
         If a model does not fit, or its output is NaN.
     """
     options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
-    options |= {"thresholds": thresholds, "min_et_voxels": min_et_voxels}
+    options |= {"thresholds": thresholds, "min_island": min_island}
+    options["min_et_voxels"] = min_et_voxels
     models = _as_trained(model)
     check_options(models, {**options, "uncertainty": uncertainty})
     segmentation, spread, _ = _predict_maps(models, case, **options)
     return (segmentation, spread) if uncertainty else segmentation
 
 
-def _predict_maps(models, case, *, thresholds=None, min_et_voxels=None, **options):
+def _predict_maps(models, case, **options):
     """Return the label map, the spread and the header of their grid."""
-    decoding = _choose_decoding(models[0], thresholds, min_et_voxels)
+    given = {name: options.pop(name, None) for name in PLAIN}
+    decoding = _choose_decoding(models[0], given)
     found = predict_scan(models, case, **options)
     segmentation = decode_probabilities(found.probabilities, **decoding)
     return found.place(segmentation), found.place(found.spread), found.scan.header
@@ -518,7 +521,18 @@ def region_probabilities(probabilities):
     return np.stack(members, axis=-1)
 
 
-def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
+def _drop_islands(segmentation, share):
+    """Set to 0 the components of a label map that are small beside its largest."""
+    corners = np.ones((3,) * segmentation.ndim)
+    islands, n_islands = ndimage.label(segmentation, corners)
+    sizes = np.bincount(islands.ravel(), minlength=2)[1:]
+    kept = np.r_[True, sizes >= share * sizes.max()]
+    segmentation[~kept[islands]] = 0
+
+
+def decode_probabilities(
+    probabilities, *, thresholds=None, min_island=0.0, min_et_voxels=0
+):
     """Return the BraTS labels of a model's probabilities.
 
     Parameters
@@ -529,6 +543,9 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
         A region counts where its probability is above its threshold, TC only within
         WT, and ET only within TC. By default the largest of four labels wins, and
         each of three regions counts above 0.5.
+    min_island : float
+        Drop the connected components of the whole tumour that are smaller than this
+        share of the largest one; 0 keeps all, 1 keeps the largest only.
     min_et_voxels : int
         If less enhancing tumour than this is found, call it core (label 1): a few
         stray voxels would cost the whole Dice of a case that has none.
@@ -548,7 +565,7 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
     >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
     array([1, 2, 0], dtype=uint8)
     """
-    _check_decoding(thresholds, min_et_voxels)
+    _check_decoding(thresholds, min_island, min_et_voxels)
     if _check_probabilities(probabilities)[1] == 4 and thresholds is None:
         segmentation = labels.decode_labels(np.argmax(probabilities, axis=-1))
     else:
@@ -558,6 +575,8 @@ def decode_probabilities(probabilities, *, thresholds=None, min_et_voxels=0):
         nested = np.logical_and.accumulate(above, axis=-1)
         # By how many regions a voxel lies in: oedema, core, enhancing tumour.
         segmentation = np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
+    if min_island:
+        _drop_islands(segmentation, min_island)
     if np.count_nonzero(segmentation == 4) < (min_et_voxels or 0):
         segmentation[segmentation == 4] = 1
     return segmentation

@@ -650,6 +650,34 @@ def test_stray_enhancing_voxels_are_worth_a_least_volume():
     assert gain.loc["ET"].tolist() == [0.5, 1]
 
 
+def test_islands_are_dropped_beside_the_largest_component():
+    truth = np.zeros((20, 8, 8), int)
+    truth[1:5, 1:5, 1:5], truth[1:3, 1:3, 1:3] = 2, 4  # 64 voxels
+    truth[8:11, 1:4, 1:4], truth[11, 4, 4] = 1, 2  # 28: corners connect
+    truth[15, 5, 5] = 4
+    probabilities = sure_case(truth)[0]
+    for share, kept in ((0, 93), (1 / 64, 93), (0.02, 92), (28 / 64, 92), (0.44, 64)):
+        found = decode_probabilities(probabilities, min_island=share)
+        assert np.count_nonzero(found) == kept
+        np.testing.assert_array_equal(found, np.where(found > 0, truth, 0))
+    # What is dropped does not count as enhancing tumour.
+    found = decode_probabilities(probabilities, min_island=0.1, min_et_voxels=9)
+    assert not (found == 4).any()
+    nothing = decode_probabilities(np.zeros((4, 4, 4, 3)), min_island=0.1)
+    assert not nothing.any()
+
+
+def test_islands_are_tuned_too():
+    truth = np.zeros((20, 8, 8), int)
+    truth[1:5, 1:5, 1:5] = 4
+    probabilities = sure_case(truth)[0]
+    probabilities[8:10, 1:3, 1:3] = 0.95  # as sure as the tumour
+    decoding, gain = tune_decoding([(probabilities, truth)])
+    assert decoding["min_island"] == 0.2  # 8 voxels of 64: the least that drops them
+    assert decoding["thresholds"] == [0.5] * 3
+    assert (gain["tuned"] == 1).all() and (gain["plain"] < 1).all()
+
+
 def test_labels_are_added_up_over_the_regions():
     labels = [[0.4, 0.3, 0.1, 0.2], [0.6, 0.2, 0.1, 0.1]]
     assert decode_probabilities(labels).tolist() == [0, 0]
@@ -771,4 +799,27 @@ def test_a_decoding_is_not_tuned_on_the_cases_of_the_training(tmp_path, cases):
     before = path.read_bytes()
     with pytest.raises(ValueError, match="were in the training; tune on others: case1"):
         tune_model(path, cases)
+    assert path.read_bytes() == before
+
+
+def test_the_phantom_weights_predict_without_another_file(tmp_path):
+    write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
+    [case] = find_cases(tmp_path / "raw")
+    trained = load_model("phantom")
+    assert trained.description["modalities"] == ["flair", "t1ce", "t2"]
+    assert not {"train_cases", "val_cases"} & {*trained.description}
+    found = predict_case("phantom", case)
+    np.testing.assert_array_equal(found, predict_case(trained, case))
+    assert found.dtype == np.uint8 and {*np.unique(found)} <= {0, 1, 2, 4}
+    [path] = predict_cases("phantom", [case], tmp_path / "out")
+    np.testing.assert_array_equal(load_labels(path)[0], found)
+
+
+def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):
+    write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
+    [case] = find_cases(tmp_path / "raw")
+    path = load_model("phantom").path
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="phantom"):
+        tune_model("phantom", [case])
     assert path.read_bytes() == before

@@ -193,6 +193,7 @@ OF_THE_NETWORK = [
             "patch_shape": (*SHAPE, (7, 8, 8)),
             "thresholds": ((0.5,), (0.5, 0.5, 2), 0.5, "abc", (NAN,) * 3, (True,) * 3),
             "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
+            "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
             "modalities": (*MODALITIES, ("flair",), ("flair", "t1ce")),
         },
     ),
@@ -208,6 +209,7 @@ OF_THE_NETWORK = [
             "patch_shape": (*SHAPE, (7, 8, 8)),
             "thresholds": ((0.5,), (0.5, 0.5, 2), 0.5, "abc", (NAN,) * 3),
             "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
+            "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
             "modalities": (*MODALITIES, ("flair",)),
             "flip": (True,),
             "tta": (8,),
@@ -231,6 +233,7 @@ OF_THE_NETWORK = [
             "probabilities": (None, 5, "abc", np.zeros((2, 5)), [], [["a"] * 3]),
             "thresholds": ((0.5,), (0.5,) * 4, (0.5, 0.5, 2), 0.5, "abc", (NAN,) * 3),
             "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
+            "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
         },
     ),
     (

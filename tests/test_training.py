@@ -1,5 +1,6 @@
 """Training: the loss falls, a run resumes bit for bit, foreign folders are refused."""
 
+import hashlib
 import json
 import os
 import resource
@@ -26,7 +27,7 @@ from brats_utils.files import OutputFolder
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import load_model, predict_case
 from brats_utils.losses import dice_cross_entropy_loss, dice_focal_loss
-from brats_utils.model import has_gpu, unet
+from brats_utils.model import has_gpu, unet, write_model
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
 from brats_utils.training import train
@@ -1082,3 +1083,108 @@ def test_I5_the_optimizers_options_are_compared(split, tmp_path, monkeypatch):
     monkeypatch.setitem(training.OPTIMIZER, "weight_decay", 1e-2)
     with pytest.raises(ValueError, match="optimizer.weight_decay .0.0001 -> 0.01"):
         run(split, tmp_path, 2)
+
+
+NOTHING = {"learning_rate": 1e-12, "epochs": 1}  # a run that hardly changes the start
+
+
+def test_a_run_starts_from_the_weights_of_another(finished, split, tmp_path):
+    source = load_model(finished[0])
+    for start in (finished[0], source.path):
+        model = tiny_unet(seed=9)
+        run(split, tmp_path / Path(start).name, start=start, model=model, **NOTHING)
+        for ours, theirs in zip(model.weights, source.model.weights, strict=True):
+            np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-6)
+    description = load_model(tmp_path / "best.keras").description
+    digest = files_digest(source.path)
+    assert description["start"] == digest
+
+
+def files_digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_another_head_keeps_its_own_weights(finished, split, tmp_path):
+    keras.utils.set_random_seed(3)
+    model = unet((8, 8, 8, 3), filters=2, depth=1, n_classes=3)
+    head = model.get_layer("head_conv").get_weights()
+    run(split, tmp_path / "run", start=finished[0], model=model, **NOTHING)
+    source = load_model(finished[0]).model
+    np.testing.assert_allclose(
+        model.get_layer("head_conv").get_weights()[0], head[0], atol=1e-6
+    )
+    first = model.get_layer("encoder1_conv1").get_weights()[0]
+    expected = source.get_layer("encoder1_conv1").get_weights()[0]
+    np.testing.assert_allclose(first, expected, atol=1e-6)
+
+
+def test_a_run_from_a_start_resumes_bit_for_bit_and_another_start_is_refused(
+    finished, split, tmp_path
+):
+    start = tmp_path / "start.keras"
+    shutil.copy(finished[0] / "best.keras", start)
+    whole = run(split, tmp_path / "whole", start=start)[1]
+    part = {"max_minutes": 1e-9, "start": start}
+    run(split, tmp_path / "parts", **part)
+    history = run(split, tmp_path / "parts", start=start)[1]
+    columns = [name for name in whole if name != "seconds"]
+    pd.testing.assert_frame_equal(history[columns], whole[columns])
+    expected, found = variables(tmp_path / "whole"), variables(tmp_path / "parts")
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    before = tree(tmp_path / "whole")
+    tiny_unet(seed=4).save(start)
+    with pytest.raises(ValueError, match="start"):
+        run(split, tmp_path / "whole", 5, start=start)
+    with pytest.raises(ValueError, match="start"):
+        run(split, tmp_path / "whole", 5)
+    assert tree(tmp_path / "whole") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"filters": 3}, "filters 2, not 3"),
+        ({"depth": 2}, "depth 1, not 2"),
+        ({"stem_stride": 2}, "stem_stride 1, not 2"),
+        ({"filters": 4, "depth": 3}, "filters 2, not 4; depth 1, not 3"),
+        ({"normalisation": False}, "other layers"),
+    ],
+)
+def test_J4_a_start_that_does_not_fit_is_refused(
+    finished, split, tmp_path, options, told
+):
+    model = unet((8, 8, 8, 3), **{"filters": 2, "depth": 1, **options})
+    weights = [w.numpy() for w in model.weights]
+    with pytest.raises(ValueError, match=f"start=.*{told}"):
+        run(split, tmp_path / "run", model=model, start=finished[0])
+    assert not (tmp_path / "run").exists()
+    for ours, theirs in zip(model.weights, weights, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+def test_J4_a_start_of_other_channels_is_refused(finished, split, tmp_path):
+    path = tmp_path / "start.keras"
+    trained = load_model(finished[0])
+    names = ["flair", "t1", "t2"]
+    write_model(trained.model, path, {**trained.description, "modalities": names})
+    with pytest.raises(ValueError, match="start=.*'t1'"):
+        run(split, tmp_path / "run", start=path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_starts_from_the_phantom_weights(split, tmp_path):
+    keras.utils.set_random_seed(1)
+    model = unet((None, None, None, 3), filters=16, stem_stride=2)
+    patches = {"patch_shape": (32, 32, 32), "batch_size": 1}
+    train_data, val_data = (
+        BratsGenerator(split / side, **patches) for side in ("train", "val")
+    )
+    options = {"verbose": False, "start": "phantom", **NOTHING}
+    train(model, train_data, val_data, tmp_path / "run", **options)
+    source = load_model("phantom")
+    for ours, theirs in zip(model.weights, source.model.weights, strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-5)
+    assert load_model(tmp_path / "run").description["start"] == files_digest(
+        source.path
+    )
