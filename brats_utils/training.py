@@ -39,9 +39,11 @@ STATE, FORMER = "last.npz", "last_but_one.npz"
 ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
 WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no further
 POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
+PILOT, PILOT_PLAN = 2, 20  # epochs that are timed, and the plan until then
+VALIDATIONS = 10  # in a run, by default
 POSSIBLE |= {"average": files.number(0, 0.9999), "deep_supervision": files.whole(0)}
 POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
-POSSIBLE |= {"max_minutes": files.number(0, np.inf)}
+POSSIBLE |= dict.fromkeys(("minutes", "max_minutes"), files.number(0, np.inf))
 POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
@@ -284,10 +286,13 @@ class TimeLimit(keras.callbacks.Callback):
         super().__init__()
         self.deadline = time.perf_counter() + 60 * minutes
 
-    def on_epoch_end(self, epoch, logs=None):
+    def is_over(self):
         """Compare with the clock."""
-        if time.perf_counter() > self.deadline:
-            self.model.stop_training = True
+        return time.perf_counter() > self.deadline
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Stop if the time is up."""
+        self.model.stop_training = self.model.stop_training or self.is_over()
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -367,8 +372,41 @@ def _read_start(start, train_data):
     return source, files.describe_file(path)["sha256"]
 
 
-def _fit(model, checkpoint, epochs, validation_freq, minutes):
-    """Train for the epochs that the run's history lacks."""
+def plan_epochs(rows, minutes):
+    """Return how many epochs fit into a time, from the duration of those done.
+
+    Parameters
+    ----------
+    rows : list of dict
+        The history; a resumed run finds the same plan in it.
+    minutes : float
+        Of all epochs together.
+
+    Returns
+    -------
+    total : int
+        Epochs in all.
+    stop : int
+        After how many to plan again: after the first two, then once more after a
+        quarter, in case the machine is slower or faster than it was.
+    """
+
+    def fitting(stop):
+        first, *others = [row["seconds"] for row in rows[:stop]]
+        # The first epoch has to build the graph as well.
+        return max(stop, 1 + int((60 * minutes - first) / np.mean(others)))
+
+    if len(rows) < PILOT:
+        return PILOT_PLAN, PILOT
+    total = fitting(PILOT)
+    quarter = max(PILOT, total // 4)
+    if len(rows) < quarter:
+        return total, quarter
+    return (fitting(quarter),) * 2
+
+
+def _fit(model, checkpoint, epochs, stop, validation_freq, time_limit):
+    """Train for the epochs up to `stop`, of `epochs` planned, that are not done yet."""
     train_data, val_data = checkpoint.train_data, checkpoint.val_data
     train_data.verify()
     val_data.verify()
@@ -376,16 +414,17 @@ def _fit(model, checkpoint, epochs, validation_freq, minutes):
     for region in ENCODED_REGIONS:
         if not any(row[f"{region}_ml"] for row in train_data.rows.values()):
             warnings.warn(f"no training case has {region}", stacklevel=3)
-    validated = [e for e in range(1, epochs) if e % validation_freq == 0]
+    every = validation_freq or max(1, epochs // VALIDATIONS)
+    validated = [e for e in range(1, epochs + 1) if e % every == 0 or e == epochs]
     fit = functools.partial(
         model.fit,
         train_data,
         validation_data=val_data,
-        validation_freq=[*validated, epochs],
-        epochs=epochs,
+        validation_freq=validated,
+        epochs=stop,
         shuffle=False,  # the generator's order is its own
         verbose=0,
-        callbacks=[FiniteCheck(), checkpoint, TimeLimit(minutes)],
+        callbacks=[FiniteCheck(), checkpoint, time_limit],
     )
     try:
         fit(initial_epoch=len(checkpoint.run.rows))
@@ -407,7 +446,8 @@ def train(
     val_data,
     run_dir,
     *,
-    epochs,
+    epochs=None,
+    minutes=None,
     loss=dice_cross_entropy_loss,
     learning_rate=1e-3,
     deep_supervision=0,
@@ -419,11 +459,12 @@ def train(
 ):
     """Train a model, or resume the run that `run_dir` holds.
 
-    AdamW with a linear warm-up over a twentieth of all steps and a cosine decay to 0.
-    After each epoch the state is saved, so that an interrupted run resumes where it
-    left off when the same call is made again; a finished run returns at once. The
-    learning rate is planned for `epochs`: asking a finished run for more continues with
-    the rate that the longer plan has at that point.
+    Either `epochs` says how long, or `minutes`. AdamW with a linear warm-up over a
+    twentieth of all steps and a cosine decay to 0. After each epoch the state is saved,
+    so that an interrupted run resumes where it left off when the same call is made
+    again; a finished run returns at once. The learning rate is planned for `epochs`:
+    asking a finished run for more continues with the rate that the longer plan has at
+    that point.
 
     Parameters
     ----------
@@ -436,8 +477,12 @@ def train(
         Gets `best.keras` (the epoch with the best mean Dice of WT, TC and ET in
         validation), `last.npz` and `last_but_one.npz` (the states), `history.csv` and
         `manifest.json`.
-    epochs : int
+    epochs : int, optional
         In all, those of an earlier call included.
+    minutes : float, optional
+        Train for as many epochs as fit into this time, if `epochs` is not given. The
+        first two epochs are timed, and the plan is corrected once after a quarter. A
+        resumed run keeps its plan.
     loss : function or keras.losses.Loss
         Of labels (B, ..., 1) and probabilities (B, ..., K).
     learning_rate : float
@@ -449,8 +494,9 @@ def train(
         as the best: 0.99 averages over some hundred steps, though never over more than
         a twentieth of the run; 0 keeps the weights as they are. The statistics of batch
         normalisation, a moving average already, are not averaged.
-    validation_freq : int
-        Validate after this many epochs each, and after the last.
+    validation_freq : int, optional
+        Validate after this many epochs each, and after the last. None validates about
+        ten times in all.
     start : path or "phantom", optional
         Begin with the weights of this model rather than with random ones: a `.keras`
         file, the folder of a run, or "phantom", the weights that come with this
@@ -483,11 +529,14 @@ def train(
     Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
     (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
     """
-    minutes = np.inf if max_minutes is None else max_minutes
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
-    others = {"epochs": epochs, "validation_freq": validation_freq, "loss": loss}
-    _check_options(**settings, **others, max_minutes=minutes, verbose=verbose)
+    _check_options(**settings, loss=loss, verbose=verbose)
+    times = {"epochs": epochs, "minutes": minutes, "max_minutes": max_minutes}
+    given = {**times, "validation_freq": validation_freq}
+    _check_options(**{k: value for k, value in given.items() if value is not None})
+    one = "epochs or minutes, how long to train"
+    files.check_option("epochs", epochs, lambda n: (n or minutes) is not None, one)
     _check_data(model, train_data, val_data)
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
@@ -496,15 +545,23 @@ def train(
     trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        _compile(trained, loss, learning_rate, epochs * len(train_data), average)
-        run = Run(output, description)
-        run.resume(trained)
-        if len(run.rows) < epochs:
-            done = {"initial": len(run.rows), "total": epochs, "unit": "epoch"}
-            bar = files.progress_bar(desc="training", disable=not verbose, **done)
-            checkpoint = Checkpoint(run, train_data, val_data, bar)
-            with bar, _advice_on_memory(model, train_data):
-                _fit(trained, checkpoint, epochs, validation_freq, minutes)
+        run, former = Run(output, description), None
+        time_limit = TimeLimit(np.inf if max_minutes is None else max_minutes)
+        bar = files.progress_bar(desc="training", disable=not verbose, unit="epoch")
+        checkpoint = Checkpoint(run, train_data, val_data, bar)
+        plan = (epochs, epochs) if epochs else plan_epochs([], minutes)
+        with bar, _advice_on_memory(model, train_data):
+            while plan != former:
+                total, stop = former = plan
+                steps = total * len(train_data)
+                _compile(trained, loss, learning_rate, steps, average)
+                run.resume(trained)
+                bar.n, bar.total = len(run.rows), total
+                if len(run.rows) < stop:
+                    _fit(trained, checkpoint, *plan, validation_freq, time_limit)
+                    if time_limit.is_over():
+                        break
+                plan = plan if epochs else plan_epochs(run.rows, minutes)
         if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
             problem = f"{BEST} in {run_dir} is not the one that this run wrote"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")

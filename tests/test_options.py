@@ -128,6 +128,8 @@ OF_THE_NETWORK = [
             "average": (1, 1.5, -0.1, *NUMBER),
             "validation_freq": (0, *WHOLE),
             "max_minutes": (-1, "8", NAN, True, [1]),
+            "minutes": (-1, "8", NAN, True, [1]),
+            "start": (5, True, "nowhere.keras", ["phantom"], NAN),
             "verbose": (*EITHER, 2),
         },
     ),

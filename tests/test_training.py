@@ -1,6 +1,7 @@
 """Training: the loss falls, a run resumes bit for bit, foreign folders are refused."""
 
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -30,7 +31,7 @@ from brats_utils.losses import dice_cross_entropy_loss, dice_focal_loss
 from brats_utils.model import has_gpu, unet, write_model
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
-from brats_utils.training import train
+from brats_utils.training import plan_epochs, train
 
 PATCHES = {"patch_shape": (8, 8, 8), "tumour_share": 1, "batch_size": 2}
 REGIONS = ("WT", "TC", "ET")
@@ -1188,3 +1189,51 @@ def test_a_run_starts_from_the_phantom_weights(split, tmp_path):
     assert load_model(tmp_path / "run").description["start"] == files_digest(
         source.path
     )
+
+
+def rows_of(*seconds):
+    return [{"seconds": each} for each in seconds]
+
+
+def test_as_many_epochs_are_planned_as_fit_into_the_time():
+    assert plan_epochs([], 8) == plan_epochs(rows_of(20), 8) == (20, 2)
+    # 480 s: 30 for the first, then 45 of 10 s; a quarter of 46 later, once more.
+    assert plan_epochs(rows_of(30, 10), 8) == (46, 11)
+    assert plan_epochs(rows_of(30, *[10] * 9), 8) == (46, 11)
+    slower = rows_of(30, 10, *[15] * 9)
+    total = 1 + int(450 / 14.5)
+    assert plan_epochs(slower, 8) == (total, total) == (32, 32)
+    assert plan_epochs(slower + rows_of(99, 99), 8) == (32, 32)  # corrected only once
+    # What is done already cannot be taken back.
+    assert plan_epochs(rows_of(300, 300), 8) == (2, 2)
+
+
+@pytest.fixture
+def steady_clock(monkeypatch):
+    """Make each epoch last three seconds."""
+    ticks = itertools.count(0, 3)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(ticks)))
+
+
+def test_a_run_of_minutes_ends_at_rate_zero_and_resumes_bit_for_bit(
+    split, tmp_path, steady_clock
+):
+    options = {"epochs": None, "minutes": 0.5, "validation_freq": None}
+    whole = run(split, tmp_path / "whole", **options)[1]
+    assert whole["epoch"].tolist() == [*range(1, 11)]  # 30 s
+    assert whole["learning_rate"].iloc[-1] == pytest.approx(0, abs=1e-8)
+    assert whole["val_loss"].notna().sum() >= 8
+    for n_epochs in range(1, 11):
+        history = run(split, tmp_path / "parts", max_minutes=0, **options)[1]
+        assert len(history) == n_epochs
+    assert len(run(split, tmp_path / "parts", **options)[1]) == 10  # finished
+    expected, found = variables(tmp_path / "whole"), variables(tmp_path / "parts")
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+def test_epochs_win_over_minutes_and_one_of_them_is_needed(split, tmp_path):
+    assert len(run(split, tmp_path / "run", epochs=1, minutes=9)[1]) == 1
+    with pytest.raises(ValueError, match="epochs or minutes"):
+        run(split, tmp_path / "other", epochs=None)
+    assert not (tmp_path / "other").exists()
