@@ -1,4 +1,4 @@
-"""Print the results of recipes.py: each run, and ours compared with each peer.
+"""Print the results of recipes.py and real.py: each run, and ours minus each peer.
 
     python benchmarks/compare.py
 
@@ -29,7 +29,7 @@ def print_table(title, table):
         print("|", " | ".join(map(str, row)), "|")
 
 
-def against_peers(cases):
+def against_peers(cases, ours="ours"):
     """Return a row for each recipe of a split that trained at least as long as ours."""
     cases = cases.replace({"split": r"fold\d+ .*"}, {"split": "folds"}, regex=True)
     columns = [f"{what}_{region}" for what in ("dice", "hd95") for region in REGIONS]
@@ -42,7 +42,8 @@ def against_peers(cases):
             for run, part in group.groupby(["minutes", "recipe"])
         }
         for (own_time, own), (time, peer) in itertools.product(runs, runs):
-            if own != "ours" or peer == "ours" or time < own_time:
+            shorter = time < own_time and "no training" not in peer
+            if own != ours or peer == ours or shorter:
                 continue
             difference = (runs[own_time, own] - runs[time, peer]).dropna()
             seeds = difference.index.unique("seed").size
@@ -58,13 +59,16 @@ def against_peers(cases):
 
 
 def main():
-    """Print both tables."""
+    """Print two tables for each file of results."""
     results = project_root(Path(__file__).parent) / "benchmarks/results"
-    lines = pd.read_csv(results / "recipes.csv").drop(columns=["machine"])
-    lines = lines.round(3).sort_values(RUN)
-    print_table("Scores of whole validation scans after a given training time", lines)
-    rows = against_peers(pd.read_csv(results / "recipes_cases.csv"))
-    print_table("Ours minus the others, with 95 % intervals", rows)
+    for table, ours in (("recipes", "ours"), ("real", "from phantoms")):
+        if not (results / f"{table}.csv").exists():
+            continue
+        lines = pd.read_csv(results / f"{table}.csv").drop(columns=["machine"])
+        lines = lines.round(3).sort_values(RUN)
+        print_table(f"{table}.py: scores of whole scans after a given time", lines)
+        rows = against_peers(pd.read_csv(results / f"{table}_cases.csv"), ours)
+        print_table(f"{table}.py: {ours} minus the others, 95 % intervals", rows)
 
 
 if __name__ == "__main__":
