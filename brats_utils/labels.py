@@ -313,6 +313,6 @@ def region_volumes_ml(segmentation, spacing_mm):
         raise ValueError(problem)
     voxel_ml = float(np.prod(spacing_mm)) / 1000
     return {
-        region: sum(np.count_nonzero(labels == i) for i in values) * voxel_ml
+        region: float(sum(np.count_nonzero(labels == i) for i in values)) * voxel_ml
         for region, values in ENCODED_REGIONS.items()
     }

@@ -10,16 +10,8 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
-from brats_utils.files import atomic_write, check_option, check_path, read_json
-from brats_utils.labels import (
-    ALL_MODALITIES,
-    encode_labels,
-    label_code,
-    label_table,
-    parse_name,
-    read_label_names,
-    relabel,
-)
+from brats_utils.files import atomic_write, check_option, check_path
+from brats_utils.labels import LABELS, label_table, relabel
 
 # A whole-body scan is smaller; a header that asks for more is damaged or hostile.
 MAX_VOXELS = 2**28
@@ -261,12 +253,12 @@ def walk(root):
     """
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        real, known = os.path.realpath(folder), len(seen)
-        seen.add(real)
+        real = os.path.realpath(folder)
         visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
-        folders[:] = sorted(visible) if len(seen) > known else []
-        if len(seen) > known:
+        folders[:] = [] if real in seen else sorted(visible)
+        if real not in seen:
             yield folder, sorted(name for name in names if not name.startswith("."))
+        seen.add(real)
 
 
 def file_states(paths):
@@ -390,61 +382,6 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
     nib.save(image, path)
 
 
-def parse_description(path):
-    """Return the channels and the label code of a set that comes with `dataset.json`.
-
-    Parameters
-    ----------
-    path : path
-        The file, as the Decathlon or nnU-Net write it.
-
-    Returns
-    -------
-    channels : tuple of str
-        The modalities, in order; empty if it does not name them, or is not there.
-    code : str
-        See `labels.label_code`; empty if a label's name is not understood.
-
-    Raises
-    ------
-    ValueError
-        If the file is not valid JSON, or a channel is not one of the four modalities.
-    """
-    described = read_json(path) if path.is_file() else {}
-    names = described.get("channel_names") or described.get("modality") or {}
-    try:
-        names = [str(names[key]).lower() for key in sorted(names, key=int)]
-        table = read_label_names(described.get("labels") or {})
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BratsDataError(f"not as nnU-Net writes it: {error}", file=path) from None
-    channels = tuple(parse_name(re.sub("[- ]", "_", n) + ".nii")[1] for n in names)
-    if not {*channels} <= {*ALL_MODALITIES}:
-        raise BratsDataError(
-            f"its channels are {names}, not {ALL_MODALITIES}", file=path
-        )
-    return channels, label_code(table) if len(table) > 1 else ""
-
-
-def threes_and_fours(path):
-    """Return which of the values 3 and 4 a label map holds.
-
-    Parameters
-    ----------
-    path : path
-        A NIfTI file of labels.
-
-    Returns
-    -------
-    values : set of int
-        Empty if the file cannot be read: the error is raised when its case is read.
-    """
-    try:
-        volume = read_volume(path)[0]
-    except BratsDataError:
-        return set()
-    return {value for value in (3, 4) if (volume == value).any()}
-
-
 def write_segmentation(segmentation, header, path):
     """Write a label map to the temporary path of an atomic write.
 
@@ -466,9 +403,8 @@ def write_segmentation(segmentation, header, path):
     if segmentation.shape != shape:
         found = f"the label map has shape {segmentation.shape}"
         raise ValueError(f"{found}, the case's images {shape}")
-    encode_labels(segmentation)  # raises if a value is no label
-    volume = segmentation.astype(np.uint8)
-    save_volume(volume, path, like=header, name=WRITTEN_BY)
+    labels = relabel(segmentation, {value: value for value in LABELS})
+    save_volume(labels, path, like=header, name=WRITTEN_BY)
 
 
 def save_segmentation(segmentation, case, path):
