@@ -26,8 +26,8 @@ from brats_utils.labels import (
 from brats_utils.nifti import BratsDataError, load_labels, save_segmentation, walk  # noqa: F401
 from brats_utils.volumes import background_problem, brain_mask, check_image
 
-_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")  # Decathlon, nnU-Net
-_IN_FOLDERS = re.compile(r"((.+?)(?:_(\d{4}))?)\.nii(?:\.gz)?", re.I)
+# Of the Decathlon and of nnU-Net: folder, name, id of the case, number of the channel.
+_IN_FOLDERS = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(\.gz)?)")
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
 SPACING_MM = (1.0, 1.0, 1.0)  # of BraTS scans, and of what networks are trained on
 
@@ -57,8 +57,7 @@ class Case:
     @property
     def channels(self):
         """Return how many images a file holds: 1 except in the Decathlon's layout."""
-        stacked = len(set(self.images.values())) < len(self.images)
-        return len(self.images) if stacked else 1
+        return len(self.images) // len(set(self.images.values()))
 
 
 def check_case(case):
@@ -145,14 +144,15 @@ def _place(path, sets):
         case_id, key = parse_name(name)  # the folder's, in Kaggle's nested sets
         if key:
             return (folder.parent, case_id or folder.parent.name), (key,)
-    root, part = path.parent.parent, path.parent.name
-    if part not in _FOLDERS:
+    root = path.parent.parent
+    match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
+    if not match:
         return None, ()
     if root not in sets:
         sets[root] = _read_description(root / "dataset.json")
-    stem, case_id, number = _IN_FOLDERS.fullmatch(path.name).groups()
-    if part.startswith("labels"):
-        return (root, stem), ("seg",)
+    kind, name, case_id, number = match.groups()[:4]
+    if kind == "labels":
+        return (root, name), ("seg",)
     channels = sets[root][0]
     if not channels and not number and naming(case_id)[1] == "0213":
         channels = ALL_MODALITIES  # the order of Task01
@@ -434,14 +434,13 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     """
     check_case(case)
     case = case if labelled else replace(case, segmentation=None)
-    volumes, segmentation = {}, None
+    volumes = {}
     try:
         paths, first = _paths(case, modalities), _first(case)
-        affine = first[1].get_best_affine()
         for path, wanted in paths.items():
             if not wanted:
                 _check_grid(nifti.read_header(path), path, first)
-                segmentation = nifti.to_lps(load_labels(path, case.labels)[0], affine)
+                volumes["seg"] = load_labels(path, case.labels)[0]
                 continue
             volume, header = nifti.read_volume(path, case.channels)
             _check_grid(header, path, first)
@@ -450,8 +449,9 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
                 check_image(volumes[modality], path)
     except BratsDataError as error:
         raise error.of(case.id) from None
-    volumes = [nifti.to_lps(volumes[modality], affine) for modality in modalities]
-    return Scan(case, volumes, segmentation, first[1])
+    affine = first[1].get_best_affine()
+    lps = {key: nifti.to_lps(volume, affine) for key, volume in volumes.items()}
+    return Scan(case, [lps[m] for m in modalities], lps.get("seg"), first[1])
 
 
 def load_case(case, modalities=MODALITIES):

@@ -368,6 +368,13 @@ def read_manifest(folder):
     return manifest
 
 
+def _is_intact(path, noted):
+    """Return whether a file is as `describe_file` noted it; None was never complete."""
+    if not noted or not path.is_file() or path.stat().st_size != noted["bytes"]:
+        return False
+    return describe_file(path) == noted
+
+
 def find_changed(folder, files):
     """Return which files of a manifest are incomplete, missing or have changed.
 
@@ -383,14 +390,7 @@ def find_changed(folder, files):
     changed : list of str
         Relative paths.
     """
-    return [
-        name
-        for name, noted in files.items()
-        if not noted
-        or not (path := Path(folder, name)).is_file()
-        or path.stat().st_size != noted["bytes"]
-        or describe_file(path) != noted
-    ]
+    return [n for n, noted in files.items() if not _is_intact(Path(folder, n), noted)]
 
 
 def _exchange(first, second, spare):

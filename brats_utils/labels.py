@@ -213,9 +213,8 @@ def relabel(values, table):
     if known != values.size:
         found = zip(*np.unique(values, return_counts=True), strict=True)
         strange = [f"{v:g} in {n} voxels" for v, n in found if v not in table]
-        raise ValueError(
-            f"expected only the labels {list(table)}, found {', '.join(strange[:5])}"
-        )
+        problem = f"expected only the labels {list(table)}, found "
+        raise ValueError(problem + ", ".join(strange[:5]))
     relabelled = values.astype(np.uint8)
     for old, new in table.items():
         if old != new:

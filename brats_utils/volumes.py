@@ -153,11 +153,9 @@ def check_grey_levels(volume, stored=None):
     if levels < LEAST_GREY_LEVELS or not np.isfinite(stored).all():
         extreme = max(volume.min(), volume.max(), key=abs)
         place = [int(index[0]) for index in np.nonzero(volume == extreme)]
-        raise ValueError(
-            f"scaled and stored, {levels} grey levels are left of it, at least "
-            f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
-            f"{extreme:g}"
-        )
+        problem = f"scaled and stored, {levels} grey levels are left of it, at least "
+        problem += f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
+        raise ValueError(f"{problem}{extreme:g}")
 
 
 def standardise(image, statistics=None):
