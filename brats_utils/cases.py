@@ -10,26 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from brats_utils import nifti
+from brats_utils import labels, nifti
 from brats_utils.files import BOOL, check_option, check_path, read_json
-from brats_utils.labels import (
-    ALL_MODALITIES,
-    CONVENTIONS,
-    MODALITIES,
-    are_modalities,
-    label_code,
-    label_table,
-    naming,
-    parse_name,
-    read_label_names,
-)
+from brats_utils.labels import ALL_MODALITIES, MODALITIES, are_modalities, label_code
 from brats_utils.nifti import BratsDataError, load_labels, save_segmentation, walk  # noqa: F401
 from brats_utils.volumes import background_problem, brain_mask, check_image
 
 # Of the Decathlon and of nnU-Net: folder, name, id of the case, number of the channel.
 _IN_FOLDERS = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(\.gz)?)")
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
-SPACING_MM = (1.0, 1.0, 1.0)  # of BraTS scans, and of what networks are trained on
 
 
 @dataclass(frozen=True)
@@ -125,10 +114,11 @@ def _read_description(path):
     names = described.get("channel_names") or described.get("modality") or {}
     try:
         names = [str(names[key]).lower() for key in sorted(names, key=int)]
-        table = read_label_names(described.get("labels") or {})
+        table = labels.read_label_names(described.get("labels") or {})
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise BratsDataError(f"not as nnU-Net writes it: {error}", file=path) from None
-    channels = tuple(parse_name(re.sub("[- ]", "_", n) + ".nii")[1] for n in names)
+    files = [re.sub("[- ]", "_", name) + ".nii" for name in names]
+    channels = tuple(labels.parse_name(file)[1] for file in files)
     if not {*channels} <= {*ALL_MODALITIES}:
         problem = f"its channels are {names}, not {ALL_MODALITIES}"
         raise BratsDataError(problem, file=path)
@@ -141,7 +131,7 @@ def _place(path, sets):
     `sets` keeps what each `dataset.json` says: (channels, naming).
     """
     for name, folder in ((path.parent.name, path.parent), (path.name, path)):
-        case_id, key = parse_name(name)  # the folder's, in Kaggle's nested sets
+        case_id, key = labels.parse_name(name)  # the folder's, in Kaggle's nested sets
         if key:
             return (folder.parent, case_id or folder.parent.name), (key,)
     root = path.parent.parent
@@ -154,7 +144,7 @@ def _place(path, sets):
     if kind == "labels":
         return (root, name), ("seg",)
     channels = sets[root][0]
-    if not channels and not number and naming(case_id)[1] == "0213":
+    if not channels and not number and labels.naming(case_id)[1] == "0213":
         channels = ALL_MODALITIES  # the order of Task01
     if not channels or int(number or 0) >= len(channels):
         problem = f"which modality is which in {path.name} is not known"
@@ -298,7 +288,7 @@ def _threes_and_fours(files):
 
 def _decide_labels(groups, sets):
     """Return {(folder, id): label code} by descriptions, ids and label maps."""
-    names = {p: sets.get(p[0], ((), ()))[1] or naming(p[1]) for p in groups}
+    names = {p: sets.get(p[0], ((), ()))[1] or labels.naming(p[1]) for p in groups}
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(_threes_and_fours, groups.values())
         values = dict(zip(groups, found, strict=True))
@@ -315,10 +305,9 @@ def _decide_labels(groups, sets):
             problem = f"what its labels mean is not certain ({name})"
             raise BratsDataError(problem, **where, advice=f"Pass labels=, say {code}")
         codes[place] = usual if not code or "=" in code else code
-        if strange := values[place] - label_table(codes[place]).keys():
-            name = name or "the rest of this set"
+        if strange := values[place] - labels.label_table(codes[place]).keys():
             problem = f"label {strange.pop()}, but {name} writes labels {codes[place]}"
-            choice = f"one of {CONVENTIONS} or a table"
+            choice = f"one of {labels.CONVENTIONS} or a table"
             advice = f"Keep sets apart, or pass labels=, {choice}"
             raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
     return codes
@@ -392,10 +381,9 @@ def check_spacing(header, case_id=None):
         If a size differs by more than 0.05 mm.
     """
     spacing = np.round(nifti.spacing_mm(header.get_best_affine()), 2).tolist()
-    if not np.allclose(spacing, SPACING_MM, atol=0.05):
-        problem = f"voxels of {spacing} mm; the networks expect {SPACING_MM}"
-        advice = "Resample the scan to 1 mm first"
-        raise BratsDataError(problem, case=case_id, advice=advice)
+    if not np.allclose(spacing, 1, atol=0.05):
+        problem = f"voxels of {spacing} mm; the networks expect 1 mm on each side"
+        raise BratsDataError(problem, case=case_id, advice="Resample it to 1 mm first")
 
 
 def _check_grid(header, path, first):
@@ -485,8 +473,8 @@ def load_case(case, modalities=MODALITIES):
     image = np.empty(shape, np.float32, order="F")  # (X, Y, Z, C)
     for channel, volume in enumerate(scan.volumes):
         image[..., channel] = scan.restore(volume)
-    labels = scan.segmentation
-    return image, None if labels is None else scan.restore(labels), scan.affine
+    stored = None if scan.segmentation is None else scan.restore(scan.segmentation)
+    return image, stored, scan.affine
 
 
 def check_cases(cases, *, voxels=True, modalities=None):
@@ -525,8 +513,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
         checked = [m for m in case.images if modalities is None or m in modalities]
         for path, wanted in _paths(case, checked).items():
             channels = case.channels if wanted else 1
-            header = note(case, path, nifti.read_header, path, channels)
-            if header is None:
+            if (header := note(case, path, nifti.read_header, path, channels)) is None:
                 continue
             if not first:
                 first = path, header

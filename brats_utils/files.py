@@ -408,10 +408,10 @@ def _exchange(first, second, spare):
 class OutputFolder:
     """A folder that belongs to this package, open for one writer at a time.
 
-    The constructor refuses a folder that might hold somebody else's files, before
-    anything changes. Files are announced with `claim` before they are written, so that
-    what a killed process left behind is known to be ours. Only listed files are ever
-    deleted.
+    A folder that might hold somebody else's files is refused before anything changes:
+    the constructor compares it with the inputs, and opening it looks inside. Files are
+    announced with `claim` before they are written, so that what a killed process left
+    behind is known to be ours. Only listed files are ever deleted.
 
     Parameters
     ----------
@@ -449,9 +449,7 @@ class OutputFolder:
         self._new = self.final.with_name(f".{name}-new")
         self.path = self._new if beside else self.final
         self._spare = self.final.with_name(f".{name}-old")
-        self._lock_path = self.final.with_name(f".{name}.lock")
-        self._lock = FileLock(self._lock_path)
-        self._check_owner()
+        self._lock = FileLock(self.final.with_name(f".{name}.lock"))
 
     def _check_owner(self):
         """Raise if one of our paths holds what we did not write."""
@@ -469,7 +467,7 @@ class OutputFolder:
         """Take the lock; finish or undo what a killed process left half done."""
         self._check_owner()
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        holder, path = "", self._lock_path
+        holder, path = "", Path(self._lock.lock_file)
         with contextlib.suppress(OSError):
             holder = path.read_text(encoding="utf-8")
         if not holder.startswith("process "[: len(holder)]):
@@ -503,7 +501,7 @@ class OutputFolder:
             if (self.path / MANIFEST).exists():
                 self.save()
         finally:
-            self._lock_path.unlink(missing_ok=True)
+            Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def begin(self, made_from):
@@ -543,9 +541,8 @@ class OutputFolder:
             parents = {folder / p for n in new for p in PurePosixPath(n).parents[:-1]}
             strange += [str(p) for p in parents if p.is_symlink() or p.is_file()]
             if strange:
-                problem = f"{folder} holds files that this project did not write: "
-                problem += f"{', '.join(strange[:5])}; move them, or choose another"
-                raise ValueError(f"{problem} folder")
+                problem = f"{folder} holds files of others: {', '.join(strange[:5])}"
+                raise ValueError(f"{problem}; move them, or choose another folder")
         self.manifest["files"] = dict.fromkeys(names) | self.manifest["files"]
         self.save()
 

@@ -63,10 +63,10 @@ def naming(case_id):
     -------
     name, convention : str
         The set of that naming, and one of `CONVENTIONS` or, if its labels cannot be
-        told by the name, what to pass. Both are empty if the naming is not known.
+        told by the name, what to pass; empty if the naming is not known.
     """
     fits = (n for p, n in NAMINGS.items() if re.match(p, case_id, re.I))
-    return next(fits, ("", ""))
+    return next(fits, ("the rest of this set", ""))
 
 
 def label_table(labels):
@@ -99,10 +99,11 @@ def label_table(labels):
         good = len(table) > 1 and table[0] == 0 and 0 <= min(table) <= max(table) <= 255
         if good and set(table.values()) <= set(LABELS):
             return table
-    raise ValueError(
-        f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a table from "
-        "the files' values to 0, 1, 2 and 4, such as {1: 1, 2: 2, 3: 4}"
+    problem = (
+        f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a table "
     )
+    problem += "from the files' values to 0, 1, 2 and 4, such as {1: 1, 2: 2, 3: 4}"
+    raise ValueError(problem)
 
 
 def label_code(labels):
@@ -310,8 +311,6 @@ def region_volumes_ml(segmentation, spacing_mm):
     if sizes.shape != (3,) or not np.isfinite(sizes).all() or sizes.min() <= 0:
         problem = f"spacing_mm is {spacing_mm!r}, expected three numbers above 0"
         raise ValueError(problem)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    return {
-        region: float(sum(np.count_nonzero(labels == i) for i in values)) * voxel_ml
-        for region, values in ENCODED_REGIONS.items()
-    }
+    counts = np.array([np.count_nonzero(labels == i) for i in range(len(LABELS))])
+    ml = float(np.prod(spacing_mm)) / 1000  # of a voxel
+    return {r: float(counts[list(v)].sum()) * ml for r, v in ENCODED_REGIONS.items()}

@@ -81,23 +81,11 @@ def _repair(header):
         header[f"quatern_{axis}"] /= length
 
 
-def _check_header(header, path, channels):
-    """Raise unless a header asks for volumes that can be read, on a grid."""
-    shape, affine = header.get_data_shape(), header.get_best_affine()
-    wanted = f"{channels} images in one file" if channels > 1 else "a 3-D volume"
-    images = [length for length in shape[3:] if length != 1]
-    if len(shape) < 3 or min(shape) < 1 or images != [channels] * (channels > 1):
-        _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
-    if math.prod(shape) > MAX_VOXELS:
-        _refuse(path, f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
-    if not header.single_vox_offset <= header["vox_offset"] <= 2**24:
-        _refuse(path, f"its header puts the voxels at byte {header['vox_offset']}")
-    if not np.isfinite(affine).all() or _is_singular(affine):
-        _refuse(path, f"its affine does not define a grid: {affine.tolist()}")
-
-
 def _parse_header(start, path, channels):
-    """Return the header in the first bytes of a volume, or raise what is wrong."""
+    """Return the header in the first bytes of a file; raise unless it can be read.
+
+    It must ask for as many volumes as `channels`, not too large, on a grid.
+    """
     kind = next(kind for kind, sign in FORMATS.items() if re.match(sign, start, re.S))
     if isinstance(kind, str):
         problem = f"not a NIfTI file: {kind} (starts with {start[:12]!r})"
@@ -109,11 +97,21 @@ def _parse_header(start, path, channels):
         _refuse(path, f"its voxels are {voxels}", "Save them as integers or floats")
     try:
         _repair(header)
-        header.get_slope_inter(), header.get_data_shape(), header.get_best_affine()
+        header.get_slope_inter()
+        shape, affine = header.get_data_shape(), header.get_best_affine()
     except Exception as error:  # damaged bytes make nibabel raise many kinds
         _refuse(path, f"its header or affine is not valid: {error}")
-    _check_header(header, path, channels)
-    header.set_data_shape(header.get_data_shape()[:3])
+    wanted = f"{channels} images in one file" if channels > 1 else "a 3-D volume"
+    images = [length for length in shape[3:] if length != 1]
+    if len(shape) < 3 or min(shape) < 1 or images != [channels] * (channels > 1):
+        _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
+    if math.prod(shape) > MAX_VOXELS:
+        _refuse(path, f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
+    if not header.single_vox_offset <= header["vox_offset"] <= 2**24:
+        _refuse(path, f"its header puts the voxels at byte {header['vox_offset']}")
+    if not np.isfinite(affine).all() or _is_singular(affine):
+        _refuse(path, f"its affine does not define a grid: {affine.tolist()}")
+    header.set_data_shape(shape[:3])
     return header
 
 
@@ -229,8 +227,7 @@ def load_labels(path, labels="0124"):
     volume, header = read_volume(path)
     try:
         # To four decimals: a scaling may round, 0.1 * 30 in float32 is 3.0000001.
-        rounded = np.round(volume, 4) if volume.dtype.kind == "f" else volume
-        segmentation = relabel(rounded, table)
+        segmentation = relabel(np.round(volume, 4), table)
     except ValueError as error:
         advice = "If the set writes its labels otherwise, pass labels= to find_cases"
         raise BratsDataError(str(error), file=path, advice=advice) from None
