@@ -130,10 +130,10 @@ def _place(path, sets):
 
     `sets` keeps what each `dataset.json` says: (channels, naming).
     """
-    for name, folder in ((path.parent.name, path.parent), (path.name, path)):
-        case_id, key = labels.parse_name(name)  # the folder's, in Kaggle's nested sets
+    for named in (path.parent, path):  # the folder is, in Kaggle's nested sets
+        case_id, key = labels.parse_name(named.name)
         if key:
-            return (folder.parent, case_id or folder.parent.name), (key,)
+            return (named.parent, case_id or named.parent.name), (key,)
     root = path.parent.parent
     match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
     if not match:
@@ -422,9 +422,8 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     """
     check_case(case)
     case = case if labelled else replace(case, segmentation=None)
-    volumes = {}
     try:
-        paths, first = _paths(case, modalities), _first(case)
+        volumes, paths, first = {}, _paths(case, modalities), _first(case)
         for path, wanted in paths.items():
             if not wanted:
                 _check_grid(nifti.read_header(path), path, first)

@@ -454,9 +454,8 @@ class OutputFolder:
     def _check_owner(self):
         """Raise if one of our paths holds what we did not write."""
         for path in {self.final, self.path, self._spare}:
-            kind, found = "", ["a file"] if path.exists() else []
+            kind, found = read_manifest(path).get("kind"), ["a file"] * path.exists()
             if path.is_dir():
-                kind = read_manifest(path).get("kind", "")
                 found = sorted({p.name for p in path.iterdir()} - {UNFINISHED})
             if found and kind != self.kind:
                 problem = f"{path} is not a folder of this project for {self.kind!r}"
