@@ -99,10 +99,8 @@ def label_table(labels):
         good = len(table) > 1 and table[0] == 0 and 0 <= min(table) <= max(table) <= 255
         if good and set(table.values()) <= set(LABELS):
             return table
-    problem = (
-        f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a table "
-    )
-    problem += "from the files' values to 0, 1, 2 and 4, such as {1: 1, 2: 2, 3: 4}"
+    problem = f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a "
+    problem += "table from the files' values to 0, 1, 2, 4, such as {1: 1, 2: 2, 3: 4}"
     raise ValueError(problem)
 
 
