@@ -1,5 +1,6 @@
 """Find the cases of a folder, check them, and read them."""
 
+import contextlib
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -9,34 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from brats_utils import nifti
-from brats_utils.files import BOOL, check_option, check_path
-from brats_utils.labels import (
-    ALL_MODALITIES,
-    CONVENTIONS,
-    MODALITIES,
-    are_modalities,
-    label_code,
-    label_table,
-    naming,
-    parse_name,
-)
-from brats_utils.nifti import (  # noqa: F401, some are public here
-    BratsDataError,
-    load_labels,
-    parse_description,
-    read_header,
-    read_volume,
-    save_segmentation,
-    threes_and_fours,
-    walk,
-)
+from brats_utils import labels, nifti
+from brats_utils.files import BOOL, check_option, check_path, read_json
+from brats_utils.labels import ALL_MODALITIES, MODALITIES, are_modalities, label_code
+from brats_utils.nifti import BratsDataError, load_labels, save_segmentation, walk  # noqa: F401
 from brats_utils.volumes import background_problem, brain_mask, check_image
 
-_FOLDERS = ("imagesTr", "imagesTs", "labelsTr", "labelsTs")  # Decathlon, nnU-Net
-_IN_FOLDERS = re.compile(r"(.+?)(?:_(\d{4}))?\.nii(?:\.gz)?", re.I)
+# Of the Decathlon and of nnU-Net: folder, name, id of the case, number of the channel.
+_IN_FOLDERS = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(\.gz)?)")
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
-SPACING_MM = (1.0, 1.0, 1.0)  # of BraTS scans, and of what networks are trained on
 
 
 @dataclass(frozen=True)
@@ -64,8 +46,7 @@ class Case:
     @property
     def channels(self):
         """Return how many images a file holds: 1 except in the Decathlon's layout."""
-        stacked = len(set(self.images.values())) < len(self.images)
-        return len(self.images) if stacked else 1
+        return len(self.images) // len(set(self.images.values()))
 
 
 def check_case(case):
@@ -123,25 +104,47 @@ class Scan:
         return nifti.from_lps(volume, self.affine)
 
 
+def _read_description(path):
+    """Return the channels and the naming that a `dataset.json` states, if it is there.
+
+    The channels are () if it does not name them; the naming, as of `naming`, is () if
+    a label's name is not understood.
+    """
+    described = read_json(path) if path.is_file() else {}
+    names = described.get("channel_names") or described.get("modality") or {}
+    try:
+        names = [str(names[key]).lower() for key in sorted(names, key=int)]
+        table = labels.read_label_names(described.get("labels") or {})
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BratsDataError(f"not as nnU-Net writes it: {error}", file=path) from None
+    files = [re.sub("[- ]", "_", name) + ".nii" for name in names]
+    channels = tuple(labels.parse_name(file)[1] for file in files)
+    if not {*channels} <= {*ALL_MODALITIES}:
+        problem = f"its channels are {names}, not {ALL_MODALITIES}"
+        raise BratsDataError(problem, file=path)
+    return channels, ("dataset.json", label_code(table)) if len(table) > 1 else ()
+
+
 def _place(path, sets):
     """Return (folder, case id) of a file, and which images it holds; () if unknown.
 
-    `sets` keeps what each `dataset.json` says: (channels, label code).
+    `sets` keeps what each `dataset.json` says: (channels, naming).
     """
-    for name, folder in ((path.parent.name, path.parent), (path.name, path)):
-        case_id, key = parse_name(name)  # the folder's, in Kaggle's nested sets
+    for named in (path.parent, path):  # the folder is, in Kaggle's nested sets
+        case_id, key = labels.parse_name(named.name)
         if key:
-            return (folder.parent, case_id or folder.parent.name), (key,)
-    root, part = path.parent.parent, path.parent.name
-    if part not in _FOLDERS:
+            return (named.parent, case_id or named.parent.name), (key,)
+    root = path.parent.parent
+    match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
+    if not match:
         return None, ()
     if root not in sets:
-        sets[root] = parse_description(root / "dataset.json")
-    case_id, number = _IN_FOLDERS.fullmatch(path.name).groups()
-    if part.startswith("labels"):
-        return (root, case_id + (f"_{number}" if number else "")), ("seg",)
+        sets[root] = _read_description(root / "dataset.json")
+    kind, name, case_id, number = match.groups()[:4]
+    if kind == "labels":
+        return (root, name), ("seg",)
     channels = sets[root][0]
-    if not channels and not number and naming(case_id)[1] == "0213":
+    if not channels and not number and labels.naming(case_id)[1] == "0213":
         channels = ALL_MODALITIES  # the order of Task01
     if not channels or int(number or 0) >= len(channels):
         problem = f"which modality is which in {path.name} is not known"
@@ -262,51 +265,50 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
         warnings.warn(f"{case_id}: {path.name} is its segmentation", stacklevel=2)
     _check_complete(root, groups, leftovers, modalities)
     if leftovers:
-        names = sorted(
-            (p.name for p in leftovers), key=lambda n: "seg" not in n.lower()
-        )
-        text = (
-            f"{len(names)} files of unknown names are ignored: {', '.join(names[:5])}"
-        )
+        leftovers.sort(key=lambda path: "seg" not in path.name.lower())
+        names = ", ".join(path.name for path in leftovers[:5])
+        text = f"{len(leftovers)} files of unknown names are ignored: {names}"
         warnings.warn(text, stacklevel=2)
     found, codes = [], _decide_labels(groups, sets) if labels == "auto" else {}
     for place, files in sorted(groups.items(), key=lambda pair: pair[0][1]):
-        channels = sets.get(place[0], ((), ""))[0] or ALL_MODALITIES
+        channels = sets.get(place[0], ((), ()))[0] or ALL_MODALITIES
         images = {m: files[m] for m in channels if m in files}
-        code = codes.get(place, labels)
-        found.append(Case(place[1], images, files.get("seg"), code))
+        found.append(Case(place[1], images, files.get("seg"), codes.get(place, labels)))
     return found
+
+
+def _threes_and_fours(files):
+    """Return which of the values 3 and 4 a case's label map holds, if it has one."""
+    with contextlib.suppress(BratsDataError):  # raised again when the case is read
+        if "seg" in files:
+            volume = nifti.read_volume(files["seg"])[0]
+            return {value for value in (3, 4) if (volume == value).any()}
+    return set()
 
 
 def _decide_labels(groups, sets):
     """Return {(folder, id): label code} by descriptions, ids and label maps."""
-    expected, codes = {}, {}
-    for place in groups:
-        described = sets.get(place[0], ((), ""))[1]
-        expected[place] = ("dataset.json", described) if described else naming(place[1])
-    paths = {place: files["seg"] for place, files in groups.items() if "seg" in files}
+    names = {p: sets.get(p[0], ((), ()))[1] or labels.naming(p[1]) for p in groups}
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(threes_and_fours, paths.values())
-        values = dict(zip(paths, found, strict=True))
-    unknown = set().union(*(values[p] for p in paths if not expected[p][1]))
+        found = pool.map(_threes_and_fours, groups.values())
+        values = dict(zip(groups, found, strict=True))
+    unknown = set().union(*(values[p] for p in groups if not names[p][1]))
     usual = "0123" if unknown == {3} else "0124"
     if usual == "0123":
         text = "label 3 and no label 4 in this set: 1 is read as core, 2 as oedema, 3 "
         text += "as enhancing tumour; pass labels= to find_cases if they are not"
         warnings.warn(text, stacklevel=3)
-    for place, (name, code) in expected.items():
-        where = {"case": place[1], "file": paths.get(place)}
-        if "=" in code and place in paths:
+    codes = {}
+    for place, (name, code) in names.items():
+        where = {"case": place[1], "file": groups[place].get("seg")}
+        if "=" in code and where["file"]:
             problem = f"what its labels mean is not certain ({name})"
             raise BratsDataError(problem, **where, advice=f"Pass labels=, say {code}")
-        codes[place] = code if code and "=" not in code else usual
-        strange = values.get(place, set()) - label_table(codes[place]).keys()
-        if strange:
-            name = name or "the rest of this set"
+        codes[place] = usual if not code or "=" in code else code
+        if strange := values[place] - labels.label_table(codes[place]).keys():
             problem = f"label {strange.pop()}, but {name} writes labels {codes[place]}"
-            advice = (
-                f"Keep sets apart, or pass labels=, one of {CONVENTIONS} or a table"
-            )
+            choice = f"one of {labels.CONVENTIONS} or a table"
+            advice = f"Keep sets apart, or pass labels=, {choice}"
             raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
     return codes
 
@@ -342,22 +344,21 @@ def rename_odd_segmentation(root):
 
 
 def _paths(case, modalities):
-    """Return each file of a case: {path: the modalities asked for; () for labels}."""
+    """Return each file of a case: {path: the modalities asked for; [] for labels}."""
     known = {*ALL_MODALITIES}.issuperset
     check_option("modalities", modalities, known, f"some of {ALL_MODALITIES}")
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
     paths = {}
     for modality in modalities:
-        path = case.images[modality]
-        paths[path] = (*paths.get(path, ()), modality)
-    return paths | ({case.segmentation: ()} if case.segmentation else {})
+        paths.setdefault(case.images[modality], []).append(modality)
+    return paths | ({case.segmentation: []} if case.segmentation else {})
 
 
 def _first(case):
     """Return the path and the header of a case's first image: its grid."""
     path = next(iter(case.images.values()))
-    return path, read_header(path, case.channels)
+    return path, nifti.read_header(path, case.channels)
 
 
 def _channel(case, volume, modality):
@@ -380,10 +381,9 @@ def check_spacing(header, case_id=None):
         If a size differs by more than 0.05 mm.
     """
     spacing = np.round(nifti.spacing_mm(header.get_best_affine()), 2).tolist()
-    if not np.allclose(spacing, SPACING_MM, atol=0.05):
-        problem = f"voxels of {spacing} mm; the networks expect {SPACING_MM}"
-        advice = "Resample the scan to 1 mm first"
-        raise BratsDataError(problem, case=case_id, advice=advice)
+    if not np.allclose(spacing, 1, atol=0.05):
+        problem = f"voxels of {spacing} mm; the networks expect 1 mm on each side"
+        raise BratsDataError(problem, case=case_id, advice="Resample it to 1 mm first")
 
 
 def _check_grid(header, path, first):
@@ -422,25 +422,23 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     """
     check_case(case)
     case = case if labelled else replace(case, segmentation=None)
-    volumes, segmentation = {}, None
     try:
-        paths, first = _paths(case, modalities), _first(case)
-        affine = first[1].get_best_affine()
+        volumes, paths, first = {}, _paths(case, modalities), _first(case)
         for path, wanted in paths.items():
             if not wanted:
-                _check_grid(read_header(path), path, first)
-                segmentation = nifti.to_lps(load_labels(path, case.labels)[0], affine)
+                _check_grid(nifti.read_header(path), path, first)
+                volumes["seg"] = load_labels(path, case.labels)[0]
                 continue
-            volume, header = read_volume(path, case.channels)
+            volume, header = nifti.read_volume(path, case.channels)
             _check_grid(header, path, first)
             for modality in wanted:
-                volumes[modality] = nifti.to_lps(
-                    _channel(case, volume, modality), affine
-                )
+                volumes[modality] = _channel(case, volume, modality)
                 check_image(volumes[modality], path)
     except BratsDataError as error:
         raise error.of(case.id) from None
-    return Scan(case, [volumes[m] for m in modalities], segmentation, first[1])
+    affine = first[1].get_best_affine()
+    lps = {key: nifti.to_lps(volume, affine) for key, volume in volumes.items()}
+    return Scan(case, [lps[m] for m in modalities], lps.get("seg"), first[1])
 
 
 def load_case(case, modalities=MODALITIES):
@@ -474,8 +472,8 @@ def load_case(case, modalities=MODALITIES):
     image = np.empty(shape, np.float32, order="F")  # (X, Y, Z, C)
     for channel, volume in enumerate(scan.volumes):
         image[..., channel] = scan.restore(volume)
-    labels = scan.segmentation
-    return image, None if labels is None else scan.restore(labels), scan.affine
+    stored = None if scan.segmentation is None else scan.restore(scan.segmentation)
+    return image, stored, scan.affine
 
 
 def check_cases(cases, *, voxels=True, modalities=None):
@@ -511,12 +509,10 @@ def check_cases(cases, *, voxels=True, modalities=None):
     for case in cases:
         first, required = None, MODALITIES if modalities is None else modalities
         note(case, next(iter(case.images.values())).parent, _paths, case, required)
-        checked = case.images if modalities is None else modalities
-        checked = [name for name in checked if name in case.images]
+        checked = [m for m in case.images if modalities is None or m in modalities]
         for path, wanted in _paths(case, checked).items():
             channels = case.channels if wanted else 1
-            header = note(case, path, read_header, path, channels)
-            if header is None:
+            if (header := note(case, path, nifti.read_header, path, channels)) is None:
                 continue
             if not first:
                 first = path, header
@@ -524,10 +520,11 @@ def check_cases(cases, *, voxels=True, modalities=None):
             note(case, path, _check_grid, header, path, first)
             if voxels and not wanted:
                 note(case, path, load_labels, path, case.labels)
-            elif voxels and (read := note(case, path, read_volume, path, channels)):
-                for modality in wanted:
-                    volume = _channel(case, read[0], modality)
-                    note(case, path, check_image, volume, path, thorough=True)
+            elif voxels:
+                volume = note(case, path, nifti.read_volume, path, channels)
+                for modality in wanted if volume else ():
+                    image = _channel(case, volume[0], modality)
+                    note(case, path, check_image, image, path, thorough=True)
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
 
 

@@ -5,11 +5,11 @@ results. Such a folder holds a `manifest.json`: what it is, what it was made fro
 and the files that belong to it. Whatever else lies there belongs to the user.
 """
 
-import ast
 import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 BOOL = (lambda x: type(x) is bool), "True or False"  # for `check_option`
 MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
-WORDS = {"none": None, "yes": True, "true": True, "on": True}
-WORDS |= {"no": False, "false": False, "off": False}
+FLAGS = dict.fromkeys(("yes", "true", "on", "1"), True)
+FLAGS |= dict.fromkeys(("no", "false", "off", "0"), False)
 _EXCHANGE, _CURRENT_FOLDER = 2, -100  # of Linux's renameat2
 
 
@@ -35,7 +35,7 @@ def setting(name, default):
     ----------
     name : str
         Name of the constant: `"EPOCHS"` for the variable `BRATS_EPOCHS`.
-    default : bool, int, float, str, Path, tuple or None
+    default : bool, int, float, str, Path, tuple of int or of str, or None
         Used where the variable is unset or empty. Its type decides how the text is
         read: a tuple is written with commas (`128,128,128`), `none` gives None, and a
         relative path starts at the project's root. If the default is None, whole
@@ -58,26 +58,23 @@ def setting(name, default):
     text = os.environ.get(f"BRATS_{name}", "").strip()
     if not text or isinstance(default, str):
         return text or default
-    value = WORDS.get(text.lower(), text)
-    if value is None or isinstance(default, Path):
-        return None if value is None else project_root() / text
-    if value is text:
-        with contextlib.suppress(ValueError, SyntaxError, TypeError):
-            value = ast.literal_eval(text)
+    if text.lower() == "none":
+        return None
+    if isinstance(default, Path):
+        return project_root() / text
+    if isinstance(default, tuple) and isinstance(default[0], str):
+        return tuple(part.strip() for part in text.split(","))
+    with contextlib.suppress(KeyError, ValueError):
+        if isinstance(default, bool):
+            return FLAGS[text.lower()]
+        if isinstance(default, int | float) and math.isfinite(float(text)):
+            return type(default)(text)
+        numbers = tuple(int(part) for part in text.strip("()").split(","))
+        if "," in text and len(numbers) == len(default or numbers):
+            return numbers
     if default is None:
-        numbers = isinstance(value, tuple) and all(type(n) is int for n in value)
-        return value if numbers else text
-    fits = type(value) is type(default)
-    if isinstance(default, bool) and value in (0, 1):
-        value, fits = bool(value), True
-    elif isinstance(default, float) and type(value) is int:
-        value, fits = float(value), True
-    elif isinstance(default, tuple) and isinstance(default[0], str):
-        value, fits = tuple(part.strip() for part in text.split(",")), True
-    elif isinstance(default, tuple):
-        fits = fits and [*map(type, value)] == [*map(type, default)]
-    check_option(f"BRATS_{name}", text, lambda _: fits, f"a value like {default!r}")
-    return value
+        return text
+    raise ValueError(f"BRATS_{name} is {text!r}, expected a value like {default!r}")
 
 
 def project_root(start=None):
@@ -94,10 +91,8 @@ def project_root(start=None):
         `start` itself if no folder above it holds that file.
     """
     start = Path(start or Path.cwd()).resolve()
-    for folder in (start, *start.parents):
-        if (folder / "pyproject.toml").is_file():
-            return folder
-    return start
+    folders = (start, *start.parents)
+    return next((f for f in folders if (f / "pyproject.toml").is_file()), start)
 
 
 def check_option(name, value, fits, expected):
@@ -118,11 +113,9 @@ def check_option(name, value, fits, expected):
     ValueError
         Names the option, its value and what is possible.
     """
-    try:
+    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
         if fits(value):
             return
-    except (AttributeError, LookupError, TypeError, ValueError):
-        pass
     raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
@@ -274,10 +267,8 @@ def write_json(path, value):
     value : dict
         Anything that JSON can hold.
     """
-    lines = (
-        f"{json.dumps(key)}: {json.dumps(value[key], ensure_ascii=False)}"
-        for key in value
-    )
+    # Each `{"key": value}` without its braces.
+    lines = (json.dumps({k: v}, ensure_ascii=False)[1:-1] for k, v in value.items())
     with atomic_write(path) as temporary:
         temporary.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
 
@@ -339,9 +330,8 @@ def free_gb(path):
     free : float
     """
     path = Path(path).resolve()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free / 1e9
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(there).free / 1e9
 
 
 def read_manifest(folder):
@@ -378,6 +368,13 @@ def read_manifest(folder):
     return manifest
 
 
+def _is_intact(path, noted):
+    """Return whether a file is as `describe_file` noted it; None was never complete."""
+    if not noted or not path.is_file() or path.stat().st_size != noted["bytes"]:
+        return False
+    return describe_file(path) == noted
+
+
 def find_changed(folder, files):
     """Return which files of a manifest are incomplete, missing or have changed.
 
@@ -393,37 +390,28 @@ def find_changed(folder, files):
     changed : list of str
         Relative paths.
     """
-    return [
-        name
-        for name, noted in files.items()
-        if not noted
-        or not (path := Path(folder, name)).is_file()
-        or path.stat().st_size != noted["bytes"]
-        or describe_file(path) != noted
-    ]
+    return [n for n, noted in files.items() if not _is_intact(Path(folder, n), noted)]
 
 
 def _exchange(first, second, spare):
     """Exchange two folders: on Linux in one step, elsewhere by way of `spare`."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        one, other = os.fsencode(first), os.fsencode(second)
         rename = ctypes.CDLL(None).renameat2
-        paths = (os.fsencode(first), os.fsencode(second))
-        done = rename(_CURRENT_FOLDER, paths[0], _CURRENT_FOLDER, paths[1], _EXCHANGE)
-    except (AttributeError, OSError, TypeError):
-        done = -1
-    if done != 0:
-        second.rename(spare)
-        first.rename(second)
-        spare.rename(first)
+        if rename(_CURRENT_FOLDER, one, _CURRENT_FOLDER, other, _EXCHANGE) == 0:
+            return
+    second.rename(spare)
+    first.rename(second)
+    spare.rename(first)
 
 
 class OutputFolder:
     """A folder that belongs to this package, open for one writer at a time.
 
-    The constructor refuses a folder that might hold somebody else's files, before
-    anything changes. Files are announced with `claim` before they are written, so that
-    what a killed process left behind is known to be ours. Only listed files are ever
-    deleted.
+    A folder that might hold somebody else's files is refused before anything changes:
+    the constructor compares it with the inputs, and opening it looks inside. Files are
+    announced with `claim` before they are written, so that what a killed process left
+    behind is known to be ours. Only listed files are ever deleted.
 
     Parameters
     ----------
@@ -461,16 +449,13 @@ class OutputFolder:
         self._new = self.final.with_name(f".{name}-new")
         self.path = self._new if beside else self.final
         self._spare = self.final.with_name(f".{name}-old")
-        self._lock_path = self.final.with_name(f".{name}.lock")
-        self._lock = FileLock(self._lock_path)
-        self._check_owner()
+        self._lock = FileLock(self.final.with_name(f".{name}.lock"))
 
     def _check_owner(self):
         """Raise if one of our paths holds what we did not write."""
         for path in {self.final, self.path, self._spare}:
-            kind, found = "", ["a file"] if path.exists() else []
+            kind, found = read_manifest(path).get("kind"), ["a file"] * path.exists()
             if path.is_dir():
-                kind = read_manifest(path).get("kind", "")
                 found = sorted({p.name for p in path.iterdir()} - {UNFINISHED})
             if found and kind != self.kind:
                 problem = f"{path} is not a folder of this project for {self.kind!r}"
@@ -481,27 +466,24 @@ class OutputFolder:
         """Take the lock; finish or undo what a killed process left half done."""
         self._check_owner()
         self.final.parent.mkdir(parents=True, exist_ok=True)
-        holder = ""
+        holder, path = "", Path(self._lock.lock_file)
         with contextlib.suppress(OSError):
-            holder = self._lock_path.read_text(encoding="utf-8")
+            holder = path.read_text(encoding="utf-8")
         if not holder.startswith("process "[: len(holder)]):
-            raise ValueError(
-                f"{self._lock_path} is not a lock of this project; move it"
-            )
+            raise ValueError(f"{path} is not a lock of this project; move it")
         try:
             self._lock.acquire(timeout=0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            holder = f"process {os.getpid()} on {platform.node()} since {now}"
+            path.write_text(holder, encoding="utf-8")
+            if self._spare.exists():  # killed within _exchange
+                self._spare.rename(self._new if self.final.exists() else self.final)
+            self.former = self.manifest = self._read(self.final)
+            if self.path != self.final:
+                self.manifest = self._read(self.path)
         except Timeout:
             problem = f"{self.final} is being written by another process ({holder})"
             raise ValueError(f"{problem}; wait, or choose another folder") from None
-        try:
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder = f"process {os.getpid()} on {platform.node()} since {now}"
-            self._lock_path.write_text(holder, encoding="utf-8")
-            if self._spare.exists():  # killed within _exchange
-                self._spare.rename(self._new if self.final.exists() else self.final)
-            self.former = self._read(self.final)
-            beside = self.path != self.final
-            self.manifest = self._read(self.path) if beside else self.former
         except BaseException:
             self._lock.release()
             raise
@@ -518,7 +500,7 @@ class OutputFolder:
             if (self.path / MANIFEST).exists():
                 self.save()
         finally:
-            self._lock_path.unlink(missing_ok=True)
+            Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def begin(self, made_from):
@@ -555,17 +537,13 @@ class OutputFolder:
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
             strange = [name for name in new if os.path.lexists(folder / name)]
-            for parent in {str(p) for n in new for p in PurePosixPath(n).parents[:-1]}:
-                if (path := folder / parent).is_symlink() or path.is_file():
-                    strange.append(parent)
+            parents = {folder / p for n in new for p in PurePosixPath(n).parents[:-1]}
+            strange += [str(p) for p in parents if p.is_symlink() or p.is_file()]
             if strange:
-                problem = f"{folder} holds files that this project did not write: "
-                problem += f"{', '.join(strange[:5])}; move them, or choose another"
-                raise ValueError(f"{problem} folder")
-        new = names - self.manifest["files"].keys()
-        if new:
-            self.manifest["files"] |= dict.fromkeys(new)
-            self.save()
+                problem = f"{folder} holds files of others: {', '.join(strange[:5])}"
+                raise ValueError(f"{problem}; move them, or choose another folder")
+        self.manifest["files"] = dict.fromkeys(names) | self.manifest["files"]
+        self.save()
 
     @contextlib.contextmanager
     def write(self, name):
@@ -623,12 +601,11 @@ class OutputFolder:
         names : iterable of str
             Relative paths; only those that the manifest lists are deleted.
         """
-        names = [name for name in names if name in self.manifest["files"]]
+        names = self.manifest["files"].keys() & set(names)
         _unlink(self.path, names)
         for name in names:
             del self.manifest["files"][name]
-        if names:
-            self.save()
+        self.save()
 
     def clear(self):
         """Delete our files and forget the cases.
@@ -653,10 +630,10 @@ class OutputFolder:
     def put_in_place(self):
         """Exchange the folder beside for the final one; keep the user's own files."""
         self.save()
-        if self.final.exists():
-            _exchange(self.path, self.final, self._spare)
-        else:
+        if not self.final.exists():
             self.path.rename(self.final)
+            return
+        _exchange(self.path, self.final, self._spare)
         # What was final is now beside: delete it, but for files that are not ours.
         # The manifest goes last: as long as it is there, the folder is known as ours.
         self.manifest, self.former = self.former, self.manifest
@@ -669,8 +646,7 @@ class OutputFolder:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
         _unlink(self.path, [MANIFEST])
-        if self.path.exists():
-            self.path.rmdir()
+        self.path.rmdir()
 
 
 def _unlink(folder, names):

@@ -1,5 +1,6 @@
 """Label values, tumour regions, their names and colours: stated here."""
 
+import contextlib
 import re
 
 import numpy as np
@@ -12,10 +13,7 @@ LABELS = {
 }
 REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 REGION_NAMES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
-ENCODED_REGIONS = {
-    region: tuple(list(LABELS).index(value) for value in values)
-    for region, values in REGIONS.items()
-}
+ENCODED_REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}  # in training labels
 # Blue, yellow and vermilion of Okabe and Ito's palette, told apart by all readers.
 COLOURS = {1: "#0072B2", 2: "#F0E442", 4: "#D55E00"}
 
@@ -23,15 +21,13 @@ MODALITIES = ("flair", "t1ce", "t2")
 ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
 # What each file is called in the public sets, after the id of the case.
 _FILES = {
-    "flair": "flair|t2f|t2_flair",
-    "t1": "t1|t1n|t1w",
-    "t1ce": "t1ce|t1gd|t1c",
-    "t2": "t2|t2w",
-    "seg": "seg|segm|tumor_segmentation|glistrboost_manuallycorrected",
+    "flair": "(?:brain_)?(?:flair|t2f|t2_flair)",
+    "t1": "(?:brain_)?(?:t1|t1n|t1w)",
+    "t1ce": "(?:brain_)?(?:t1ce|t1gd|t1c)",
+    "t2": "(?:brain_)?(?:t2|t2w)",
+    "seg": "(?:final_)?(?:segm?|tumor_segmentation|glistrboost_manuallycorrected)",
 }
-_KEYS = {name: key for key, names in _FILES.items() for name in names.split("|")}
-_IMAGES, _SEG = "|".join(n for n, key in _KEYS.items() if key != "seg"), _FILES["seg"]
-_KEY = rf"(?:brain_)?({_IMAGES})|(?:final_)?({_SEG})"
+_KEY = "|".join(f"(?P<{key}>{names})" for key, names in _FILES.items())
 _NAME = re.compile(rf"(?:(.+?)[-_])?(?:{_KEY})\.nii(?:\.gz)?", re.I)
 # How files write background, core, oedema and enhancing tumour, in this order.
 CONVENTIONS = ("0124", "0123", "0213")
@@ -67,10 +63,10 @@ def naming(case_id):
     -------
     name, convention : str
         The set of that naming, and one of `CONVENTIONS` or, if its labels cannot be
-        told by the name, what to pass. Both are empty if the naming is not known.
+        told by the name, what to pass; empty if the naming is not known.
     """
     fits = (n for p, n in NAMINGS.items() if re.match(p, case_id, re.I))
-    return next(fits, ("", ""))
+    return next(fits, ("the rest of this set", ""))
 
 
 def label_table(labels):
@@ -92,7 +88,7 @@ def label_table(labels):
     ValueError
         If it is something else.
     """
-    try:
+    with contextlib.suppress(AttributeError, TypeError, ValueError):
         if isinstance(labels, dict):
             pairs = list(labels.items())
         elif labels in CONVENTIONS:
@@ -103,12 +99,9 @@ def label_table(labels):
         good = len(table) > 1 and table[0] == 0 and 0 <= min(table) <= max(table) <= 255
         if good and set(table.values()) <= set(LABELS):
             return table
-    except (AttributeError, TypeError, ValueError):
-        pass
-    raise ValueError(
-        f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a table from "
-        "the files' values to 0, 1, 2 and 4, such as {1: 1, 2: 2, 3: 4}"
-    )
+    problem = f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a "
+    problem += "table from the files' values to 0, 1, 2, 4, such as {1: 1, 2: 2, 3: 4}"
+    raise ValueError(problem)
 
 
 def label_code(labels):
@@ -148,9 +141,7 @@ def parse_name(name):
         does not say.
     """
     match = _NAME.fullmatch(name)
-    return (
-        (match[1] or "", _KEYS[(match[2] or match[3]).lower()]) if match else ("", "")
-    )
+    return (match[1] or "", match.lastgroup) if match else ("", "")
 
 
 def are_modalities(names):
@@ -221,9 +212,8 @@ def relabel(values, table):
     if known != values.size:
         found = zip(*np.unique(values, return_counts=True), strict=True)
         strange = [f"{v:g} in {n} voxels" for v, n in found if v not in table]
-        raise ValueError(
-            f"expected only the labels {list(table)}, found {', '.join(strange[:5])}"
-        )
+        problem = f"expected only the labels {list(table)}, found "
+        raise ValueError(problem + ", ".join(strange[:5]))
     relabelled = values.astype(np.uint8)
     for old, new in table.items():
         if old != new:
@@ -320,8 +310,5 @@ def region_volumes_ml(segmentation, spacing_mm):
         problem = f"spacing_mm is {spacing_mm!r}, expected three numbers above 0"
         raise ValueError(problem)
     counts = np.array([np.count_nonzero(labels == i) for i in range(len(LABELS))])
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    return {
-        region: float(counts[list(values)].sum()) * voxel_ml
-        for region, values in ENCODED_REGIONS.items()
-    }
+    ml = float(np.prod(spacing_mm)) / 1000  # of a voxel
+    return {r: float(counts[list(v)].sum()) * ml for r, v in ENCODED_REGIONS.items()}

@@ -10,16 +10,8 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
-from brats_utils.files import atomic_write, check_option, check_path, read_json
-from brats_utils.labels import (
-    ALL_MODALITIES,
-    encode_labels,
-    label_code,
-    label_table,
-    parse_name,
-    read_label_names,
-    relabel,
-)
+from brats_utils.files import atomic_write, check_option, check_path
+from brats_utils.labels import LABELS, label_table, relabel
 
 # A whole-body scan is smaller; a header that asks for more is damaged or hostile.
 MAX_VOXELS = 2**28
@@ -89,23 +81,11 @@ def _repair(header):
         header[f"quatern_{axis}"] /= length
 
 
-def _check_header(header, path, channels):
-    """Raise unless a header asks for volumes that can be read, on a grid."""
-    shape, affine = header.get_data_shape(), header.get_best_affine()
-    wanted = f"{channels} images in one file" if channels > 1 else "a 3-D volume"
-    images = [length for length in shape[3:] if length != 1]
-    if len(shape) < 3 or min(shape) < 1 or images != [channels] * (channels > 1):
-        _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
-    if math.prod(shape) > MAX_VOXELS:
-        _refuse(path, f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
-    if not header.single_vox_offset <= header["vox_offset"] <= 2**24:
-        _refuse(path, f"its header puts the voxels at byte {header['vox_offset']}")
-    if not np.isfinite(affine).all() or _is_singular(affine):
-        _refuse(path, f"its affine does not define a grid: {affine.tolist()}")
-
-
 def _parse_header(start, path, channels):
-    """Return the header in the first bytes of a volume, or raise what is wrong."""
+    """Return the header in the first bytes of a file; raise unless it can be read.
+
+    It must ask for as many volumes as `channels`, not too large, on a grid.
+    """
     kind = next(kind for kind, sign in FORMATS.items() if re.match(sign, start, re.S))
     if isinstance(kind, str):
         problem = f"not a NIfTI file: {kind} (starts with {start[:12]!r})"
@@ -117,11 +97,21 @@ def _parse_header(start, path, channels):
         _refuse(path, f"its voxels are {voxels}", "Save them as integers or floats")
     try:
         _repair(header)
-        header.get_slope_inter(), header.get_data_shape(), header.get_best_affine()
+        header.get_slope_inter()
+        shape, affine = header.get_data_shape(), header.get_best_affine()
     except Exception as error:  # damaged bytes make nibabel raise many kinds
         _refuse(path, f"its header or affine is not valid: {error}")
-    _check_header(header, path, channels)
-    header.set_data_shape(header.get_data_shape()[:3])
+    wanted = f"{channels} images in one file" if channels > 1 else "a 3-D volume"
+    images = [length for length in shape[3:] if length != 1]
+    if len(shape) < 3 or min(shape) < 1 or images != [channels] * (channels > 1):
+        _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
+    if math.prod(shape) > MAX_VOXELS:
+        _refuse(path, f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
+    if not header.single_vox_offset <= header["vox_offset"] <= 2**24:
+        _refuse(path, f"its header puts the voxels at byte {header['vox_offset']}")
+    if not np.isfinite(affine).all() or _is_singular(affine):
+        _refuse(path, f"its affine does not define a grid: {affine.tolist()}")
+    header.set_data_shape(shape[:3])
     return header
 
 
@@ -237,8 +227,7 @@ def load_labels(path, labels="0124"):
     volume, header = read_volume(path)
     try:
         # To four decimals: a scaling may round, 0.1 * 30 in float32 is 3.0000001.
-        rounded = np.round(volume, 4) if volume.dtype.kind == "f" else volume
-        segmentation = relabel(rounded, table)
+        segmentation = relabel(np.round(volume, 4), table)
     except ValueError as error:
         advice = "If the set writes its labels otherwise, pass labels= to find_cases"
         raise BratsDataError(str(error), file=path, advice=advice) from None
@@ -261,12 +250,12 @@ def walk(root):
     """
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
-        real, known = os.path.realpath(folder), len(seen)
-        seen.add(real)
+        real = os.path.realpath(folder)
         visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
-        folders[:] = sorted(visible) if len(seen) > known else []
-        if len(seen) > known:
+        folders[:] = [] if real in seen else sorted(visible)
+        if real not in seen:
             yield folder, sorted(name for name in names if not name.startswith("."))
+        seen.add(real)
 
 
 def file_states(paths):
@@ -390,61 +379,6 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
     nib.save(image, path)
 
 
-def parse_description(path):
-    """Return the channels and the label code of a set that comes with `dataset.json`.
-
-    Parameters
-    ----------
-    path : path
-        The file, as the Decathlon or nnU-Net write it.
-
-    Returns
-    -------
-    channels : tuple of str
-        The modalities, in order; empty if it does not name them, or is not there.
-    code : str
-        See `labels.label_code`; empty if a label's name is not understood.
-
-    Raises
-    ------
-    ValueError
-        If the file is not valid JSON, or a channel is not one of the four modalities.
-    """
-    described = read_json(path) if path.is_file() else {}
-    names = described.get("channel_names") or described.get("modality") or {}
-    try:
-        names = [str(names[key]).lower() for key in sorted(names, key=int)]
-        table = read_label_names(described.get("labels") or {})
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BratsDataError(f"not as nnU-Net writes it: {error}", file=path) from None
-    channels = tuple(parse_name(re.sub("[- ]", "_", n) + ".nii")[1] for n in names)
-    if not {*channels} <= {*ALL_MODALITIES}:
-        raise BratsDataError(
-            f"its channels are {names}, not {ALL_MODALITIES}", file=path
-        )
-    return channels, label_code(table) if len(table) > 1 else ""
-
-
-def threes_and_fours(path):
-    """Return which of the values 3 and 4 a label map holds.
-
-    Parameters
-    ----------
-    path : path
-        A NIfTI file of labels.
-
-    Returns
-    -------
-    values : set of int
-        Empty if the file cannot be read: the error is raised when its case is read.
-    """
-    try:
-        volume = read_volume(path)[0]
-    except BratsDataError:
-        return set()
-    return {value for value in (3, 4) if (volume == value).any()}
-
-
 def write_segmentation(segmentation, header, path):
     """Write a label map to the temporary path of an atomic write.
 
@@ -466,9 +400,8 @@ def write_segmentation(segmentation, header, path):
     if segmentation.shape != shape:
         found = f"the label map has shape {segmentation.shape}"
         raise ValueError(f"{found}, the case's images {shape}")
-    encode_labels(segmentation)  # raises if a value is no label
-    volume = segmentation.astype(np.uint8)
-    save_volume(volume, path, like=header, name=WRITTEN_BY)
+    labels = relabel(segmentation, {value: value for value in LABELS})
+    save_volume(labels, path, like=header, name=WRITTEN_BY)
 
 
 def save_segmentation(segmentation, case, path):

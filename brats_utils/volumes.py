@@ -37,14 +37,12 @@ def nonzero_statistics(volume):
 
 def _offset_and_divisor(volume, method):
     """Return the two numbers of `scaled = (volume - offset) / divisor`."""
-    if method == "minmax":
-        low, high = float(volume.min()), float(volume.max())
-        if not high > low:
-            raise ValueError(f"a blank volume cannot be scaled: every voxel is {low:g}")
-        return low, high - low
     if method == "zscore":
         return nonzero_statistics(volume)
-    raise ValueError(f"method is {method!r}, expected one of {SCALINGS}")
+    low, high = float(volume.min()), float(volume.max())
+    if not high > low:
+        raise ValueError(f"a blank volume cannot be scaled: every voxel is {low:g}")
+    return low, high - low
 
 
 def _apply(volume, offset, divisor, method):
@@ -85,6 +83,7 @@ def scale_volume(volume, method="minmax"):
     >>> scale_volume(np.array([[[0, 50, 100]]])).tolist()
     [[[0.0, 0.5, 1.0]]]
     """
+    check_option("method", method, SCALINGS.__contains__, f"one of {SCALINGS}")
     numbers = "an array of numbers (X, Y, Z)"
     check_option("volume", volume, lambda v: np.asarray(v, np.float32).ndim, numbers)
     volume = np.asarray(volume, np.float32)
@@ -147,19 +146,16 @@ def check_grey_levels(volume, stored=None):
         Names the voxel that squeezes all others together.
     """
     if stored is None:
-        stored = _apply(volume, *_offset_and_divisor(volume, "minmax"), "minmax")
-        stored = stored.astype(np.float16)
+        stored = scale_volume(volume).astype(np.float16)
     found = np.zeros(2**16, bool)  # one for each float16 there is
     found[stored.ravel(order="K").view(np.uint16)] = True
     levels = np.count_nonzero(found) - 1  # without the background
     if levels < LEAST_GREY_LEVELS or not np.isfinite(stored).all():
         extreme = max(volume.min(), volume.max(), key=abs)
         place = [int(index[0]) for index in np.nonzero(volume == extreme)]
-        raise ValueError(
-            f"scaled and stored, {levels} grey levels are left of it, at least "
-            f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
-            f"{extreme:g}"
-        )
+        problem = f"scaled and stored, {levels} grey levels are left of it, at least "
+        problem += f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
+        raise ValueError(f"{problem}{extreme:g}")
 
 
 def standardise(image, statistics=None):
@@ -346,13 +342,12 @@ def check_shape(shape, name="crop_shape", least=1):
     ValueError
         If it is something else.
     """
+
+    def fits(s):
+        return s is None or (len(s) == 3 and all(is_whole(n, least) for n in s))
+
     expected = f"three whole numbers of at least {least}, or None"
-    check_option(
-        name,
-        shape,
-        lambda s: s is None or (len(s) == 3 and all(is_whole(n, least) for n in s)),
-        expected,
-    )
+    check_option(name, shape, fits, expected)
 
 
 def _plane_counts(mask):
@@ -361,8 +356,8 @@ def _plane_counts(mask):
     return columns.sum(axis=1), columns.sum(axis=0), mask.sum(axis=(0, 1))
 
 
-def _window_start(tumour, brain, size):
-    """Return where a window of `size` holds most tumour, and then most brain.
+def _window(tumour, brain, size):
+    """Return the slice of length `size` that holds most tumour, and then most brain.
 
     `tumour` and `brain` count the voxels of each plane along one axis.
     """
@@ -371,7 +366,8 @@ def _window_start(tumour, brain, size):
         total = np.concatenate([[0], np.cumsum(counts)])
         held = total[np.minimum(starts + size, len(counts))] - total[starts]
         starts = starts[held == held.max()]
-    return int(starts[len(starts) // 2])
+    start = int(starts[len(starts) // 2])
+    return slice(start, min(start + size, len(brain)))
 
 
 def crop_box(image, segmentation=None, shape=(128, 128, 128)):
@@ -399,19 +395,13 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
     check_shape(shape)
     spatial = "an array (X, Y, Z) or (X, Y, Z, C)"
     check_option("image", image, lambda i: np.ndim(i) in (3, 4), spatial)
-    fits = segmentation is None or np.shape(segmentation) == image.shape[:3]
-    check_option(
-        "segmentation", segmentation, lambda _: fits, "the image's shape, None"
-    )
+    ok = segmentation is None or np.shape(segmentation) == image.shape[:3]
+    check_option("segmentation", segmentation, lambda _: ok, "the image's shape, None")
     brain = brain_mask([image] if image.ndim == 3 else np.moveaxis(image, -1, 0))
     if shape is None:
         return bounding_box(brain)
     tumour = np.zeros_like(brain) if segmentation is None else segmentation != 0
-    starts = map(_window_start, _plane_counts(tumour), _plane_counts(brain), shape)
-    return tuple(
-        slice(start, min(start + size, n))
-        for start, size, n in zip(starts, shape, brain.shape, strict=True)
-    )
+    return tuple(map(_window, _plane_counts(tumour), _plane_counts(brain), shape))
 
 
 def pad(volume, shape, value=0):
