@@ -7,7 +7,7 @@ NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
 
-.PHONY: run report test test-all lab lint bench
+.PHONY: run pretrain report test test-all lab lint bench
 .DEFAULT_GOAL := run
 
 $(STAMP): requirements.txt pyproject.toml
@@ -26,6 +26,10 @@ run: $(STAMP)
 	  $(NBCONVERT) --CoalesceStreamsPreprocessor.enabled=True $$notebook || exit 1; \
 	done
 	@$(BIN)/nbstripout --keep-output $(NOTEBOOKS)
+
+# The weights that come with the package, from nothing: hours.
+pretrain: $(STAMP)
+	$(BIN)/python benchmarks/pretrain.py
 
 # Notebook 04 as one page that opens without Jupyter: no code, nothing fetched.
 REPORT := data/report.html

@@ -20,6 +20,7 @@ from brats_utils.training import train
 SEED = 7
 NETWORK = {"n_classes": 4, "filters": 16, "depth": 5, "stem_stride": 2}
 PATCHES = {"batch_size": 1, "patch_shape": (96, 96, 96)}
+MIN_ISLAND = 0.1  # chosen on real scans: docs/phantom_weights.md
 PLAN = {"learning_rate": 3e-3, "average": 0.999, "validation_freq": 4}
 
 
@@ -63,6 +64,9 @@ def write_weights(run_dir, path):
     trained = inference.load_model(run_dir)
     keys = "modalities normalisation orientation outputs patch_shape keras".split()
     kept = {key: trained.description[key] for key in keys}
+    n_cases = len(trained.description["train_cases"])
+    kept["about"] = f"{n_cases} synthetic patients, no real scan"
+    kept["decoding"] = {"min_island": MIN_ISLAND}
     record = json.dumps({"network": NETWORK, "description": kept})
     weights = {f"w{i:03}": w for i, w in enumerate(trained.model.get_weights())}
     half = {name: array.astype(np.float16) for name, array in weights.items()}
