@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython import display
 from IPython.core.pylabtools import print_figure
-from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -41,43 +41,17 @@ class Overlay:
     Parameters
     ----------
     volume : (X, Y, Z) array
-        Classes (whole numbers from 0) or values, in LPS order.
-    cmap : matplotlib Colormap or str
-        Its colours.
-    limits : (float, float)
-        The values at both ends of the colour map. Voxels below the first are clear.
+        Classes (whole numbers, 0 is background) or standard deviations, in LPS order.
+    colours : dict of str to str
+        Name and colour of class 1, 2 and so on, for a legend. Empty for standard
+        deviations: they get a colour bar, and the scan below them is dimmed.
     opacity : float
         0 to 1.
-    classes : tuple of str
-        Names of the classes, for a legend. Without them the volume holds standard
-        deviations: it gets a colour bar, and the scan below it is dimmed.
     """
 
     volume: np.ndarray
-    cmap: Colormap | str
-    limits: tuple
+    colours: dict
     opacity: float = 0.5
-    classes: tuple = ()
-
-    @classmethod
-    def of_classes(cls, volume, colours, opacity=0.5):
-        """Return an overlay of classes, with 0 as the background.
-
-        Parameters
-        ----------
-        volume : (X, Y, Z) integer array
-            From 0 to the number of colours.
-        colours : dict of str to str
-            Name and colour of class 1, 2 and so on.
-        opacity : float
-            0 to 1.
-
-        Returns
-        -------
-        overlay : Overlay
-        """
-        cmap = ListedColormap(list(colours.values()))
-        return cls(volume, cmap, (1, len(colours)), opacity, tuple(colours))
 
     def draw(self, axes, index, axis):
         """Draw one slice over the slice that the axes show already.
@@ -89,19 +63,22 @@ class Overlay:
         index, axis : int
             Which slice, across which axis.
         """
-        low, high = self.limits
-        if not self.classes:
+        colours, cmap, limits = [*self.colours.values()], "plasma", SD_LIMITS
+        if colours:
+            cmap, limits = ListedColormap(colours), (1, len(colours))
+        else:
             black, white = axes.images[0].get_clim()
             axes.images[0].set_clim(black, 2 * white - black)
-        plane = np.ma.masked_less(np.take(self.volume, index, axis).T, low)
-        style = {"cmap": self.cmap, "alpha": self.opacity, "interpolation": "nearest"}
-        axes.imshow(plane, vmin=low, vmax=high, aspect=axes.get_aspect(), **style)
+        plane = np.ma.masked_less(np.take(self.volume, index, axis).T, limits[0])
+        style = {"cmap": cmap, "clim": limits, "alpha": self.opacity}
+        style |= {"interpolation": "nearest", "aspect": axes.get_aspect()}
+        axes.imshow(plane, **style)
 
 
 def _label_overlay(labels):
     """Return the overlay of a BraTS label map; None without one."""
     if labels is not None:
-        return Overlay.of_classes(encode_labels(labels), LABEL_COLOURS)
+        return Overlay(encode_labels(labels), LABEL_COLOURS)
 
 
 def _comparison(truth=None, prediction=None, spread=None):
@@ -111,9 +88,9 @@ def _comparison(truth=None, prediction=None, spread=None):
     if all(overlays.values()):
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
-        overlays["errors"] = Overlay.of_classes(errors, ERRORS, 0.85)
+        overlays["errors"] = Overlay(errors, ERRORS, 0.85)
     if spread is not None:
-        overlays["uncertainty"] = Overlay(spread, "plasma", SD_LIMITS, 1.0)
+        overlays["uncertainty"] = Overlay(spread, {}, 1.0)
     return {"nothing": None} | {name: o for name, o in overlays.items() if o}
 
 
@@ -221,11 +198,11 @@ def _add_keys(axes, overlays):
     """Add a colour bar for values, and one legend for all classes of a figure."""
     figure, swatches = axes[0].figure, {}
     for each, overlay in zip(axes, overlays, strict=True):
-        for i, name in enumerate(overlay.classes if overlay else ()):
+        for name, colour in overlay.colours.items() if overlay else ():
             # As it looks over grey tissue.
-            colour = 0.5 + overlay.opacity * (np.array(overlay.cmap(i)[:3]) - 0.5)
+            colour = 0.5 + overlay.opacity * (np.array(to_rgb(colour)) - 0.5)
             swatches[name] = Patch(color=colour, label=name)
-        if overlay and not overlay.classes:
+        if overlay and not overlay.colours:
             bar = {"ax": list(axes), "shrink": 0.8, "label": "standard deviation"}
             figure.colorbar(each.images[-1], **bar).ax.set_facecolor("0.2")
     if swatches and not figure.legends:

@@ -196,9 +196,8 @@ def _crop_and_measure(case, options):
     lost = (tumour - inside) / max(1, tumour)
     notes = [scan.background_problem] if scan.background_problem else []
     notes += ["no voxel is labelled"] * (not tumour)
-    notes += [f"the crop leaves out {lost:.0%} of the tumour"] * (
-        lost > LOSS_TO_WARN_OF
-    )
+    if lost > LOSS_TO_WARN_OF:
+        notes.append(f"the crop leaves out {lost:.0%} of the tumour")
     row = {
         "case": case.id,
         "kept": share >= min_labelled,

@@ -19,9 +19,8 @@ from brats_utils.nifti import BratsDataError, walk
 KINDS, SIDES = ("images", "masks"), ("train", "val")
 # A patient's id, before the number or the date of the visit.
 _VISIT = re.compile(
-    r"(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucsf-pdgm-\d+"
-    r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+",
-    re.I,
+    r"(?i)(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucsf-pdgm-\d+"
+    r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+"
 )
 _TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
 # Columns that name patients, and not where they were scanned.
@@ -116,15 +115,12 @@ def read_csv(path):
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty, or holds other data")
-        rows = csv.DictReader(
-            lines, delimiter=max(",;\t", key=lines[0].count), restval="", restkey="more"
-        )
-        return [
-            {str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows
-        ]
+        separator = max(",;\t", key=lines[0].count)
+        rows = [*csv.DictReader(lines, delimiter=separator, restval="", restkey="more")]
     except csv.Error as error:
         problem = f"{path} is not a text table: {error}"
         raise ValueError(f"{problem}; save it as csv, or remove it") from None
+    return [{str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows]
 
 
 def _link(links, ids, path):
@@ -237,17 +233,13 @@ def _split(prepared, out, kind, choose, least, why, **choice):
 def _write_split(out, kind, prepared, manifest, ids, choice):
     """Link the volumes of {folder within `out`: case ids} into an output folder."""
     made_from = {**choice, "prepared": str(prepared), "settings": manifest["made_from"]}
-    sources = {
-        f"{folder}/{part}/{case_id}.npy": f"{part}/{case_id}.npy"
-        for folder in ids
-        for case_id in ids[folder]
-        for part in KINDS
-    }
+    names = [f"{f}/{part}/{i}.npy" for f in ids for part in KINDS for i in ids[f]]
     with files.OutputFolder(out, kind, inputs=[prepared], beside=True) as output:
         output.clear()  # what a killed call left
         output.begin(made_from)
-        output.claim(sources)
-        for name, source in sources.items():
+        output.claim(names)
+        for name in names:
+            source = "/".join(name.split("/")[-2:])  # in the prepared folder
             path, final = output.path / name, output.final / name
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
