@@ -21,10 +21,8 @@ PREPARE_AGAIN = "Run notebooks/01_prepare.ipynb again"
 POSSIBLE = dict.fromkeys(("batch_size", "patches_per_case"), files.whole(1))
 POSSIBLE |= dict.fromkeys(("seed", "workers", "max_queue_size"), files.whole(0))
 POSSIBLE |= {"tumour_share": files.number(0, 1), "full_batches": files.BOOL}
-POSSIBLE["augment"] = (
-    lambda change: type(change) is bool or callable(change),
-    "True, False or a function of (image, labels, rng)",
-)
+CHANGES = "True, False or a function of (image, labels, rng)"
+POSSIBLE["augment"] = (lambda change: type(change) is bool or callable(change)), CHANGES
 
 
 def _read_side(folder):

@@ -459,8 +459,7 @@ def write_model(model, path, description):
     description : dict
         Stored in the archive as `brats.json`, with Keras's version and backend.
     """
-    description = {**description, "keras": keras.__version__}
-    description["backend"] = keras.backend.backend()
+    made_by = {"keras": keras.__version__, "backend": keras.backend.backend()}
     bare = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if any(layer.compute_dtype != "float32" for layer in bare.layers):
         weights = bare.get_weights()
@@ -468,7 +467,7 @@ def write_model(model, path, description):
         bare.set_weights(weights)
     bare.save(path)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+        archive.writestr(DESCRIPTION, json.dumps(description | made_by, indent=1))
 
 
 def check_description(model, description, path):

@@ -38,12 +38,9 @@ def _check_options(crop_shape, min_labelled, modalities, scaling, jobs=1, skip=T
     check("scaling", scaling, scalings.__contains__, f"one of {scalings}")
     fit, known = labels.are_modalities, f"some of {labels.ALL_MODALITIES}, each once"
     check("modalities", modalities, lambda names: len(names) and fit(names), known)
-    return {
-        "crop_shape": None if crop_shape is None else [int(n) for n in crop_shape],
-        "min_labelled": float(min_labelled),
-        "modalities": list(modalities),
-        "scaling": scaling,
-    }
+    crop = None if crop_shape is None else [int(n) for n in crop_shape]
+    options = {"crop_shape": crop, "min_labelled": float(min_labelled)}
+    return {**options, "modalities": list(modalities), "scaling": scaling}
 
 
 def _made_of(case, options):
@@ -161,12 +158,11 @@ def _prepare_all(cases, output, options, jobs):
     output.claim(name for case in cases for name in _names(case.id))
     made_of = {case.id: _made_of(case, options) for case in cases}
     todo = [case for case in cases if not _is_done(case.id, made_of[case.id], output)]
-    work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
-        delayed(_prepare)(case, output.path, options) for case in todo
-    )
+    work = (delayed(_prepare)(case, output.path, options) for case in todo)
+    pool = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")
     bar, errors = {"total": len(todo), "unit": "case", "disable": not todo}, []
     try:
-        bar = files.progress_bar(work, desc="preparing", **bar)
+        bar = files.progress_bar(pool(work), desc="preparing", **bar)
         for result, case in zip(bar, todo, strict=True):
             if isinstance(result, BratsDataError):
                 errors.append(result)
