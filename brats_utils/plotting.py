@@ -75,7 +75,7 @@ class Overlay:
         axes.imshow(plane, **style)
 
 
-def _label_overlay(labels):
+def _overlay(labels):
     """Return the overlay of a BraTS label map; None without one."""
     if labels is not None:
         return Overlay(encode_labels(labels), LABEL_COLOURS)
@@ -83,8 +83,7 @@ def _label_overlay(labels):
 
 def _comparison(truth=None, prediction=None, spread=None):
     """Return what can be drawn over a scan, by name, starting with nothing."""
-    overlays = {"truth": _label_overlay(truth)}
-    overlays["prediction"] = _label_overlay(prediction)
+    overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
     if all(overlays.values()):
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
@@ -264,7 +263,7 @@ def plot_slices(
     n = len(volumes)
     if type(axis) is bool or axis not in (0, 1, 2):
         raise ValueError(f"axis is {axis!r}, expected 0, 1 or 2")
-    overlays = overlays or [_label_overlay(s) for s in segmentations or [None] * n]
+    overlays = overlays or [_overlay(s) for s in segmentations or [None] * n]
     boxes = boxes or [None] * n
     for scan, o in zip(volumes, overlays, strict=True):
         if o is not None and o.volume.shape != scan.shape:
@@ -322,7 +321,7 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
         One for each channel.
     """
     scans = _channels(image)
-    overlays = [_label_overlay(segmentation)] * len(scans)
+    overlays = [_overlay(segmentation)] * len(scans)
     return plot_slices([*scans.values()], titles or [*scans], overlays=overlays, **view)
 
 
@@ -381,7 +380,7 @@ def plot_uncertainty(image, prediction, spread, *, channel=0, **view):
     -------
     axes : array of 3 matplotlib axes
     """
-    overlays = _comparison(prediction=prediction, spread=spread)
+    overlays = _comparison(None, prediction, spread)
     return _plot_overlays(image, overlays, channel, **view)
 
 
