@@ -63,16 +63,15 @@ class Overlay:
         index, axis : int
             Which slice, across which axis.
         """
-        colours, cmap, limits = [*self.colours.values()], "plasma", SD_LIMITS
+        colours, cmap, (low, high) = [*self.colours.values()], "plasma", SD_LIMITS
         if colours:
-            cmap, limits = ListedColormap(colours), (1, len(colours))
+            cmap, (low, high) = ListedColormap(colours), (1, len(colours))
         else:
             black, white = axes.images[0].get_clim()
             axes.images[0].set_clim(black, 2 * white - black)
-        plane = np.ma.masked_less(np.take(self.volume, index, axis).T, limits[0])
-        style = {"cmap": cmap, "clim": limits, "alpha": self.opacity}
-        style |= {"interpolation": "nearest", "aspect": axes.get_aspect()}
-        axes.imshow(plane, **style)
+        plane = np.ma.masked_less(np.take(self.volume, index, axis).T, low)
+        style = {"cmap": cmap, "alpha": self.opacity, "interpolation": "nearest"}
+        axes.imshow(plane, vmin=low, vmax=high, aspect=axes.get_aspect(), **style)
 
 
 def _overlay(labels):
