@@ -190,20 +190,18 @@ def _crop_and_measure(case, options):
     parts = truth, truth[box], truth[volumes.FIXED_WINDOW]
     tumour, inside, in_window = (int(np.count_nonzero(part)) for part in parts)
     lost = (tumour - inside) / max(1, tumour)
-    notes = [scan.background_problem] if scan.background_problem else []
-    notes += ["no voxel is labelled"] * (not tumour)
+    notes = [scan.background_problem, "" if tumour else "no voxel is labelled"]
     if lost > LOSS_TO_WARN_OF:
         notes.append(f"the crop leaves out {lost:.0%} of the tumour")
     row = {
         "case": case.id,
         "kept": share >= min_labelled,
         "reason": "" if share >= min_labelled else f"labelled below {min_labelled:g}",
-        "note": "; ".join(notes),
+        "note": "; ".join(filter(None, notes)),
         "labelled_share": share,
         "lost_voxels": tumour - inside,
         "lost_share": lost,
-        # Of the tutorial recipe's window.
-        "window_lost_share": (tumour - in_window) / max(1, tumour),
+        "window_lost_share": (tumour - in_window) / max(1, tumour),  # the recipe's
         "shape": "x".join(map(str, mask.shape)),
     }
     truth = truth[volumes.bounding_box(truth)]
