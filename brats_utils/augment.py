@@ -34,16 +34,13 @@ def flip(image, labels, rng):
     return np.flip(image, axes), np.flip(labels, axes)
 
 
-def _rotation(degrees):
-    """Return the (3, 3) matrix of rotations by three angles about the three axes."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(np.radians(degrees)):
-        first, second = (a for a in range(3) if a != axis)
-        turn = np.eye(3)
-        turn[first, first] = turn[second, second] = np.cos(angle)
-        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
-    return matrix
+def _rotation(angles):
+    """Return the (3, 3) matrix of rotations about the three axes, in radians."""
+    (cos_x, cos_y, cos_z), (x, y, z) = np.cos(angles), np.sin(angles)
+    about_x = np.array([[1, 0, 0], [0, cos_x, -x], [0, x, cos_x]])
+    about_y = np.array([[cos_y, 0, -y], [0, 1, 0], [y, 0, cos_y]])
+    about_z = np.array([[cos_z, -z, 0], [z, cos_z, 0], [0, 0, 1]])
+    return about_x @ about_y @ about_z
 
 
 def turn_and_zoom(image, labels, rng):
@@ -61,7 +58,8 @@ def turn_and_zoom(image, labels, rng):
     -------
     image, labels : arrays of the same shapes and types
     """
-    matrix = _rotation(rng.uniform(-TURN_DEGREES, TURN_DEGREES, 3)) / rng.uniform(*ZOOM)
+    degrees = rng.uniform(-TURN_DEGREES, TURN_DEGREES, 3)
+    matrix = _rotation(np.radians(degrees)) / rng.uniform(*ZOOM)
     middle = (np.array(labels.shape) - 1) / 2
     offset = middle - matrix @ middle
     channels = np.moveaxis(image, -1, 0)

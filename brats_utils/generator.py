@@ -10,34 +10,29 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from brats_utils import files
 from brats_utils.augment import augment as augment_patch
-from brats_utils.files import (
-    BOOL,
-    check_option,
-    check_path,
-    find_changed,
-    number,
-    read_manifest,
-    whole,
-)
 from brats_utils.volumes import check_shape, pad, standardise
 
 # npy headers are parsed by `ast`, which is not thread-safe in some Pythons 3.11
 # (python/cpython#106905).
 PARSING = threading.Lock()
 PREPARE_AGAIN = "Run notebooks/01_prepare.ipynb again"
+POSSIBLE = dict.fromkeys(("batch_size", "patches_per_case"), files.whole(1))
+POSSIBLE |= dict.fromkeys(("seed", "workers", "max_queue_size"), files.whole(0))
+POSSIBLE |= {"tumour_share": files.number(0, 1), "full_batches": files.BOOL}
+CHANGES = "True, False or a function of (image, labels, rng)"
+POSSIBLE["augment"] = (lambda change: type(change) is bool or callable(change)), CHANGES
 
 
 def _read_side(folder):
     """Return a split's folder, its manifest, and the names of one side's files."""
     for root in folder.parents[:2]:  # of a split, or of a fold
-        manifest = read_manifest(root)
-        if manifest.get("kind") in ("split", "folds"):
-            side = folder.relative_to(root).as_posix()
-            parts = f"{side}/images/", f"{side}/masks/"
-            names = [name for name in manifest["files"] if name.startswith(parts)]
-            if names:
-                return root, manifest, names
+        manifest, side = files.read_manifest(root), folder.relative_to(root).as_posix()
+        parts = f"{side}/images/", f"{side}/masks/"
+        names = [n for n in manifest.get("files", ()) if n.startswith(parts)]
+        if names and manifest["kind"] in ("split", "folds"):
+            return root, manifest, names
     problem = f"no volumes in {folder}, or it is not the train or val folder of a split"
     raise FileNotFoundError(f"{problem}. {PREPARE_AGAIN}")
 
@@ -124,17 +119,17 @@ class BratsGenerator(keras.utils.PyDataset):
         self.batch_size, self.patches_per_case = batch_size, patches_per_case
         self.tumour_share, self.augment, self.seed = tumour_share, augment, seed
         self.full_batches, self.patch_shape = full_batches, patch_shape
-        check_option("cache", cache, *BOOL)
-        self._check_options()
-        self.folder = check_path("folder", folder).resolve()
+        files.check_option("cache", cache, *files.BOOL)
+        for name, possible in POSSIBLE.items():
+            files.check_option(name, getattr(self, name), *possible)
+        check_shape(patch_shape, "patch_shape")
+        self.folder = files.check_path("folder", folder).resolve()
         self._root, manifest, names = _read_side(self.folder)
         self._noted = {name: manifest["files"][name] for name in names}
         self.case_ids = sorted({Path(name).stem for name in names})
         self.rows = {case_id: manifest["cases"][case_id] for case_id in self.case_ids}
         try:
-            self._states = {
-                path: _state(path) for path in map(self._root.joinpath, names)
-            }
+            self._states = {p: _state(p) for p in map(self._root.joinpath, names)}
         except OSError as error:
             problem = f"image without mask, or vice versa: {error.filename} is missing"
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from None
@@ -143,18 +138,6 @@ class BratsGenerator(keras.utils.PyDataset):
         self.patch_shape = None if patch_shape is None else tuple(patch_shape)
         self._cache = {} if cache else None
         self.epoch, self._within_epoch = 0, False
-
-    def _check_options(self):
-        """Raise if an option is not possible."""
-        least = {"batch_size": 1, "patches_per_case": 1, "seed": 0}
-        for name, n in {**least, "workers": 0, "max_queue_size": 0}.items():
-            check_option(name, getattr(self, name), *whole(n))
-        check_option("tumour_share", self.tumour_share, *number(0, 1))
-        check_option("full_batches", self.full_batches, *BOOL)
-        change = type(self.augment) is bool or callable(self.augment)
-        known = "True, False or a function of (image, labels, rng)"
-        check_option("augment", self.augment, lambda _: change, known)
-        check_shape(self.patch_shape, "patch_shape")
 
     def describe(self):
         """Return what a training run depends on: the volumes and all options.
@@ -185,24 +168,24 @@ class BratsGenerator(keras.utils.PyDataset):
             Says what to change.
         """
         *sizes, channels = input_shape[1:]
-        texts = {row["shape"] for row in self.rows.values()}
-        shapes = {tuple(map(int, text.split("x"))) for text in texts}
-        shapes = {self.patch_shape} if self.patch_shape else shapes
+        shapes, problems = {self.patch_shape}, []
+        if self.patch_shape is None:
+            texts = {row["shape"] for row in self.rows.values()}
+            shapes = {tuple(map(int, text.split("x"))) for text in texts}
         if channels != len(self.modalities):
-            problem = f"channels {self.modalities}, the model takes {channels}"
-            raise ValueError(f"{self.folder} has the {problem}")
+            problems.append(f"channels {self.modalities}, the model takes {channels}")
+        takes = f"multiples of {factor}" if None in sizes else tuple(sizes)
         for shape in shapes:
             pairs = zip(sizes, shape, strict=False)
             wrong = [n % factor if size is None else n != size for size, n in pairs]
             if len(sizes) != 3 or any(wrong):
-                takes = f"multiples of {factor}" if None in sizes else tuple(sizes)
-                problem = (
-                    f"{self.folder} has samples of {shape}, the model takes {takes}"
-                )
-                raise ValueError(f"{problem}: set patch_shape")
+                problem = f"samples of {shape}, the model takes {takes}"
+                problems.append(f"{problem}: set patch_shape")
         if len(shapes) > 1 and self.batch_size > 1:
-            problem = f"{self.folder} has volumes of {len(shapes)} shapes"
-            raise ValueError(f"{problem}: set patch_shape, or batch_size=1")
+            problem = f"volumes of {len(shapes)} shapes"
+            problems.append(f"{problem}: set patch_shape, or batch_size=1")
+        if problems:
+            raise ValueError(f"{self.folder} has {problems[0]}")
 
     @property
     def input_shape(self):
@@ -218,11 +201,9 @@ class BratsGenerator(keras.utils.PyDataset):
         ValueError
             If some have changed since; all are named.
         """
-        if changed := find_changed(self._root, self._noted):
-            raise ValueError(
-                f"changed since they were prepared: {', '.join(changed)} in "
-                f"{self._root}. {PREPARE_AGAIN}"
-            )
+        if changed := files.find_changed(self._root, self._noted):
+            problem = f"changed since they were prepared: {', '.join(changed)}"
+            raise ValueError(f"{problem} in {self._root}. {PREPARE_AGAIN}")
 
     def __len__(self):
         """Return the number of batches in an epoch."""
@@ -296,9 +277,8 @@ class BratsGenerator(keras.utils.PyDataset):
         last = first + self.batch_size
         last = last if self.full_batches else min(last, len(order))
         draws = [order[i % len(order)] for i in range(first, last)]
-        images, labels = zip(
-            *(self._sample(c, epoch, n) for c, n in draws), strict=True
-        )
+        samples = [self._sample(case_id, epoch, n) for case_id, n in draws]
+        images, labels = zip(*samples, strict=True)
         shapes = {volume.shape for volume in labels}
         if len(shapes) > 1:
             problem = f"volumes of shapes {sorted(shapes)} do not go into one batch"
@@ -315,31 +295,24 @@ class BratsGenerator(keras.utils.PyDataset):
                 raise ValueError("changed since the generator was made")
             with PARSING:
                 image, mask = (np.load(p, "r", allow_pickle=False) for p in paths)
-            shape = *mask.shape, len(self.modalities)
-            found = mask.ndim, mask.dtype, image.shape, image.dtype
-            if found != (3, np.uint8, shape, np.float16) or mask.max() > 3:
-                found = (
-                    f"image {image.shape} {image.dtype}, mask {mask.shape} {mask.dtype}"
-                )
-                raise ValueError(
-                    f"{found} are not float16 and labels 0 to 3 of one grid"
-                )
+            found = f"image {image.shape} {image.dtype}, mask {mask.shape} {mask.dtype}"
+            shape = (*mask.shape, len(self.modalities))
+            fitting = f"image {shape} float16, mask {mask.shape} uint8"
+            if found != fitting or mask.ndim != 3 or mask.max() > 3:
+                problem = "are not float16 and labels 0 to 3 of one grid"
+                raise ValueError(f"{found} {problem}")
         except (OSError, ValueError, EOFError) as error:
             problem = f"{case_id}: {paths[0]} or its mask: {error}"
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from error
         if self._cache is not None:
-            image = self._standardise(case_id, image)
-            mask = np.array(mask)
+            image, mask = self._standardise(case_id, image), np.array(mask)
             self._cache[case_id] = image, mask
         return image, mask
 
     def _standardise(self, case_id, stored):
         """Return stored values as the network sees them, background exactly 0."""
-        row = self.rows[case_id]
-        statistics = [
-            np.array([row[f"{m}_{what}"] for m in self.modalities])
-            for what in ("mean", "sd", "zero")
-        ]
+        row, kinds = self.rows[case_id], ("mean", "sd", "zero")
+        statistics = [[row[f"{m}_{kind}"] for m in self.modalities] for kind in kinds]
         return standardise(stored, statistics)
 
     def _corner(self, mask, rng):

@@ -45,14 +45,12 @@ def _look_up(table, labels):
 
 def _prepare(y_true, y_pred):
     """Return true and predicted maps, both (B, voxels, K) float32."""
-    n_outputs = y_pred.shape[-1]
+    n = y_pred.shape[-1]
     tables = {len(LABELS): np.eye(len(LABELS)), len(ENCODED_REGIONS): IN_REGION}
-    if n_outputs not in tables:
-        raise ValueError(
-            f"expected 4 outputs (labels 0..3) or 3 (WT, TC, ET), got {n_outputs}"
-        )
-    targets = _look_up(tables[n_outputs], ops.squeeze(y_true, axis=-1))
-    flat = (ops.shape(y_pred)[0], -1, n_outputs)
+    if n not in tables:
+        raise ValueError(f"expected 4 outputs (labels 0..3) or 3 (WT, TC, ET), got {n}")
+    targets = _look_up(tables[n], ops.squeeze(y_true, axis=-1))
+    flat = (ops.shape(y_pred)[0], -1, n)
     return ops.reshape(targets, flat), ops.reshape(ops.cast(y_pred, "float32"), flat)
 
 

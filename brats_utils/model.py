@@ -33,19 +33,17 @@ INSTANCE = {"groups": -1, "epsilon": 1e-5}
 
 def _check_sizes(sizes, factor):
     """Raise unless all spatial sizes are multiples of `factor` or None."""
-    if any(size is not None and size % factor for size in sizes):
-        problem = (
-            f"input_shape: spatial sizes must be multiples of {factor}, got {sizes}"
-        )
-        raise ValueError(problem)
+    if any((size or 0) % factor for size in sizes):
+        problem = f"spatial sizes must be multiples of {factor}, got {sizes}"
+        raise ValueError(f"input_shape: {problem}")
 
 
 def _check_input(input_shape, n_classes, factor):
     """Validate the arguments and return the spatial rank, 2 or 3."""
 
     def is_shape(shape):
-        sizes = [1 if size is None else size for size in shape[:-1]]
-        return len(shape) in (3, 4) and all(is_whole(n, 1) for n in (*sizes, shape[-1]))
+        sizes = [size is None or is_whole(size, 1) for size in shape[:-1]]
+        return len(shape) in (3, 4) and all(sizes) and is_whole(shape[-1], 1)
 
     expected = "(X, Y, C) or (X, Y, Z, C), where only the number of channels C may not "
     check_option("input_shape", input_shape, is_shape, f"{expected}be None")
@@ -251,11 +249,10 @@ def supervise_deeply(model, levels):
     fits = is_whole(levels, 1) and levels <= len(stages)
     expected = f"1 to {len(stages)}, the coarser stages of {model.name}'s decoder"
     check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
-    outputs = [model.output]
-    for n in stages[:levels]:
-        outputs.append(_head(features[n], model.output_shape[-1], name=f"head{n}"))
+    used, n_classes = stages[:levels], model.output_shape[-1]
+    outputs = [model.output, *(_head(features[n], n_classes, f"head{n}") for n in used)]
     deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
-    deep.factors = (1, *(factors[n] for n in stages[:levels]))
+    deep.factors = (1, *(factors[n] for n in used))
     return deep
 
 
@@ -410,16 +407,12 @@ def model_table(model, input_shape=None):
         model = keras.models.clone_model(model, keras.Input(shape))
     parts = model.layers[1:]  # without the input layer
     shapes = _output_shapes(model, [layer.output for layer in parts], shape)
-    table = pd.DataFrame(
-        {
-            "stage": [layer.name.split("_")[0] for layer in parts],
-            "output": [output[1:] for output in shapes],
-            "parameters": [layer.count_params() for layer in parts],
-            "GFLOP": list(map(_gflop, parts, shapes)),
-            "activations_mb": [4 * math.prod(output) / 1e6 for output in shapes],
-        }
-    )
-    sums = {name: "sum" for name in ("parameters", "GFLOP", "activations_mb")}
+    stages = pd.Index([layer.name.split("_")[0] for layer in parts], name="stage")
+    table = pd.DataFrame({"output": [output[1:] for output in shapes]}, stages)
+    table["parameters"] = [layer.count_params() for layer in parts]
+    table["GFLOP"] = list(map(_gflop, parts, shapes))
+    table["activations_mb"] = [4 * math.prod(output) / 1e6 for output in shapes]
+    sums = dict.fromkeys(table.columns[1:], "sum")
     table = table.groupby("stage", sort=False).agg({"output": "last", **sums})
     table.loc["total"] = [table["output"].iloc[-1], *table[list(sums)].sum()]
     return table.astype({"parameters": int})
@@ -469,8 +462,7 @@ def write_model(model, path, description):
     description : dict
         Stored in the archive as `brats.json`, with Keras's version and backend.
     """
-    description = {**description, "keras": keras.__version__}
-    description["backend"] = keras.backend.backend()
+    made_by = {"keras": keras.__version__, "backend": keras.backend.backend()}
     bare = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if any(layer.compute_dtype != "float32" for layer in bare.layers):
         weights = bare.get_weights()
@@ -478,7 +470,7 @@ def write_model(model, path, description):
         bare.set_weights(weights)
     bare.save(path)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(DESCRIPTION, json.dumps(description, indent=1))
+        archive.writestr(DESCRIPTION, json.dumps(description | made_by, indent=1))
 
 
 def _read_phantom_weights():

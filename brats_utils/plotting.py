@@ -6,13 +6,14 @@ The edges are marked R, L (right, left), A, P (front, back) and S, I (head, feet
 """
 
 from dataclasses import dataclass, replace
+from itertools import product
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython import display
 from IPython.core.pylabtools import print_figure
-from matplotlib.colors import Colormap, ListedColormap
+from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -40,43 +41,17 @@ class Overlay:
     Parameters
     ----------
     volume : (X, Y, Z) array
-        Classes (whole numbers from 0) or values, in LPS order.
-    cmap : matplotlib Colormap or str
-        Its colours.
-    limits : (float, float)
-        The values at both ends of the colour map. Voxels below the first are clear.
+        Classes (whole numbers, 0 is background) or standard deviations, in LPS order.
+    colours : dict of str to str
+        Name and colour of class 1, 2 and so on, for a legend. Empty for standard
+        deviations: they get a colour bar, and the scan below them is dimmed.
     opacity : float
         0 to 1.
-    classes : tuple of str
-        Names of the classes, for a legend. Without them the volume holds standard
-        deviations: it gets a colour bar, and the scan below it is dimmed.
     """
 
     volume: np.ndarray
-    cmap: Colormap | str
-    limits: tuple
+    colours: dict
     opacity: float = 0.5
-    classes: tuple = ()
-
-    @classmethod
-    def of_classes(cls, volume, colours, opacity=0.5):
-        """Return an overlay of classes, with 0 as the background.
-
-        Parameters
-        ----------
-        volume : (X, Y, Z) integer array
-            From 0 to the number of colours.
-        colours : dict of str to str
-            Name and colour of class 1, 2 and so on.
-        opacity : float
-            0 to 1.
-
-        Returns
-        -------
-        overlay : Overlay
-        """
-        cmap = ListedColormap(list(colours.values()))
-        return cls(volume, cmap, (1, len(colours)), opacity, tuple(colours))
 
     def draw(self, axes, index, axis):
         """Draw one slice over the slice that the axes show already.
@@ -88,35 +63,33 @@ class Overlay:
         index, axis : int
             Which slice, across which axis.
         """
-        low, high = self.limits
-        if not self.classes:
+        colours, cmap, (low, high) = [*self.colours.values()], "plasma", SD_LIMITS
+        if colours:
+            cmap, (low, high) = ListedColormap(colours), (1, len(colours))
+        else:
             black, white = axes.images[0].get_clim()
             axes.images[0].set_clim(black, 2 * white - black)
-        plane = np.ma.masked_less(_take_slice(self.volume, index, axis), low)
-        style = {"cmap": self.cmap, "alpha": self.opacity, "interpolation": "nearest"}
+        plane = np.ma.masked_less(np.take(self.volume, index, axis).T, low)
+        style = {"cmap": cmap, "alpha": self.opacity, "interpolation": "nearest"}
         axes.imshow(plane, vmin=low, vmax=high, aspect=axes.get_aspect(), **style)
 
 
-def _label_overlay(labels):
+def _overlay(labels):
     """Return the overlay of a BraTS label map; None without one."""
-    if labels is None:
-        return None
-    return Overlay.of_classes(encode_labels(labels), LABEL_COLOURS)
+    if labels is not None:
+        return Overlay(encode_labels(labels), LABEL_COLOURS)
 
 
 def _comparison(truth=None, prediction=None, spread=None):
     """Return what can be drawn over a scan, by name, starting with nothing."""
-    overlays = {"nothing": None}
-    for name, labels in (("truth", truth), ("prediction", prediction)):
-        if labels is not None:
-            overlays[name] = _label_overlay(labels)
-    if len(overlays) == 3:
+    overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
+    if all(overlays.values()):
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
-        overlays["errors"] = Overlay.of_classes(errors, ERRORS, 0.85)
+        overlays["errors"] = Overlay(errors, ERRORS, 0.85)
     if spread is not None:
-        overlays["uncertainty"] = Overlay(spread, "plasma", SD_LIMITS, 1.0)
-    return overlays
+        overlays["uncertainty"] = Overlay(spread, {}, 1.0)
+    return {"nothing": None} | {name: o for name, o in overlays.items() if o}
 
 
 def best_slice(segmentation, axis=2):
@@ -157,11 +130,6 @@ def _in_plane(values, axis):
     return [value for a, value in enumerate(values) if a != axis]
 
 
-def _take_slice(volume, index, axis):
-    """Return one slice of a volume, with its second axis as the rows."""
-    return np.moveaxis(volume, axis, 0)[index].T
-
-
 def _find_frames(volumes, boxes):
     """Return the part of each volume to show: where it or its box is, and a margin.
 
@@ -195,7 +163,7 @@ def _show_grey(axes, volume, index, axis, spacing_mm, frame):
     some = np.asarray(volume[::2, ::2, ::2], np.float32)
     some = some[some != 0]
     low, high = np.percentile(some, (1, 99)) if some.size else (0, 1)
-    picture = np.ma.masked_equal(_take_slice(volume, index, axis), 0)
+    picture = np.ma.masked_equal(np.take(volume, index, axis).T, 0)
     style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
     across, up = _in_plane(spacing_mm, axis)
     axes.imshow(picture, aspect=up / across, **style)
@@ -228,12 +196,11 @@ def _add_keys(axes, overlays):
     """Add a colour bar for values, and one legend for all classes of a figure."""
     figure, swatches = axes[0].figure, {}
     for each, overlay in zip(axes, overlays, strict=True):
-        if overlay is None:
-            continue
-        for i, name in enumerate(overlay.classes):  # as they look over grey tissue
-            colour = 0.5 + overlay.opacity * (np.array(overlay.cmap(i)[:3]) - 0.5)
+        for name, colour in overlay.colours.items() if overlay else ():
+            # As it looks over grey tissue.
+            colour = 0.5 + overlay.opacity * (np.array(to_rgb(colour)) - 0.5)
             swatches[name] = Patch(color=colour, label=name)
-        if not overlay.classes:
+        if overlay and not overlay.colours:
             bar = {"ax": list(axes), "shrink": 0.8, "label": "standard deviation"}
             figure.colorbar(each.images[-1], **bar).ax.set_facecolor("0.2")
     if swatches and not figure.legends:
@@ -295,7 +262,7 @@ def plot_slices(
     n = len(volumes)
     if type(axis) is bool or axis not in (0, 1, 2):
         raise ValueError(f"axis is {axis!r}, expected 0, 1 or 2")
-    overlays = overlays or [_label_overlay(s) for s in segmentations or [None] * n]
+    overlays = overlays or [_overlay(s) for s in segmentations or [None] * n]
     boxes = boxes or [None] * n
     for scan, o in zip(volumes, overlays, strict=True):
         if o is not None and o.volume.shape != scan.shape:
@@ -305,8 +272,8 @@ def plot_slices(
     indices, sides = np.broadcast_to(index, n), np.broadcast_to(sides, n)
     lengths = np.array([volume.shape[axis] for volume in volumes])
     if indices.dtype.kind != "i" or ((indices < 0) | (indices >= lengths)).any():
-        problem = f"index is {index!r}, expected a slice from 0 to {lengths.min() - 1}"
-        raise ValueError(problem)
+        last = lengths.min() - 1
+        raise ValueError(f"index is {index!r}, expected a slice from 0 to {last}")
     frames = _find_frames(volumes, boxes)
     axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
     for i, each in enumerate(axes):
@@ -327,9 +294,8 @@ def _channels(image):
     if image.ndim not in (3, 4):
         raise ValueError(f"image has shape {image.shape}, expected one (X, Y, Z, C)")
     image = image[..., None] if image.ndim == 3 else image
-    known = {len(names): names for names in (MODALITIES, ALL_MODALITIES)}
-    n = image.shape[-1]
-    names = known.get(n, [f"channel {c}" for c in range(n)])
+    names = [f"channel {c}" for c in range(image.shape[-1])]
+    names = {3: MODALITIES, 4: ALL_MODALITIES}.get(len(names), names)
     return {name.upper(): image[..., c] for c, name in enumerate(names)}
 
 
@@ -354,19 +320,17 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
         One for each channel.
     """
     scans = _channels(image)
-    overlays = [_label_overlay(segmentation)] * len(scans)
+    overlays = [_overlay(segmentation)] * len(scans)
     return plot_slices([*scans.values()], titles or [*scans], overlays=overlays, **view)
 
 
 def _plot_overlays(image, overlays, channel=0, **view):
     """Show one channel under each of the overlays."""
-    channels = list(_channels(image).items())
-    if channel not in range(len(channels)):
-        problem = f"channel is {channel!r}, expected 0 to {len(channels) - 1}"
-        raise ValueError(problem)
-    name, scan = channels[channel]
-    titles = [name, *list(overlays)[1:]]
-    volumes = [scan] * len(overlays)
+    names, scans = zip(*_channels(image).items(), strict=True)
+    if channel not in range(len(names)):
+        raise ValueError(f"channel is {channel!r}, expected 0 to {len(names) - 1}")
+    titles = [names[channel], *list(overlays)[1:]]
+    volumes = [scans[channel]] * len(overlays)
     return plot_slices(volumes, titles, overlays=[*overlays.values()], **view)
 
 
@@ -415,7 +379,7 @@ def plot_uncertainty(image, prediction, spread, *, channel=0, **view):
     -------
     axes : array of 3 matplotlib axes
     """
-    overlays = _comparison(prediction=prediction, spread=spread)
+    overlays = _comparison(None, prediction, spread)
     return _plot_overlays(image, overlays, channel, **view)
 
 
@@ -440,17 +404,15 @@ def plot_history(history, axes=None):
     if axes is None:
         _, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     axes = np.ravel(axes)
-    curves = {"loss": ("", "0.2")}
+    curves = [(axes[0], "loss", "", "0.2")]
     for region, name in REGION_NAMES.items():
-        curves[f"dice_{region}"] = f"{name}, ", REGION_COLOURS[region]
+        curves.append((axes[1], f"dice_{region}", f"{name}, ", REGION_COLOURS[region]))
     history = history.set_index("epoch") if "epoch" in history else history
     parts = (("", "training", ".--"), ("val_", "validation", ".-"))
-    for column, (name, colour) in curves.items():
-        each = axes[0] if column == "loss" else axes[1]
-        for prefix, part, line in parts:
-            if prefix + column in history:
-                values = history[prefix + column].dropna()
-                each.plot(values.index, values, line, c=colour, ms=4, label=name + part)
+    for (each, column, name, colour), (prefix, part, line) in product(curves, parts):
+        if prefix + column in history:
+            values = history[prefix + column].dropna()
+            each.plot(values.index, values, line, c=colour, ms=4, label=name + part)
     for each, quantity in zip(axes, ("loss", "Dice"), strict=True):
         each.set(xlabel="epoch", ylabel=quantity)
         each.xaxis.get_major_locator().set_params(integer=True)
@@ -493,9 +455,8 @@ class _Browser:
 
     def open_case(self):
         """Read the case that was chosen."""
-        image, *labels = self.load(self.case.value)
-        self.image, self.channels = image, _channels(image)
-        self.overlays = _comparison(*labels)
+        self.image, *labels = self.load(self.case.value)
+        self.channels, self.overlays = _channels(self.image), _comparison(*labels)
 
     def go_to_tumour(self, _=None):
         """Go to the slice of this plane with the most tumour."""
@@ -524,9 +485,9 @@ class _Browser:
     def show(self):
         """Show a still picture, which a saved notebook keeps, and the widgets."""
         view = {"axis": self.plane.value, "spacing_mm": self.spacing_mm}
-        axes = _plot_overlays(self.image, self.overlays, **view)
-        plt.close(axes[0].figure)
-        display.display(axes[0].figure)
+        figure = _plot_overlays(self.image, self.overlays, **view)[0].figure
+        plt.close(figure)
+        display.display(figure)
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
         text = "A slice browser is shown here while the notebook is running."
         bundle = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text}

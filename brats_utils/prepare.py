@@ -11,20 +11,13 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 
-from brats_utils import __version__, files, volumes
+from brats_utils import __version__, files, labels, volumes
 from brats_utils.cases import (
     check_case,
     check_cases,
     check_spacing,
     find_cases,
     read_scan,
-)
-from brats_utils.labels import (
-    ALL_MODALITIES,
-    MODALITIES,
-    are_modalities,
-    encode_labels,
-    region_volumes_ml,
 )
 from brats_utils.nifti import BratsDataError, file_states, spacing_mm
 from brats_utils.split import KINDS, find_patients
@@ -43,14 +36,11 @@ def _check_options(crop_shape, min_labelled, modalities, scaling, jobs=1, skip=T
     check("jobs", 1 if jobs is None else jobs, *files.whole(1))
     check("skip_bad", skip, *files.BOOL)
     check("scaling", scaling, scalings.__contains__, f"one of {scalings}")
-    known = f"some of {ALL_MODALITIES}, each once"
-    check("modalities", modalities, lambda m: len(m) and are_modalities(m), known)
-    return {
-        "crop_shape": None if crop_shape is None else [int(n) for n in crop_shape],
-        "min_labelled": float(min_labelled),
-        "modalities": list(modalities),
-        "scaling": scaling,
-    }
+    fit, known = labels.are_modalities, f"some of {labels.ALL_MODALITIES}, each once"
+    check("modalities", modalities, lambda names: len(names) and fit(names), known)
+    crop = None if crop_shape is None else [int(n) for n in crop_shape]
+    options = {"crop_shape": crop, "min_labelled": float(min_labelled)}
+    return {**options, "modalities": list(modalities), "scaling": scaling}
 
 
 def _made_of(case, options):
@@ -77,13 +67,12 @@ def _is_done(case_id, made_of, output):
             continue
         names = _names(case_id) if record["row"]["kept"] else ()
         noted = {name: manifest["files"].get(name) for name in names}
-        if files.find_changed(folder, noted):
-            continue
-        if folder != output.path:
-            for name in names:
-                output.take_over(name)
-            output.note_case(case_id, record)
-        return True
+        if not files.find_changed(folder, noted):
+            if folder != output.path:
+                for name in names:
+                    output.take_over(name)
+                output.note_case(case_id, record)
+            return True
     return False
 
 
@@ -93,7 +82,7 @@ def prepare_case(
     *,
     crop_shape=(128, 128, 128),
     min_labelled=0.01,
-    modalities=MODALITIES,
+    modalities=labels.MODALITIES,
     scaling="minmax",
 ):
     """Scale, stack, crop and save one case, unless too little of it is labelled.
@@ -169,13 +158,11 @@ def _prepare_all(cases, output, options, jobs):
     output.claim(name for case in cases for name in _names(case.id))
     made_of = {case.id: _made_of(case, options) for case in cases}
     todo = [case for case in cases if not _is_done(case.id, made_of[case.id], output)]
-    work = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")(
-        delayed(_prepare)(case, output.path, options) for case in todo
-    )
-    bar = {"total": len(todo), "unit": "case", "disable": not todo}
-    errors = []
+    work = (delayed(_prepare)(case, output.path, options) for case in todo)
+    pool = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")
+    bar, errors = {"total": len(todo), "unit": "case", "disable": not todo}, []
     try:
-        bar = files.progress_bar(work, desc="preparing", **bar)
+        bar = files.progress_bar(pool(work), desc="preparing", **bar)
         for result, case in zip(bar, todo, strict=True):
             if isinstance(result, BratsDataError):
                 errors.append(result)
@@ -196,25 +183,29 @@ def _crop_and_measure(case, options):
     crop_shape, min_labelled = options["crop_shape"], options["min_labelled"]
     scan = read_scan(case, options["modalities"])
     check_spacing(scan.header, case.id)
-    box = volumes.crop_box(scan.brain_mask, scan.segmentation, crop_shape)
-    mask = volumes.pad(encode_labels(scan.segmentation[box]), crop_shape)
+    truth = scan.segmentation
+    box = volumes.crop_box(scan.brain_mask, truth, crop_shape)
+    mask = volumes.pad(labels.encode_labels(truth[box]), crop_shape)
     share = int(np.count_nonzero(mask)) / mask.size
-    losses = _crop_losses(scan.segmentation, box)
-    notes = [scan.background_problem]
-    notes.append("" if scan.segmentation.any() else "no voxel is labelled")
-    if losses["lost_share"] > LOSS_TO_WARN_OF:
-        notes.append(f"the crop leaves out {losses['lost_share']:.0%} of the tumour")
+    parts = truth, truth[box], truth[volumes.FIXED_WINDOW]
+    tumour, inside, in_window = (int(np.count_nonzero(part)) for part in parts)
+    lost = (tumour - inside) / max(1, tumour)
+    notes = [scan.background_problem, "" if tumour else "no voxel is labelled"]
+    if lost > LOSS_TO_WARN_OF:
+        notes.append(f"the crop leaves out {lost:.0%} of the tumour")
     row = {
         "case": case.id,
         "kept": share >= min_labelled,
         "reason": "" if share >= min_labelled else f"labelled below {min_labelled:g}",
         "note": "; ".join(filter(None, notes)),
         "labelled_share": share,
-        **losses,
+        "lost_voxels": tumour - inside,
+        "lost_share": lost,
+        "window_lost_share": (tumour - in_window) / max(1, tumour),  # the recipe's
         "shape": "x".join(map(str, mask.shape)),
     }
-    tumour = scan.segmentation[volumes.bounding_box(scan.segmentation)]
-    sizes_ml = region_volumes_ml(tumour, spacing_mm(scan.affine))
+    truth = truth[volumes.bounding_box(truth)]
+    sizes_ml = labels.region_volumes_ml(truth, spacing_mm(scan.affine))
     row |= {f"{region}_ml": ml for region, ml in sizes_ml.items()}
     image = np.empty((*mask.shape, len(scan.volumes)), np.float16)  # (X, Y, Z, C)
     for channel, modality in enumerate(options["modalities"]):
@@ -230,18 +221,9 @@ def _crop_and_measure(case, options):
     return image, np.ascontiguousarray(mask), row
 
 
-def _crop_losses(segmentation, box):
-    """Return how much tumour the crop, and the tutorial recipe's window, leave out."""
-    parts = segmentation, segmentation[box], segmentation[volumes.FIXED_WINDOW]
-    tumour, kept, in_window = (int(np.count_nonzero(part)) for part in parts)
-    return {
-        "lost_voxels": tumour - kept,
-        "lost_share": (tumour - kept) / max(1, tumour),
-        "window_lost_share": (tumour - in_window) / max(1, tumour),
-    }
-
-
-def estimate_disk_gb(n_cases, *, crop_shape=(128, 128, 128), modalities=MODALITIES):
+def estimate_disk_gb(
+    n_cases, *, crop_shape=(128, 128, 128), modalities=labels.MODALITIES
+):
     """Return the space that prepared cases take, in GB (10⁹ bytes).
 
     Parameters
@@ -286,7 +268,7 @@ def prepare_dataset(
     *,
     crop_shape=(128, 128, 128),
     min_labelled=0.01,
-    modalities=MODALITIES,
+    modalities=labels.MODALITIES,
     scaling="minmax",
     jobs=None,
     skip_bad=False,
@@ -367,19 +349,15 @@ def prepare_dataset(
 
 def _forget_others(output, rows, patients):
     """Remove what a call with other cases left; note the patients of those we keep."""
-    noted = output.manifest["cases"]
-    output.manifest["cases"] = {
-        row["case"]: {**noted[row["case"]], "patient": patients[row["case"]]}
-        for row in rows
-    }
+    noted, ids = output.manifest["cases"], [row["case"] for row in rows]
+    output.manifest["cases"] = {i: {**noted[i], "patient": patients[i]} for i in ids}
     kept = {name for row in rows if row["kept"] for name in _names(row["case"])}
     output.remove(set(output.manifest["files"]) - kept)
 
 
 def _check_space(cases, output, options):
     """Raise unless the disk has room for the volumes that will be written."""
-    records = [*output.manifest["cases"].values()]
-    records += output.former["cases"].values()
+    records = [*output.manifest["cases"].values(), *output.former["cases"].values()]
     done = [record["made_of"] for record in records]
     n_new = sum(_made_of(case, options) not in done for case in cases)
     sizes = {name: options[name] for name in ("crop_shape", "modalities")}
@@ -409,12 +387,11 @@ def _bad_headers(cases, modalities):
 
 def _refuse(bad, skip_bad):
     """Raise one error for all invalid cases, {id: what is wrong}, unless skipped."""
-    if skip_bad or not bad:
-        return
-    problem = f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip(".")
-    advice = "Correct them, or leave them out with prepare_dataset(skip_bad=True); "
-    advice += "check_cases lists all that is wrong, inside the files too"
-    raise BratsDataError(problem, advice=advice)
+    if bad and not skip_bad:
+        problem = f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip(".")
+        advice = "Correct them, or leave them out with prepare_dataset(skip_bad=True); "
+        advice += "check_cases lists all that is wrong, inside the files too"
+        raise BratsDataError(problem, advice=advice)
 
 
 def extract(archive, folder, *, max_gb=100):

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import os
 import re
 import shutil
@@ -12,25 +13,20 @@ from pathlib import Path
 import splitfolders
 from sklearn.model_selection import KFold
 
-from brats_utils.files import (
-    OutputFolder,
-    check_option,
-    check_path,
-    read_manifest,
-    whole,
-)
+from brats_utils import files
 from brats_utils.nifti import BratsDataError, walk
 
-KINDS = ("images", "masks")
+KINDS, SIDES = ("images", "masks"), ("train", "val")
 # A patient's id, before the number or the date of the visit.
 _VISIT = re.compile(
-    r"(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucsf-pdgm-\d+"
-    r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+",
-    re.I,
+    r"(?i)(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucsf-pdgm-\d+"
+    r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+"
 )
-_TABLES = (".csv", ".tsv", ".txt", ".xls", ".xlsx")
-_OF_PATIENTS = re.compile("id|subject|patient|case|name")  # columns that name them
-_NOT_OF_PATIENTS = re.compile("site|instit|cent|hospital|scanner")
+_TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
+# Columns that name patients, and not where they were scanned.
+_OF_PATIENTS = re.compile(
+    "(?!.*(site|instit|cent|hospital|scanner)).*(id|subject|patient|case|name)", re.I
+)
 _EMPTY = ("", "na", "n/a", "nan", "none", "-")
 
 
@@ -62,20 +58,17 @@ def find_patients(cases, raw):
     """
     ids = {case.id.lower(): case.id for case in cases}
     links = {case.id: _links([case.id]) for case in cases}
-    found = []
-    for path in _mapping_tables(cases, Path(raw)):
-        n_matched = _link(links, ids, path)
-        found.append(f"{path.name}: {n_matched} of {len(ids)} ids matched")
-    patients, several = {}, 0
-    for group, case_ids in unite(links):
+    tables = _mapping_tables(cases, Path(raw))
+    matched = [(path.name, _link(links, ids, path)) for path in tables]
+    groups, patients = unite(links), {}
+    for case_ids, group in groups:
         # The shortest name that is no case's, such as TCGA's, or the id itself.
-        names = {name.lower(): name for name in group if name.lower() not in ids}
-        name = min(names.values(), key=lambda n: (len(n), n), default=case_ids[0])
+        names = [name for name in group if name.lower() not in ids]
+        name = min(names, key=lambda n: (len(n), n), default=case_ids[0])
         patients |= dict.fromkeys(case_ids, name)
-        several += len(case_ids) > 1
-    return patients, [
-        f"{text}, {several} patients with several scans" for text in found
-    ]
+    several = sum(len(case_ids) > 1 for case_ids, _ in groups)
+    told = f"of {len(ids)} ids matched, {several} patients with several scans"
+    return patients, [f"{name}: {n} {told}" for name, n in matched]
 
 
 def _links(names):
@@ -85,18 +78,12 @@ def _links(names):
 
 def _mapping_tables(cases, raw):
     """Return the tables that may say which scans are of one patient, each once."""
-    paths = {path.absolute() for case in cases for path in case.images.values()}
-    paths |= {path.resolve() for path in paths}
-    folders = [Path(folder) for folder, _ in walk(raw)]
-    folders += [raw.absolute().parent, raw.resolve().parent]
-    folders += {p for path in paths for p in path.parents[1:3]}
-    tables = {
-        table.resolve()
-        for folder in {folder.resolve() for folder in folders}
-        for table in folder.glob("*.*")
-        if "mapping" in table.name.lower() and table.suffix.lower() in _TABLES
-    }
-    return sorted(table for table in tables if not table.name.startswith((".", "~")))
+    folders = {Path(folder).resolve() for folder, _ in walk(raw)}
+    folders |= {raw.absolute().parent, raw.resolve().parent}
+    for path in {path for case in cases for path in case.images.values()}:
+        folders |= {*path.absolute().parents[1:3], *path.resolve().parents[1:3]}
+    tables = (table for folder in folders for table in folder.glob("*.*"))
+    return sorted({t.resolve() for t in tables if _TABLE.fullmatch(t.name)})
 
 
 def read_csv(path):
@@ -116,7 +103,7 @@ def read_csv(path):
     Raises
     ------
     ValueError
-        If the file is not a text table; the message names it.
+        If the file is not a text table; the message names it and what to do.
     """
     data = Path(path).read_bytes()
     try:
@@ -125,26 +112,21 @@ def read_csv(path):
         text = data.decode("latin-1")
     lines = [line for line in text.splitlines() if line.strip()]
     lines = lines[1:] if lines and lines[0].startswith("sep=") else lines  # of Excel
-    if "\0" in text or not lines:
-        raise ValueError(f"{path} is not a text table")
-    separator = max(",;\t", key=lines[0].count)
-    rows = csv.DictReader(lines, delimiter=separator, restval="", restkey="more")
     try:
-        return [
-            {str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows
-        ]
+        if "\0" in text or not lines:
+            raise csv.Error("it is empty, or holds other data")
+        separator = max(",;\t", key=lines[0].count)
+        rows = [*csv.DictReader(lines, delimiter=separator, restval="", restkey="more")]
     except csv.Error as error:
-        raise ValueError(f"{path} is not a text table: {error}") from None
+        problem = f"{path} is not a text table: {error}"
+        raise ValueError(f"{problem}; save it as csv, or remove it") from None
+    return [{str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows]
 
 
 def _link(links, ids, path):
     """Add what a table says to the links of the cases; return how many it names."""
-    try:
-        rows = read_csv(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; save it as csv, or remove it") from None
-    columns = [c for c in rows[0] if _OF_PATIENTS.search(c.lower())] if rows else []
-    columns = [c for c in columns if not _NOT_OF_PATIENTS.search(c.lower())]
+    rows = read_csv(path)
+    columns = [c for c in (rows or [{}])[0] if _OF_PATIENTS.match(c)]
     # "NA" may be a case's id in the set's own column, and means nothing in others.
     hits = {c: sum(row[c].lower() in ids for row in rows) for c in columns}
     own = max(hits, key=hits.get, default=None)
@@ -171,8 +153,8 @@ def unite(links):
 
     Returns
     -------
-    groups : list of (set of str, list of str)
-        All names of a group, and its case ids, sorted.
+    groups : list of (list of str, set of str)
+        The case ids of a group, sorted, and all its names.
     """
     groups = []  # of (names in lower case, names, case ids)
     for case_id, names in links.items():
@@ -181,85 +163,83 @@ def unite(links):
             groups.remove(group)
             keys, names, ids = keys | group[0], names | group[1], ids + group[2]
         groups.append((keys, names, ids))
-    return sorted(
-        ((names, sorted(ids)) for _, names, ids in groups), key=lambda g: g[1]
-    )
+    return sorted((sorted(ids), names) for _, names, ids in groups)
 
 
 def _read_prepared(prepared):
     """Return the manifest of a prepared data set, with the kept cases only."""
-    manifest, advice = read_manifest(prepared), "Run notebooks/01_prepare.ipynb again"
+    manifest = files.read_manifest(prepared)
+    where = {"file": prepared, "advice": "Run notebooks/01_prepare.ipynb again"}
     if manifest.get("kind") != "prepared" or not manifest["files"].get("cases.csv"):
-        raise BratsDataError("no finished data set here", file=prepared, advice=advice)
+        raise BratsDataError("no finished data set here", **where)
     cases = {i: each for i, each in manifest["cases"].items() if each["row"]["kept"]}
-    missing = [
-        name
-        for name in (f"{kind}/{case_id}.npy" for case_id in cases for kind in KINDS)
-        if not (prepared / name).is_file()
-    ]
-    if missing:
-        raise BratsDataError(
-            f"image without mask, or vice versa: {', '.join(missing[:5])} is missing",
-            file=prepared,
-            advice=advice,
-        )
+    names = [f"{kind}/{case_id}.npy" for case_id in cases for kind in KINDS]
+    if missing := [name for name in names if not (prepared / name).is_file()]:
+        problem = f"image without mask, or vice versa: {', '.join(missing[:5])} is"
+        raise BratsDataError(f"{problem} missing", **where)
     return {**manifest, "cases": cases}
 
 
-def _group_by_patient(manifest):
+def _group_by_patient(cases):
     """Return lists of case ids that must be on one side, sorted."""
     links = {}
-    for case_id, record in manifest["cases"].items():
+    for case_id, record in cases.items():
         row = record["row"]
         # Scans that share an image have the same mean and SD, whatever the crop.
-        names = [
-            name.removesuffix("_raw_sd") for name in row if name.endswith("raw_sd")
-        ]
-        pairs = [(row[f"{name}_raw_mean"], row[f"{name}_raw_sd"]) for name in names]
-        images = {
-            f"{n} {a:.9g} {b:.9g}" for n, (a, b) in zip(names, pairs, strict=True)
-        }
+        names = [n.removesuffix("_mean") for n in row if n.endswith("_raw_mean")]
+        images = {f"{n} {row[n + '_mean']:.9g} {row[n + '_sd']:.9g}" for n in names}
         links[case_id] = {f"patient {record['patient']}", *images}
-    return [ids for _, ids in unite(links)]
+    return [ids for ids, _ in unite(links)]
 
 
 def _choose_sides(groups, ratio, seed):
-    """Return {"train": ids, "val": ids} as splitfolders chooses among patients."""
+    """Return the numbers of the groups of each side, as splitfolders chooses."""
     # It copies files, so it is given empty ones: it decides, and no data moves.
     with tempfile.TemporaryDirectory() as workspace:
         staging, chosen = Path(workspace, "staging"), Path(workspace, "chosen")
-        for kind in KINDS:
-            (staging / kind).mkdir(parents=True)
-            for number in range(len(groups)):
-                (staging / kind / f"{number:06}.npy").touch()
+        (staging / "groups").mkdir(parents=True)
+        for number in range(len(groups)):
+            (staging / "groups" / f"{number:06}").touch()
         with contextlib.redirect_stderr(io.StringIO()):  # its bar counts copied files
-            splitfolders.ratio(staging, chosen, seed=seed, ratio=ratio, group="sibling")
-        return {
-            side: _ids(groups, (int(p.stem) for p in chosen.glob(f"{side}/masks/*")))
-            for side in ("train", "val")
-        }
+            splitfolders.ratio(staging, chosen, seed=seed, ratio=ratio)
+        return {s: [int(p.name) for p in chosen.glob(f"{s}/*/*")] for s in SIDES}
 
 
-def _ids(groups, numbers):
-    """Return the case ids of some groups, sorted."""
-    return sorted(case_id for number in numbers for case_id in groups[number])
+def _choose_folds(groups, folds, seed):
+    """Return the numbers of the groups in "fold0/train", "fold0/val" and so on."""
+    parts = KFold(folds, shuffle=True, random_state=seed).split(groups)
+    names = (f"fold{fold}/{side}" for fold in range(folds) for side in SIDES)
+    return dict(zip(names, itertools.chain(*parts), strict=True))
 
 
-def _write_split(out, kind, prepared, manifest, sides, choice):
+def _split(prepared, out, kind, choose, least, why, **choice):
+    """Choose which groups of scans go into which folder; return {folder: case ids}.
+
+    `choose` takes the groups, at least so many, and the choice.
+    """
+    prepared = files.check_path("prepared", prepared).resolve()
+    manifest = _read_prepared(prepared)
+    groups = _group_by_patient(manifest["cases"])
+    numbers = choose(groups, **choice) if len(groups) >= least else {}
+    ids = {f: sorted(i for n in numbers[f] for i in groups[n]) for f in numbers}
+    if not ids or not all(ids.values()):
+        n, advice = len(manifest["cases"]), "Provide more cases, or lower min_labelled"
+        problem = f"{n} kept cases of {len(groups)} patients cannot be split {why}"
+        raise BratsDataError(problem, file=prepared, advice=advice)
+    _write_split(out, kind, prepared, manifest, ids, choice)
+    return ids
+
+
+def _write_split(out, kind, prepared, manifest, ids, choice):
     """Link the volumes of {folder within `out`: case ids} into an output folder."""
-    sources = {
-        f"{side}/{part}/{case_id}.npy": f"{part}/{case_id}.npy"
-        for side, case_ids in sides.items()
-        for case_id in case_ids
-        for part in KINDS
-    }
-    made_from = {**choice, "prepared": str(prepared)}
-    made_from["settings"] = manifest["made_from"]
-    with OutputFolder(out, kind, inputs=[prepared], beside=True) as output:
+    made_from = {**choice, "prepared": str(prepared), "settings": manifest["made_from"]}
+    names = [f"{f}/{part}/{i}.npy" for f in ids for part in KINDS for i in ids[f]]
+    with files.OutputFolder(out, kind, inputs=[prepared], beside=True) as output:
         output.clear()  # what a killed call left
         output.begin(made_from)
-        output.claim(sources)
-        for name, source in sources.items():
+        output.claim(names)
+        for name in names:
+            source = "/".join(name.split("/")[-2:])  # in the prepared folder
             path, final = output.path / name, output.final / name
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -268,7 +248,7 @@ def _write_split(out, kind, prepared, manifest, sides, choice):
                 shutil.copyfile(prepared / source, path)
             output.manifest["files"][name] = manifest["files"][source]
         rows = {i: record["row"] for i, record in manifest["cases"].items()}
-        output.manifest["cases"] = {i: rows[i] for ids in sides.values() for i in ids}
+        output.manifest["cases"] = rows
         output.put_in_place()
 
 
@@ -303,17 +283,11 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
     ValueError
         If `ratio` is not two shares, or `out` holds files that are not a split.
     """
-    check_option("ratio", ratio, _are_shares, "two shares above 0 that sum to 1")
-    check_option("seed", seed, *whole(0))
-    prepared = check_path("prepared", prepared).resolve()
-    manifest = _read_prepared(prepared)
-    groups = _group_by_patient(manifest)
-    ids = _choose_sides(groups, ratio, int(seed)) if len(groups) > 1 else {}
-    if not (ids.get("train") and ids.get("val")):
-        _refuse(prepared, groups, f"{ratio}: a side stays empty")
+    shares, why = "two shares above 0 that sum to 1", f"{ratio}: a side stays empty"
+    files.check_option("ratio", ratio, _are_shares, shares)
+    files.check_option("seed", seed, *files.whole(0))
     choice = {"ratio": list(ratio), "seed": int(seed)}
-    _write_split(out, "split", prepared, manifest, ids, choice)
-    return ids
+    return _split(prepared, out, "split", _choose_sides, 2, why, **choice)
 
 
 def split_folds(prepared, out, *, folds=5, seed=42):
@@ -343,28 +317,9 @@ def split_folds(prepared, out, *, folds=5, seed=42):
     ValueError
         If `folds` is less than 2, or `out` holds files that are not folds.
     """
-    check_option("seed", seed, *whole(0))
-    check_option("folds", folds, *whole(2))
-    prepared = check_path("prepared", prepared).resolve()
-    manifest = _read_prepared(prepared)
-    groups = _group_by_patient(manifest)
-    if len(groups) < folds:
-        _refuse(prepared, groups, f"into {folds} folds")
-    parts = KFold(int(folds), shuffle=True, random_state=int(seed)).split(groups)
-    ids = [{"train": _ids(groups, a), "val": _ids(groups, b)} for a, b in parts]
-    sides = {
-        f"fold{i}/{side}": part[side] for i, part in enumerate(ids) for side in part
-    }
+    files.check_option("seed", seed, *files.whole(0))
+    files.check_option("folds", folds, *files.whole(2))
     choice = {"folds": int(folds), "seed": int(seed)}
-    _write_split(out, "folds", prepared, manifest, sides, choice)
-    return ids
-
-
-def _refuse(prepared, groups, why):
-    """Raise: the kept cases are too few."""
-    raise BratsDataError(
-        f"{sum(map(len, groups))} kept cases of {len(groups)} patients cannot be split "
-        f"{why}",
-        file=prepared,
-        advice="Provide more cases, or lower min_labelled",
-    )
+    why = f"into {folds} folds"
+    ids = _split(prepared, out, "folds", _choose_folds, folds, why, **choice)
+    return [{side: ids[f"fold{n}/{side}"] for side in SIDES} for n in range(folds)]
