@@ -572,7 +572,8 @@ def copy_weights(source, model, name):
     shapes = [[[w.shape for w in x.weights] for x in each[:-1]] for each in pairs]
     if differ or shapes[0] != shapes[1]:
         found = "; ".join(differ) or "other layers"
-        raise ValueError(f"start={name!r} does not fit the model: it has {found}")
+        problem = f"start={name!r} does not fit the model: it has {found}"
+        raise ValueError(f"{problem}. Make a model like it, or train without a start")
     for old, new in zip(*pairs, strict=True):
         if [w.shape for w in old.weights] == [w.shape for w in new.weights]:
             new.set_weights(old.get_weights())

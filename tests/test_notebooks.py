@@ -13,7 +13,7 @@ import pytest
 
 from brats_utils import evaluation, inference
 from brats_utils.cases import find_cases
-from brats_utils.files import read_manifest
+from brats_utils.files import describe_file, read_manifest
 from brats_utils.nifti import load_labels
 from brats_utils.phantom import write_phantom
 
@@ -135,6 +135,17 @@ def check_a_trained_model_on_other_scans(data, run_dir):
     assert [p.stat().st_mtime_ns for p in sorted(out_dir.rglob("*.gz"))] == times
 
 
+@pytest.mark.notebooks
+def test_without_a_run_the_phantom_weights_label_a_folder_of_scans(tmp_path):
+    write_phantom(tmp_path / "raw", 0, without_segmentation=1, shape=(48, 48, 40))
+    notebook = execute(PREDICT, tmp_path, FLIPS="0")
+    assert not warnings_in(notebook)
+    text = "".join(o.get("text", "") for c in code_of(notebook) for o in c.outputs)
+    assert "phantom takes" in text and "synthetic patients" in text
+    [path] = (tmp_path / "predictions" / "phantom-on-raw").glob("*.nii.gz")
+    assert load_labels(path)[0].shape == (48, 48, 40)
+
+
 def check_folds_by_the_winners_recipe(data):
     """Each run is scored on its own fold; two of them make an ensemble."""
     winners = {"RUN": "winners", "N_CLASSES": "3", "AVERAGE": "0.9"}
@@ -163,7 +174,7 @@ def check_folds_by_the_winners_recipe(data):
 
 @pytest.mark.notebooks
 def test_G04_later_notebooks_alone_say_what_is_missing(tmp_path):
-    missing = {path: "01_prepare" for path in NOTEBOOKS[1:]} | {PREDICT: "notebook 04"}
+    missing = {path: "01_prepare" for path in NOTEBOOKS[1:]} | {PREDICT: "no folder"}
     for path, match in missing.items():
         with pytest.raises(nbclient.exceptions.CellExecutionError, match=match):
             execute(path, tmp_path / "empty", **TINY)
@@ -211,8 +222,7 @@ def test_scans_without_labels_are_sent_to_the_notebook_that_predicts(tmp_path):
 
 @pytest.mark.notebooks
 def test_a_zip_of_real_cases_from_scan_to_label_map(real_cases, tmp_path):
-    small = {"FILTERS": "4", "DEPTH": "4", "EPOCHS": "1"}
-    small |= {"PATCH_SHAPE": "64,64,64"}
+    small = {"EPOCHS": "1", "PATCHES_PER_EPOCH": "9", "PATCH_SHAPE": "64,64,64"}
     archive = tmp_path / "scans.zip"
     with zipfile.ZipFile(archive, "w") as zipped:
         for folder in sorted(real_cases.glob("*/"))[:4]:
@@ -220,6 +230,10 @@ def test_a_zip_of_real_cases_from_scan_to_label_map(real_cases, tmp_path):
                 zipped.write(path, f"{folder.name}/{path.name}")
     for path in (NOTEBOOKS[0], NOTEBOOKS[3]):
         execute(path, tmp_path, RAW=str(archive), **small)
+    start = inference.load_model(tmp_path / "models" / "scans-quick").description[
+        "start"
+    ]
+    assert start == describe_file(inference.load_model("phantom").path)["sha256"]
     written = list((tmp_path / "predictions").rglob("*.nii.gz"))
     cases = {case.id: case for case in find_cases(tmp_path / "raw" / "scans")}
     assert written
