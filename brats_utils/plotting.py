@@ -158,11 +158,16 @@ def _make_axes(axes, n, frame, axis, spacing_mm):
     return axes[:n]
 
 
-def _show_grey(axes, volume, index, axis, spacing_mm, frame):
-    """Draw one slice in grey; the black of the axes where the volume is exactly 0."""
+def _grey_window(volume):
+    """Return the values to draw black and white."""
     some = np.asarray(volume[::2, ::2, ::2], np.float32)
     some = some[some != 0]
-    low, high = np.percentile(some, (1, 99)) if some.size else (0, 1)
+    return np.percentile(some, (1, 99)) if some.size else (0, 1)
+
+
+def _show_grey(axes, volume, index, axis, spacing_mm, frame, window):
+    """Draw one slice in grey; the black of the axes where the volume is exactly 0."""
+    low, high = _grey_window(volume) if window is None else window
     picture = np.ma.masked_equal(np.take(volume, index, axis).T, 0)
     style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
     across, up = _in_plane(spacing_mm, axis)
@@ -182,13 +187,14 @@ def _draw_box(axes, box, axis):
 
 
 def _mark(axes, index, axis, sides):
-    """Write the plane and index and, with `sides`, the patient's sides at the edges."""
+    """Write the plane and index and, unless it is False, `sides` at the edges."""
     style = {"color": "0.7", "fontsize": "small", "transform": axes.transAxes}
     axes.text(0.02, 0.02, f"{PLANES[axis]} {index}", va="bottom", **style)
     if sides:
         style |= {"ha": "center", "va": "center"}
         places = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
-        for letter, place in zip(EDGES[axis], places, strict=True):
+        letters = EDGES[axis] if sides is True else sides
+        for letter, place in zip(letters, places, strict=True):
             axes.text(*place, letter, **style)
 
 
@@ -220,6 +226,7 @@ def plot_slices(
     axis=2,
     spacing_mm=(1, 1, 1),
     sides=True,
+    window=None,
     axes=None,
 ):
     """Show the same slice of several volumes in a row.
@@ -244,8 +251,11 @@ def plot_slices(
         The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
     spacing_mm : (3,) sequence of float
         Voxel size along X, Y and Z, in millimetres.
-    sides : bool or sequence of bool
-        Mark the patient's sides at the edges; False for a volume that was flipped.
+    sides : bool or str, or sequence of them
+        Mark the patient's sides at the edges. For a volume that was flipped, give the
+        letters at its left, right, upper and lower edge, such as "LRAP", or False.
+    window : (float, float), optional
+        The values to draw black and white in all panels, to compare them.
     axes : sequence of matplotlib axes, optional
         Where to draw; a new figure by default.
 
@@ -269,7 +279,8 @@ def plot_slices(
             raise ValueError(f"expected labels of {scan.shape}, got {o.volume.shape}")
     if index is None:
         index = _best_slice_of(overlays, volumes[0].shape, axis)
-    indices, sides = np.broadcast_to(index, n), np.broadcast_to(sides, n)
+    indices = np.broadcast_to(index, n)
+    sides = [sides] * n if isinstance(sides, bool | str) else sides
     lengths = np.array([volume.shape[axis] for volume in volumes])
     if indices.dtype.kind != "i" or ((indices < 0) | (indices >= lengths)).any():
         last = lengths.min() - 1
@@ -277,7 +288,7 @@ def plot_slices(
     frames = _find_frames(volumes, boxes)
     axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
     for i, each in enumerate(axes):
-        _show_grey(each, volumes[i], indices[i], axis, spacing_mm, frames[i])
+        _show_grey(each, volumes[i], indices[i], axis, spacing_mm, frames[i], window)
         if overlays[i] is not None:
             overlays[i].draw(each, indices[i], axis)
         if boxes[i] is not None:
