@@ -440,8 +440,7 @@ def store_description(trained):
     trained : TrainedModel
         From `load_model`, its description changed.
     """
-    from brats_utils.model import DESCRIPTION
-    from brats_utils.training import BEST
+    from brats_utils.model import BEST, DESCRIPTION
 
     path = trained.path
     own = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"

@@ -299,6 +299,35 @@ def read_json(path):
     return value
 
 
+def _flatten(value, name=""):
+    """Yield (dotted name, leaf) of nested dictionaries and lists."""
+    if isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, each in items:
+            yield from _flatten(each, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def find_differences(old, new):
+    """Compare two nested dictionaries of what JSON can hold.
+
+    Parameters
+    ----------
+    old, new : dict
+        To compare.
+
+    Returns
+    -------
+    differences : list of str
+        "name.of.key (old value -> new value)" for each value that differs.
+    """
+    old, new = dict(_flatten(old)), dict(_flatten(new))
+    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
+    values = [(name, repr(old.get(name)), repr(new.get(name))) for name in names]
+    return [f"{name} ({before:.40} -> {after:.40})" for name, before, after in values]
+
+
 def describe_file(path):
     """Return what a manifest records about a file.
 

@@ -15,6 +15,7 @@ from scipy import ndimage
 from brats_utils import files, labels
 from brats_utils.cases import check_case, check_spacing, read_scan
 from brats_utils.model import (
+    BEST,
     PHANTOM_WEIGHTS,
     describe_model,
     read_model,
@@ -26,7 +27,6 @@ from brats_utils.nifti import (
     save_volume,
     write_segmentation,
 )
-from brats_utils.training import BEST
 from brats_utils.volumes import bounding_box, check_shape, pad, standardise
 
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_island": 0.0, "min_et_voxels": 0}

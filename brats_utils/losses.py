@@ -22,6 +22,10 @@ of being inside or outside a region (K = 3). Each term is 0 for a perfect predic
 - Cross-entropy: the mean over voxels (and regions) of -log q.
 """
 
+import functools
+import inspect
+import warnings
+
 import keras
 import numpy as np
 from keras import ops
@@ -229,3 +233,42 @@ class RegionDice(keras.metrics.Mean):
     def get_config(self):
         """Return what is needed to recreate the metric from a saved model."""
         return {**super().get_config(), "region": self.region}
+
+
+def describe_object(value):
+    """Return what distinguishes a loss or another object: a `default` for JSON.
+
+    A function is described by its name, an object by its class, its `get_config` and
+    its attributes, private ones too. Code is not compared: of code that is neither
+    Keras's nor this package's, a warning says so.
+
+    Parameters
+    ----------
+    value : object
+
+    Returns
+    -------
+    description : str, list or dict
+    """
+    if hasattr(value, "__array__"):
+        return np.asarray(value).tolist()
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    state = getattr(value, "__dict__", None)
+    name = getattr(value, "__qualname__", None)
+    place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
+    if state is None or (name and not place.startswith(("keras.", "brats_utils."))):
+        text = f"{place}: a change in its code is not noticed when a run is resumed"
+        warnings.warn(text, stacklevel=2)
+    if name or state is None:
+        return place
+    config = value.get_config() if hasattr(value, "get_config") else {}
+    config.pop("name", None)  # Keras numbers it
+    if isinstance(value, keras.losses.Loss):
+        known = vars(keras.losses.Loss())
+        state = {key: each for key, each in state.items() if key not in known}
+    elif config:  # a layer or a model: its state is Keras's own
+        state = {}
+    return {"class": type(value), **config, **state}

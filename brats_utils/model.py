@@ -1,7 +1,5 @@
 """U-Nets in two and three dimensions, and a table of what each stage costs."""
 
-import functools
-import inspect
 import json
 import math
 import warnings
@@ -13,11 +11,20 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-from brats_utils.files import BOOL, check_option, is_whole, number, whole
+from brats_utils.files import (
+    BOOL,
+    check_option,
+    check_path,
+    describe_file,
+    is_whole,
+    number,
+    whole,
+)
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
 MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
+BEST = "best.keras"  # in the folder of a run
 PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
@@ -547,23 +554,37 @@ def _facts(model):
     }
 
 
-def copy_weights(source, model, name):
+def start_from(start, model, modalities):
     """Give a model the weights of another, to start training from.
 
     If the models have other outputs (labels, regions), the last layer keeps its own.
 
     Parameters
     ----------
-    source, model : keras.Model
-        U-Nets alike in channels, filters, depth and stride.
-    name : str
-        What to call `source` in a message.
+    start : path or "phantom"
+        A `.keras` file, the folder of a run, or the weights of this package: a U-Net
+        with the same channels, filters, depth and stride.
+    model : keras.Model
+        Its weights are changed.
+    modalities : sequence of str
+        The channels it will be trained on.
+
+    Returns
+    -------
+    sha256 : str
+        Of the file that was read.
 
     Raises
     ------
     ValueError
         Says what differs.
     """
+    path = PHANTOM_WEIGHTS if start == "phantom" else check_path("start", start)
+    path = path / BEST if path.is_dir() else path
+    source, described = read_model(path)
+    if described and [*described["modalities"]] != [*modalities]:
+        problem = f"start={start!r} takes {described['modalities']}"
+        raise ValueError(f"{problem}, train_data has {[*modalities]}")
     theirs, ours = _facts(source), _facts(model)
     differ = [f"{k} {theirs[k]}, not {ours[k]}" for k in ours if theirs[k] != ours[k]]
     pairs = [
@@ -572,11 +593,12 @@ def copy_weights(source, model, name):
     shapes = [[[w.shape for w in x.weights] for x in each[:-1]] for each in pairs]
     if differ or shapes[0] != shapes[1]:
         found = "; ".join(differ) or "other layers"
-        problem = f"start={name!r} does not fit the model: it has {found}"
+        problem = f"start={start!r} does not fit the model: it has {found}"
         raise ValueError(f"{problem}. Make a model like it, or train without a start")
     for old, new in zip(*pairs, strict=True):
         if [w.shape for w in old.weights] == [w.shape for w in new.weights]:
             new.set_weights(old.get_weights())
+    return describe_file(path)["sha256"]
 
 
 def check_description(model, description, path):
@@ -614,45 +636,6 @@ def check_description(model, description, path):
     if version != keras.__version__:
         text = f"{path} was made by Keras {version}; this is {keras.__version__}"
         warnings.warn(text, stacklevel=3)
-
-
-def describe_object(value):
-    """Return what distinguishes a loss or another object: a `default` for JSON.
-
-    A function is described by its name, an object by its class, its `get_config` and
-    its attributes, private ones too. Code is not compared: of code that is neither
-    Keras's nor this package's, a warning says so.
-
-    Parameters
-    ----------
-    value : object
-
-    Returns
-    -------
-    description : str, list or dict
-    """
-    if hasattr(value, "__array__"):
-        return np.asarray(value).tolist()
-    if isinstance(value, functools.partial):
-        return [value.func, value.args, value.keywords]
-    if inspect.ismethod(value):
-        return [value.__self__, value.__func__]
-    state = getattr(value, "__dict__", None)
-    name = getattr(value, "__qualname__", None)
-    place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
-    if state is None or (name and not place.startswith(("keras.", "brats_utils."))):
-        text = f"{place}: a change in its code is not noticed when a run is resumed"
-        warnings.warn(text, stacklevel=2)
-    if name or state is None:
-        return place
-    config = value.get_config() if hasattr(value, "get_config") else {}
-    config.pop("name", None)  # Keras numbers it
-    if isinstance(value, keras.losses.Loss):
-        known = vars(keras.losses.Loss())
-        state = {key: each for key, each in state.items() if key not in known}
-    elif config:  # a layer or a model: its state is Keras's own
-        state = {}
-    return {"class": type(value), **config, **state}
 
 
 def has_gpu():

@@ -18,23 +18,21 @@ from keras import ops
 
 from brats_utils import files
 from brats_utils.labels import ENCODED_REGIONS
-from brats_utils.losses import RegionDice, dice_cross_entropy_loss
+from brats_utils.losses import RegionDice, describe_object, dice_cross_entropy_loss
 from brats_utils.model import (
-    PHANTOM_WEIGHTS,
+    BEST,
     check_model,
-    copy_weights,
     describe_model,
-    describe_object,
     has_gpu,
     model_table,
-    read_model,
     size_factor,
+    start_from,
     supervise_deeply,
     write_model,
 )
 from brats_utils.volumes import NORMALISATION
 
-BEST, HISTORY = "best.keras", "history.csv"
+HISTORY = "history.csv"
 STATE, FORMER = "last.npz", "last_but_one.npz"
 ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
 WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no further
@@ -44,6 +42,7 @@ VALIDATIONS = 10  # in a run, by default
 POSSIBLE |= {"average": files.number(0, 0.9999), "deep_supervision": files.whole(0)}
 POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
 POSSIBLE |= dict.fromkeys(("minutes", "max_minutes"), files.number(0, np.inf))
+OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")
 POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
@@ -79,7 +78,7 @@ def _advice_on_memory(model, data):
         raise MemoryError(f"{problem} ({str(error)[:200]}). {advice}") from error
 
 
-def _compile(model, loss, learning_rate, steps, average):
+def _compile(model, loss, learning_rate, average, steps):
     """Compile with AdamW, clipped gradients and the Dice of each region."""
     warmup = max(1, round(WARMUP_SHARE * steps))
     plan = {"warmup_target": learning_rate, "warmup_steps": warmup}
@@ -128,16 +127,6 @@ def _describe_run(model, train_data, val_data, loss, **settings):
     return json.loads(json.dumps(description, default=describe_object))
 
 
-def _flatten(value, name=""):
-    """Yield (dotted name, leaf) of nested dictionaries and lists."""
-    if isinstance(value, (dict, list)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, each in items:
-            yield from _flatten(each, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
 class Run:
     """The folder of a training run: its history, its states, its best model.
 
@@ -170,15 +159,13 @@ class Run:
         arrays, record = self._read_state() or (None, {"history": []})
         if arrays is None and (folder / BEST).exists():
             raise ValueError(f"{folder} holds {BEST}, but no state. {ANOTHER_RUN}")
-        old = dict(_flatten(record.get("description", {})))
-        new = dict(_flatten(self.description))
-        different = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-        if record["history"] and different:
-            pairs = ((n, repr(old.get(n)), repr(new.get(n))) for n in different[:5])
-            found = [f"{name} ({a:.40} -> {b:.40})" for name, a, b in pairs]
-            problem = f"{folder} holds a run with other settings: {'; '.join(found)}"
+        known = record.get("description", {})
+        differences = files.find_differences(known, self.description)
+        if record["history"] and differences:
+            found = "; ".join(differences[:5])
+            problem = f"{folder} holds a run with other settings: {found}"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
-        self.rows, self.is_new = record["history"], arrays is None or bool(different)
+        self.rows, self.is_new = record["history"], arrays is None or bool(differences)
         if not self.is_new:
             for variable, array in zip(_variables(model), arrays, strict=True):
                 variable.assign(array)
@@ -301,7 +288,17 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(self, run, train_data, val_data, bar):
         super().__init__()
         self.train_data, self.val_data = train_data, val_data
-        self.run, self.bar = run, bar
+        self.run, self.bar, self.began = run, bar, False
+
+    def begin(self, model):
+        """Check the volumes, and announce the files of the run."""
+        self.train_data.verify()
+        self.val_data.verify()
+        self.run.begin(model)
+        self.began = True
+        for region in ENCODED_REGIONS:
+            if not any(row[f"{region}_ml"] for row in self.train_data.rows.values()):
+                warnings.warn(f"no training case has {region}", stacklevel=4)
 
     def on_epoch_begin(self, epoch, logs=None):
         """Tell the generator which epoch it is."""
@@ -342,7 +339,10 @@ class Checkpoint(keras.callbacks.Callback):
 def _check_options(**options):
     """Raise if an option of `train` is not possible."""
     for name, value in options.items():
-        files.check_option(name, value, *POSSIBLE[name])
+        if value is not None or name not in OPTIONAL:
+            files.check_option(name, value, *POSSIBLE[name])
+    if options["epochs"] is None and options["minutes"] is None:
+        raise ValueError("epochs is None, expected epochs or minutes to train for")
 
 
 def _check_data(model, train_data, val_data):
@@ -360,19 +360,7 @@ def _check_data(model, train_data, val_data):
         raise ValueError(f"{problem}; validate with other cases")
 
 
-def _read_start(start, train_data):
-    """Return a network to start from, and the checksum of its file."""
-    path = PHANTOM_WEIGHTS if start == "phantom" else files.check_path("start", start)
-    path = path / BEST if path.is_dir() else path
-    source, described = read_model(path)
-    channels = [*train_data.modalities]
-    if described and [*described["modalities"]] != channels:
-        problem = f"start={start!r} takes {described['modalities']}"
-        raise ValueError(f"{problem}, train_data has {channels}")
-    return source, files.describe_file(path)["sha256"]
-
-
-def plan_epochs(rows, minutes):
+def plan_epochs(rows, minutes, epochs=None):
     """Return how many epochs fit into a time, from the duration of those done.
 
     Parameters
@@ -381,6 +369,8 @@ def plan_epochs(rows, minutes):
         The history; a resumed run finds the same plan in it.
     minutes : float
         Of all epochs together.
+    epochs : int, optional
+        As many in any case.
 
     Returns
     -------
@@ -396,6 +386,8 @@ def plan_epochs(rows, minutes):
         # The first epoch has to build the graph as well.
         return max(stop, 1 + int((60 * minutes - first) / np.mean(others)))
 
+    if epochs is not None:
+        return epochs, epochs
     if len(rows) < PILOT:
         return PILOT_PLAN, PILOT
     total = fitting(PILOT)
@@ -407,19 +399,12 @@ def plan_epochs(rows, minutes):
 
 def _fit(model, checkpoint, epochs, stop, validation_freq, time_limit):
     """Train for the epochs up to `stop`, of `epochs` planned, that are not done yet."""
-    train_data, val_data = checkpoint.train_data, checkpoint.val_data
-    train_data.verify()
-    val_data.verify()
-    checkpoint.run.begin(model)
-    for region in ENCODED_REGIONS:
-        if not any(row[f"{region}_ml"] for row in train_data.rows.values()):
-            warnings.warn(f"no training case has {region}", stacklevel=3)
     every = validation_freq or max(1, epochs // VALIDATIONS)
     validated = [e for e in range(1, epochs + 1) if e % every == 0 or e == epochs]
     fit = functools.partial(
         model.fit,
-        train_data,
-        validation_data=val_data,
+        checkpoint.train_data,
+        validation_data=checkpoint.val_data,
         validation_freq=validated,
         epochs=stop,
         shuffle=False,  # the generator's order is its own
@@ -438,6 +423,27 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, time_limit):
         model.train_function = model.test_function = None
         checkpoint.run.resume(model)  # what a part of an epoch has changed
         fit(initial_epoch=len(checkpoint.run.rows))
+
+
+def _follow_plan(
+    model, compile_for, checkpoint, *, epochs, minutes, max_minutes, validation_freq
+):
+    """Train until the epochs planned are done, or the time is up."""
+    run, bar, train_data = checkpoint.run, checkpoint.bar, checkpoint.train_data
+    time_limit = TimeLimit(np.inf if max_minutes is None else max_minutes)
+    plan, former = plan_epochs([], minutes, epochs), None
+    while plan != former:
+        total, stop = former = plan
+        compile_for(total * len(train_data))
+        run.resume(model)
+        bar.n, bar.total = len(run.rows), total
+        if len(run.rows) < stop:
+            if not checkpoint.began:
+                checkpoint.begin(model)
+            _fit(model, checkpoint, total, stop, validation_freq, time_limit)
+            if time_limit.is_over():
+                break
+        plan = plan_epochs(run.rows, minutes, epochs)
 
 
 def train(
@@ -500,7 +506,7 @@ def train(
     start : path or "phantom", optional
         Begin with the weights of this model rather than with random ones: a `.keras`
         file, the folder of a run, or "phantom", the weights that come with this
-        package. It must be alike in channels, filters, depth and stride.
+        package. Channels, filters, depth and stride must be the same.
     max_minutes : float, optional
         Stop after the epoch in which this time is up; the same call then resumes. The
         learning rate stays planned for `epochs`, so give as many as the time allows.
@@ -531,37 +537,22 @@ def train(
     """
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep_supervision
-    _check_options(**settings, loss=loss, verbose=verbose)
     times = {"epochs": epochs, "minutes": minutes, "max_minutes": max_minutes}
-    given = {**times, "validation_freq": validation_freq}
-    _check_options(**{k: value for k, value in given.items() if value is not None})
-    one = "epochs or minutes, how long to train"
-    files.check_option("epochs", epochs, lambda n: (n or minutes) is not None, one)
+    times["validation_freq"] = validation_freq
+    _check_options(**settings, **times, loss=loss, verbose=verbose)
     _check_data(model, train_data, val_data)
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
-        source, description["start"] = _read_start(start, train_data)
-        copy_weights(source, model, start)
+        description["start"] = start_from(start, model, train_data.modalities)
     trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
+    compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        run, former = Run(output, description), None
-        time_limit = TimeLimit(np.inf if max_minutes is None else max_minutes)
+        run = Run(output, description)
         bar = files.progress_bar(desc="training", disable=not verbose, unit="epoch")
         checkpoint = Checkpoint(run, train_data, val_data, bar)
-        plan = (epochs, epochs) if epochs else plan_epochs([], minutes)
         with bar, _advice_on_memory(model, train_data):
-            while plan != former:
-                total, stop = former = plan
-                steps = total * len(train_data)
-                _compile(trained, loss, learning_rate, steps, average)
-                run.resume(trained)
-                bar.n, bar.total = len(run.rows), total
-                if len(run.rows) < stop:
-                    _fit(trained, checkpoint, *plan, validation_freq, time_limit)
-                    if time_limit.is_over():
-                        break
-                plan = plan if epochs else plan_epochs(run.rows, minutes)
+            _follow_plan(trained, compile_for, checkpoint, **times)
         if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
             problem = f"{BEST} in {run_dir} is not the one that this run wrote"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")

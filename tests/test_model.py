@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from keras import layers
 
-from brats_utils.losses import RegionDice, dice_focal_loss
+from brats_utils.losses import RegionDice, describe_object, dice_focal_loss
 from brats_utils.model import (
-    describe_object,
     model_table,
     size_factor,
     supervise_deeply,
