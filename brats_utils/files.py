@@ -8,6 +8,7 @@ and the files that belong to it. Whatever else lies there belongs to the user.
 import contextlib
 import ctypes
 import hashlib
+import io
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import time
 from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
@@ -297,6 +299,28 @@ def read_json(path):
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
     return value
+
+
+def read_arrays(path):
+    """Read the arrays and the JSON record of an npz file.
+
+    Parameters
+    ----------
+    path : path
+        Written by `np.savez(path, record=..., **arrays)`.
+
+    Returns
+    -------
+    arrays : list of array
+        Sorted by name.
+    record : dict
+        What the JSON text "record" says.
+    """
+    # From memory: the file is not kept open, and can be replaced.
+    saved = np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False)
+    arrays = {name: saved[name] for name in sorted(saved.files)}
+    record = json.loads(arrays.pop("record").item())
+    return list(arrays.values()), record
 
 
 def _flatten(value, name=""):

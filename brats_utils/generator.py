@@ -341,3 +341,29 @@ class BratsGenerator(keras.utils.PyDataset):
         image, labels = pad(image, self.patch_shape), pad(labels, self.patch_shape)
         change = augment_patch if self.augment is True else self.augment
         return change(image, labels, rng) if change else (image, labels)
+
+
+def check_pair(train_data, val_data, input_shape, factor):
+    """Raise unless two generators fit a model and each other.
+
+    Parameters
+    ----------
+    train_data, val_data : BratsGenerator
+        To train and to validate with.
+    input_shape, factor
+        As in `BratsGenerator.check_fit`.
+
+    Raises
+    ------
+    ValueError
+        Says what differs, or which cases they share.
+    """
+    for name, data in (("train_data", train_data), ("val_data", val_data)):
+        files.check_option(name, data, lambda d: d.check_fit, "a BratsGenerator")
+        data.check_fit(input_shape, factor)
+    channels, others = train_data.modalities, val_data.modalities
+    expected = f"{channels}, as in train_data"
+    files.check_option("modalities of val_data", others, channels.__eq__, expected)
+    if shared := sorted({*train_data.case_ids} & {*val_data.case_ids}):
+        problem = f"train_data and val_data share {len(shared)} cases: {shared[:5]}"
+        raise ValueError(f"{problem}; validate with other cases")

@@ -31,8 +31,9 @@ import numpy as np
 from keras import ops
 from keras.saving import register_keras_serializable
 
-from brats_utils.files import check_option
+from brats_utils.files import check_option, is_whole
 from brats_utils.labels import ENCODED_REGIONS, LABELS
+from brats_utils.model import check_model, grid_sizes, output_head
 
 SMOOTH = 1.0  # voxels
 EPSILON = 1e-7
@@ -233,6 +234,93 @@ class RegionDice(keras.metrics.Mean):
     def get_config(self):
         """Return what is needed to recreate the metric from a saved model."""
         return {**super().get_config(), "region": self.region}
+
+
+class _DeeplySupervised(keras.Model):
+    """A U-Net with additional outputs at lower resolutions, each with half the weight.
+
+    `factors` holds, for each output, how many voxels of the labels along each axis
+    correspond to one voxel of the output.
+    """
+
+    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
+        """Return the weighted mean loss in training, the first output's otherwise."""
+        total = 0.0
+        for level, factor in enumerate(self.factors if training else (1,)):
+            nearest = [slice(factor // 2, None, factor)] * (len(y.shape) - 2)
+            maps = y[(slice(None), *nearest)], y_pred[level]
+            total += super().compute_loss(x, *maps, sample_weight, training) / 2**level
+        return total / (2 - 0.5**level)  # the sum of the weights 1, 1/2, 1/4, ...
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """Return the metrics of the first output, which has full resolution."""
+        return super().compute_metrics(x, y, y_pred[0], sample_weight)
+
+
+def supervise_deeply(model, levels):
+    """Add outputs to a U-Net's decoder, at lower resolutions, to train with.
+
+    Parameters
+    ----------
+    model : keras.Model
+        From `unet`, or a copy that was loaded from a file.
+    levels : int
+        Number of outputs to add, each at half the resolution of the one before.
+
+    Returns
+    -------
+    supervised : keras.Model
+        Shares the layers and weights of `model`, whose output is its first, and trains
+        on the same labels.
+
+    Raises
+    ------
+    ValueError
+        If the decoder does not have that many stages below full resolution.
+
+    References
+    ----------
+    Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
+    """
+    check_model(model)
+    names = {layer.name for layer in model.layers}
+    stages = [n for n in range(1, 10) if f"decoder{n}_act2" in names]
+    features = {n: model.get_layer(f"decoder{n}_act2").output for n in stages}
+    full, *sizes = grid_sizes(model, [model.input, *features.values()])
+    factors = {n: full // size for n, size in zip(stages, sizes, strict=True)}
+    stages = [n for n in stages if factors[n] > 1]  # the others have full resolution
+    fits = is_whole(levels, 1) and levels <= len(stages)
+    expected = f"1 to {len(stages)}, the coarser stages of {model.name}'s decoder"
+    check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
+    used, n_classes = stages[:levels], model.output_shape[-1]
+    outputs = [
+        model.output,
+        *(output_head(features[n], n_classes, f"head{n}") for n in used),
+    ]
+    deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
+    deep.factors = (1, *(factors[n] for n in used))
+    return deep
+
+
+def build_losses(model):
+    """Build the losses and metrics of a compiled model.
+
+    Keras has no public way to do so. On JAX and torch, `fit` builds them with a batch
+    it takes from the generator, which then comes again.
+
+    Parameters
+    ----------
+    model : keras.Model
+        If it is supervised deeply, `factors` says how coarse its outputs are.
+    """
+    factors = getattr(model, "factors", (1,))
+    _, *grid, n_outputs = model.outputs[0].shape
+    shapes = [(1, *[factors[-1] // f] * len(grid)) for f in factors]
+    outputs = [np.full((*shape, n_outputs), 0.5, np.float32) for shape in shapes]
+    labels = np.zeros((*shapes[0], 1), np.uint8)
+    outputs = outputs if len(factors) > 1 else outputs[0]
+    model.compute_loss(None, labels, outputs)
+    model.compute_metrics(None, labels, outputs)
 
 
 def describe_object(value):

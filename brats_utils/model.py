@@ -1,7 +1,10 @@
 """U-Nets in two and three dimensions, and a table of what each stage costs."""
 
+import contextlib
 import json
 import math
+import os
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -18,6 +21,7 @@ from brats_utils.files import (
     describe_file,
     is_whole,
     number,
+    read_arrays,
     whole,
 )
 from brats_utils.volumes import NORMALISATION
@@ -116,8 +120,22 @@ def _to_full_resolution(x, image, filters):
     return layers.LeakyReLU(0.01, name="full_act")(x)
 
 
-def _head(x, n_classes, name="head"):
-    """Return probabilities, in float32 under every precision policy."""
+def output_head(x, n_classes, name="head"):
+    """Apply the last convolution and return probabilities, float32 in every policy.
+
+    Parameters
+    ----------
+    x : tensor (B, ..., C)
+        The features.
+    n_classes : {4, 3}
+        4: softmax. 3: sigmoids.
+    name : str
+        Prefix of the layers' names.
+
+    Returns
+    -------
+    probabilities : float32 tensor (B, ..., n_classes)
+    """
     x = CONV[len(x.shape) - 2](n_classes, 1, name=f"{name}_conv")(x)
     kind = "softmax" if n_classes == 4 else "sigmoid"
     return layers.Activation(kind, dtype="float32", name=f"{name}_probabilities")(x)
@@ -197,70 +215,7 @@ def unet(
     x = _encode_and_decode(image, widths, stride=stem_stride, **block)
     if stem_stride == 2:
         x = _to_full_resolution(x, image, filters)
-    return keras.Model(image, _head(x, n_classes), name=f"unet_{rank}d")
-
-
-class _DeeplySupervised(keras.Model):
-    """A U-Net with additional outputs at lower resolutions, each with half the weight.
-
-    `factors` holds, for each output, how many voxels of the labels along each axis
-    correspond to one voxel of the output.
-    """
-
-    def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
-        """Return the weighted mean loss in training, the first output's otherwise."""
-        total = 0.0
-        for level, factor in enumerate(self.factors if training else (1,)):
-            nearest = [slice(factor // 2, None, factor)] * (len(y.shape) - 2)
-            maps = y[(slice(None), *nearest)], y_pred[level]
-            total += super().compute_loss(x, *maps, sample_weight, training) / 2**level
-        return total / (2 - 0.5**level)  # the sum of the weights 1, 1/2, 1/4, ...
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """Return the metrics of the first output, which has full resolution."""
-        return super().compute_metrics(x, y, y_pred[0], sample_weight)
-
-
-def supervise_deeply(model, levels):
-    """Add outputs to a U-Net's decoder, at lower resolutions, to train with.
-
-    Parameters
-    ----------
-    model : keras.Model
-        From `unet`, or a copy that was loaded from a file.
-    levels : int
-        Number of outputs to add, each at half the resolution of the one before.
-
-    Returns
-    -------
-    supervised : keras.Model
-        Shares the layers and weights of `model`, whose output is its first, and trains
-        on the same labels.
-
-    Raises
-    ------
-    ValueError
-        If the decoder does not have that many stages below full resolution.
-
-    References
-    ----------
-    Isensee et al., 2021, doi:10.1038/s41592-020-01008-z.
-    """
-    check_model(model)
-    names = {layer.name for layer in model.layers}
-    stages = [n for n in range(1, 10) if f"decoder{n}_act2" in names]
-    features = {n: model.get_layer(f"decoder{n}_act2").output for n in stages}
-    full, *sizes = _grid_sizes(model, [model.input, *features.values()])
-    factors = {n: full // size for n, size in zip(stages, sizes, strict=True)}
-    stages = [n for n in stages if factors[n] > 1]  # the others have full resolution
-    fits = is_whole(levels, 1) and levels <= len(stages)
-    expected = f"1 to {len(stages)}, the coarser stages of {model.name}'s decoder"
-    check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
-    used, n_classes = stages[:levels], model.output_shape[-1]
-    outputs = [model.output, *(_head(features[n], n_classes, f"head{n}") for n in used)]
-    deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
-    deep.factors = (1, *(factors[n] for n in used))
-    return deep
+    return keras.Model(image, output_head(x, n_classes), name=f"unet_{rank}d")
 
 
 def unet_cicek2016(input_shape, *, n_classes=4):
@@ -306,7 +261,7 @@ def unet_cicek2016(input_shape, *, n_classes=4):
     widths = [(32, 64), (64, 128), (128, 256), (256, 512)]
     block = {"norm": {"groups": -1, "scale": False}, "slope": 0.0}
     x = _encode_and_decode(image, widths, up_ratio=2, up_bias=False, **block)
-    return keras.Model(image, _head(x, n_classes), name="unet_cicek2016")
+    return keras.Model(image, output_head(x, n_classes), name="unet_cicek2016")
 
 
 def check_model(model):
@@ -330,10 +285,20 @@ def _output_shapes(model, tensors, input_shape):
     return keras.Function(model.input, tensors).compute_output_shape((1, *input_shape))
 
 
-def _grid_sizes(model, tensors):
+def grid_sizes(model, tensors):
     """Return the number of voxels of each tensor along its shortest spatial axis.
 
     An input size of None counts as 2**10: no U-Net halves its resolution ten times.
+
+    Parameters
+    ----------
+    model : keras.Model
+    tensors : list of tensor
+        Of this model.
+
+    Returns
+    -------
+    sizes : list of int
     """
     shape = [size or 2**10 for size in model.input_shape[1:]]
     return [min(s[1:-1], default=1) for s in _output_shapes(model, tensors, shape)]
@@ -358,7 +323,7 @@ def size_factor(model):
     16
     """
     tensors = [x.input for x in model.layers if not isinstance(x, keras.Model)]
-    full, *sizes = _grid_sizes(model, keras.tree.flatten([model.input, tensors]))
+    full, *sizes = grid_sizes(model, keras.tree.flatten([model.input, tensors]))
     # One voxel of an open size is not a grid: squeeze-and-excitation blocks have it.
     smallest = 2 if None in model.input_shape[1:] else 1
     return full // min(size for size in sizes if size >= smallest)
@@ -482,12 +447,10 @@ def write_model(model, path, description):
 
 def _read_phantom_weights():
     """Return the network that was trained on phantoms, and its description."""
-    with np.load(PHANTOM_WEIGHTS) as saved:
-        record = json.loads(saved["record"].item())
-        weights = [saved[name].astype(np.float32) for name in sorted(saved.files)[1:]]
+    weights, record = read_arrays(PHANTOM_WEIGHTS)
     channels = len(record["description"]["modalities"])
     model = unet((None, None, None, channels), **record["network"])
-    model.set_weights(weights)
+    model.set_weights([half.astype(np.float32) for half in weights])
     return model, record["description"]
 
 
@@ -650,3 +613,30 @@ def has_gpu():
         return bool(keras.distribution.list_devices("gpu"))
     except (AttributeError, NotImplementedError, RuntimeError, ValueError):
         return False
+
+
+@contextlib.contextmanager
+def advice_on_memory(model, data):
+    """Turn whatever a backend raises when memory is short into one plain error.
+
+    Parameters
+    ----------
+    model : keras.Model
+    data : BratsGenerator
+        Whose batches it is trained on.
+    """
+    try:
+        # Half of the layers' outputs is the least that a step keeps.
+        megabytes = model_table(model, data.input_shape)["activations_mb"]["total"]
+        needed, memory = megabytes * data.batch_size * 1e6 / 2, math.inf
+        if not has_gpu() and hasattr(os, "sysconf"):  # Windows has no sysconf
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise MemoryError(f"a step keeps {needed:.1e} of {memory:.1e} bytes")
+        yield
+    except Exception as error:  # each backend has a class of its own
+        if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):
+            raise
+        problem = f"out of memory with {data.batch_size} patches of {data.patch_shape}"
+        advice = "Lower batch_size to 1, then patch_shape (96 or 64). The run is kept"
+        raise MemoryError(f"{problem} ({str(error)[:200]}). {advice}") from error

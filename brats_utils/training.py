@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import io
 import json
-import math
 import os
 import re
 import time
@@ -16,18 +14,18 @@ import numpy as np
 import pandas as pd
 from keras import ops
 
-from brats_utils import files
+from brats_utils import files, losses
+from brats_utils.generator import check_pair
 from brats_utils.labels import ENCODED_REGIONS
-from brats_utils.losses import RegionDice, describe_object, dice_cross_entropy_loss
 from brats_utils.model import (
     BEST,
+    advice_on_memory,
     check_model,
     describe_model,
     has_gpu,
-    model_table,
+    read_model,
     size_factor,
     start_from,
-    supervise_deeply,
     write_model,
 )
 from brats_utils.volumes import NORMALISATION
@@ -36,9 +34,9 @@ HISTORY = "history.csv"
 STATE, FORMER = "last.npz", "last_but_one.npz"
 ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
 WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no further
-POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
 PILOT, PILOT_PLAN = 2, 20  # epochs that are timed, and the plan until then
 VALIDATIONS = 10  # in a run, by default
+POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
 POSSIBLE |= {"average": files.number(0, 0.9999), "deep_supervision": files.whole(0)}
 POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
 POSSIBLE |= dict.fromkeys(("minutes", "max_minutes"), files.number(0, np.inf))
@@ -58,26 +56,6 @@ def choose_precision():
     return "mixed_float16" if has_gpu() else "float32"
 
 
-@contextlib.contextmanager
-def _advice_on_memory(model, data):
-    """Turn whatever a backend raises when memory is short into one plain error."""
-    try:
-        # Half of the layers' outputs is the least that a step keeps.
-        megabytes = model_table(model, data.input_shape)["activations_mb"]["total"]
-        needed, memory = megabytes * data.batch_size * 1e6 / 2, math.inf
-        if not has_gpu() and hasattr(os, "sysconf"):  # Windows has no sysconf
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            raise MemoryError(f"a step keeps {needed:.1e} of {memory:.1e} bytes")
-        yield
-    except Exception as error:  # each backend has a class of its own
-        if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):
-            raise
-        problem = f"out of memory with {data.batch_size} patches of {data.patch_shape}"
-        advice = "Lower batch_size to 1, then patch_shape (96 or 64). The run is kept"
-        raise MemoryError(f"{problem} ({str(error)[:200]}). {advice}") from error
-
-
 def _compile(model, loss, learning_rate, average, steps):
     """Compile with AdamW, clipped gradients and the Dice of each region."""
     warmup = max(1, round(WARMUP_SHARE * steps))
@@ -88,22 +66,13 @@ def _compile(model, loss, learning_rate, average, steps):
     momentum = min(average, max(0.5, 1 - 1 / (AVERAGED_SHARE * steps)))
     ema = {"use_ema": average > 0, "ema_momentum": momentum}
     optimizer = keras.optimizers.AdamW(schedule, **OPTIMIZER, **ema)
-    metrics = [RegionDice(region) for region in ENCODED_REGIONS]
+    metrics = [losses.RegionDice(region) for region in ENCODED_REGIONS]
     # XLA makes TensorFlow's 3-D convolutions ten times slower on a CPU; JAX needs it.
     slow = keras.backend.backend() == "tensorflow" and not has_gpu()
     model.compile(optimizer, loss, metrics=metrics, jit_compile=not slow and "auto")
     # Not `optimizer`: with mixed_float16 Keras has wrapped it, to scale the loss.
     model.optimizer.build(model.trainable_variables)
-    # Keras has no public way to build losses and metrics. On JAX and torch, `fit`
-    # builds them with a batch it takes from the generator, which then comes again.
-    factors = getattr(model, "factors", (1,))
-    _, *grid, n_outputs = model.outputs[0].shape
-    shapes = [(1, *[factors[-1] // f] * len(grid)) for f in factors]
-    outputs = [np.full((*shape, n_outputs), 0.5, np.float32) for shape in shapes]
-    labels = np.zeros((*shapes[0], 1), np.uint8)
-    outputs = outputs if len(factors) > 1 else outputs[0]
-    model.compute_loss(None, labels, outputs)
-    model.compute_metrics(None, labels, outputs)
+    losses.build_losses(model)
 
 
 def _describe_run(model, train_data, val_data, loss, **settings):
@@ -124,7 +93,7 @@ def _describe_run(model, train_data, val_data, loss, **settings):
         "optimizer": {"class": "AdamW", **OPTIMIZER, **settings},
         "model": describe_model(model),
     }
-    return json.loads(json.dumps(description, default=describe_object))
+    return json.loads(json.dumps(description, default=losses.describe_object))
 
 
 class Run:
@@ -206,10 +175,7 @@ class Run:
         problems, state = [], self.output.path / STATE
         for path in filter(Path.exists, (state, self.output.path / FORMER)):
             try:
-                # From memory: the file is not kept open, and can be replaced.
-                saved = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-                arrays = {name: saved[name] for name in sorted(saved.files)}
-                record = json.loads(arrays.pop("record").item())
+                arrays, record = files.read_arrays(path)
             except Exception as error:  # whatever zip and numpy raise at damaged bytes
                 problems.append(f"{path} is damaged ({error})")
                 continue
@@ -217,7 +183,7 @@ class Run:
                 text = f"{problems[0]}; resuming from {path.name}, the state before it"
                 warnings.warn(text, stacklevel=4)
                 os.replace(path, state)
-            return list(arrays.values()), record
+            return arrays, record
         if problems:
             text = f"{' and '.join(problems)}. If {BEST} is there it is the best model"
             raise ValueError(f"{text} so far. {ANOTHER_RUN}")
@@ -273,22 +239,21 @@ class TimeLimit(keras.callbacks.Callback):
         super().__init__()
         self.deadline = time.perf_counter() + 60 * minutes
 
-    def is_over(self):
-        """Compare with the clock."""
-        return time.perf_counter() > self.deadline
-
     def on_epoch_end(self, epoch, logs=None):
-        """Stop if the time is up."""
-        self.model.stop_training = self.model.stop_training or self.is_over()
+        """Compare with the clock."""
+        if time.perf_counter() > self.deadline:
+            self.model.stop_training = True
 
 
 class Checkpoint(keras.callbacks.Callback):
     """Set each epoch's draws; at its end save history, best model and state."""
 
-    def __init__(self, run, train_data, val_data, bar):
+    def __init__(self, run, train_data, val_data, verbose):
         super().__init__()
         self.train_data, self.val_data = train_data, val_data
-        self.run, self.bar, self.began = run, bar, False
+        self.run, self.began = run, False
+        options = {"desc": "training", "unit": "epoch", "disable": not verbose}
+        self.bar = files.progress_bar(**options)
 
     def begin(self, model):
         """Check the volumes, and announce the files of the run."""
@@ -350,14 +315,7 @@ def _check_data(model, train_data, val_data):
     check_model(model)
     outputs = model.output_shape[-1]
     files.check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
-    for name, data in (("train_data", train_data), ("val_data", val_data)):
-        files.check_option(name, data, lambda d: d.check_fit, "a BratsGenerator")
-        data.check_fit(model.input_shape, size_factor(model))
-    channels, others = train_data.modalities, val_data.modalities
-    files.check_option("modalities of val_data", others, channels.__eq__, f"{channels}")
-    if shared := sorted({*train_data.case_ids} & {*val_data.case_ids}):
-        problem = f"train_data and val_data share {len(shared)} cases: {shared[:5]}"
-        raise ValueError(f"{problem}; validate with other cases")
+    check_pair(train_data, val_data, model.input_shape, size_factor(model))
 
 
 def plan_epochs(rows, minutes, epochs=None):
@@ -441,7 +399,7 @@ def _follow_plan(
             if not checkpoint.began:
                 checkpoint.begin(model)
             _fit(model, checkpoint, total, stop, validation_freq, time_limit)
-            if time_limit.is_over():
+            if model.stop_training:
                 break
         plan = plan_epochs(run.rows, minutes, epochs)
 
@@ -454,7 +412,7 @@ def train(
     *,
     epochs=None,
     minutes=None,
-    loss=dice_cross_entropy_loss,
+    loss=losses.dice_cross_entropy_loss,
     learning_rate=1e-3,
     deep_supervision=0,
     average=0.0,
@@ -494,7 +452,7 @@ def train(
     learning_rate : float
         The highest one, after the warm-up.
     deep_supervision : int
-        How many coarser outputs are trained as well, see `supervise_deeply`.
+        How many coarser outputs are trained as well, see `losses.supervise_deeply`.
     average : float
         Momentum of a moving average of the weights, which is what is validated and kept
         as the best: 0.99 averages over some hundred steps, though never over more than
@@ -544,18 +502,17 @@ def train(
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
         description["start"] = start_from(start, model, train_data.modalities)
-    trained = supervise_deeply(model, deep_supervision) if deep_supervision else model
+    deep = deep_supervision
+    trained = losses.supervise_deeply(model, deep) if deep else model
     compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
         run = Run(output, description)
-        bar = files.progress_bar(desc="training", disable=not verbose, unit="epoch")
-        checkpoint = Checkpoint(run, train_data, val_data, bar)
-        with bar, _advice_on_memory(model, train_data):
+        checkpoint = Checkpoint(run, train_data, val_data, verbose)
+        with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, **times)
         if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
             problem = f"{BEST} in {run_dir} is not the one that this run wrote"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
-    best = keras.models.load_model(Path(run_dir) / BEST, compile=False)
-    model.set_weights(best.get_weights())
+    model.set_weights(read_model(Path(run_dir) / BEST)[0].get_weights())
     return pd.DataFrame(run.rows)

@@ -7,11 +7,15 @@ import numpy as np
 import pytest
 from keras import layers
 
-from brats_utils.losses import RegionDice, describe_object, dice_focal_loss
+from brats_utils.losses import (
+    RegionDice,
+    describe_object,
+    dice_focal_loss,
+    supervise_deeply,
+)
 from brats_utils.model import (
     model_table,
     size_factor,
-    supervise_deeply,
     unet,
     unet_cicek2016,
 )

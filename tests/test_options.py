@@ -35,10 +35,9 @@ from brats_utils.inference import (
     predict_probabilities,
 )
 from brats_utils.labels import region_volumes_ml
-from brats_utils.losses import RegionDice
+from brats_utils.losses import RegionDice, supervise_deeply
 from brats_utils.model import (
     model_table,
-    supervise_deeply,
     unet,
     unet_cicek2016,
     write_model,

@@ -115,7 +115,7 @@ def test_pretraining_again_gives_the_same_weights(tmp_path, monkeypatch):
         arrays = {name: saved[name] for name in saved.files}
     description = json.loads(arrays.pop("record").item())["description"]
     assert {array.dtype for array in arrays.values()} == {np.dtype(np.float16)}
-    assert description["about"] == "16 synthetic patients, no real scan"
+    assert description["about"] == "15 synthetic patients, no real scan"
     assert "train_cases" not in description
     script.pretrain(tmp_path / "a", 17, 2, tmp_path / "again.npz")  # finished: resumed
     assert (tmp_path / "again.npz").read_bytes() == first

@@ -56,12 +56,31 @@ SCANNER = {
 
 
 def per_axis(values):
-    """Return three values, one for each axis, shaped to broadcast with (3, X, Y, Z)."""
+    """Shape three values, one for each axis, to broadcast with (3, X, Y, Z).
+
+    Parameters
+    ----------
+    values : (3,) sequence of float
+
+    Returns
+    -------
+    shaped : (3, 1, 1, 1) float32 array
+    """
     return np.asarray(values, np.float32).reshape(3, 1, 1, 1)
 
 
 def upsample(coarse, shape):
-    """Interpolate a volume linearly to `shape`; the corners keep their values."""
+    """Interpolate a volume linearly to `shape`; the corners keep their values.
+
+    Parameters
+    ----------
+    coarse : (x, y, z) float32 array
+    shape : tuple of 3 int
+
+    Returns
+    -------
+    volume : float32 array of this shape
+    """
     for axis, size in enumerate(shape):
         where = np.linspace(0, coarse.shape[axis] - 1, size)
         low = np.minimum(where.astype(int), coarse.shape[axis] - 2)
@@ -72,7 +91,19 @@ def upsample(coarse, shape):
 
 
 def smooth_noise(rng, shape, length):
-    """Draw a random field of mean 0 and SD 1, smooth over `length` (3,) voxels."""
+    """Draw a random field of mean 0 and SD 1.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    shape : tuple of 3 int
+    length : (3,) array
+        Voxels over which it is smooth.
+
+    Returns
+    -------
+    field : float32 array of this shape
+    """
     length = np.maximum(length, 0.4)
     step = np.maximum(length / 1.5, 1)
     size = np.ceil(np.array(shape) / step).astype(int) + 2
@@ -91,7 +122,18 @@ def _speckle(rng, shape):
 
 
 def soft_step(x, width):
-    """Return a smooth step from 0 to 1 at x = 0, about four times `width` wide."""
+    """Return a smooth step from 0 to 1 at x = 0.
+
+    Parameters
+    ----------
+    x : array
+    width : float
+        A quarter of how wide the step is.
+
+    Returns
+    -------
+    y : array of the same shape
+    """
     return 1 / (1 + np.exp(-np.clip(x / width, -30, 30)))
 
 
@@ -251,7 +293,20 @@ def _draw_distance(rng, head, centre):
 
 
 def draw_tumour_heights(rng, head, raggedness):
-    """Draw two (N,) arrays, in mm, whose highest parts are whole tumour and core."""
+    """Draw two maps whose highest parts are whole tumour and core.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    head : Head
+    raggedness : float
+        Factor on the roughness of the tumour's surface, in mm.
+
+    Returns
+    -------
+    whole, core : (N,) float32 array
+        In mm, for each voxel of the brain.
+    """
     centre = _draw_centre(rng, head)
     height = -_draw_distance(rng, head, centre)
     rough = 4.5 * head.texture(rng, 10) + 2.5 * head.texture(rng, 4)
