@@ -20,7 +20,7 @@ from brats_utils.training import train
 SEED = 7
 NETWORK = {"n_classes": 4, "filters": 16, "depth": 5, "stem_stride": 2}
 PATCHES = {"batch_size": 1, "patch_shape": (96, 96, 96)}
-MIN_ISLAND = 0.1  # chosen on real scans: docs/phantom_weights.md
+MIN_ISLAND = 0.2  # chosen on real scans: docs/phantom_weights.md
 PLAN = {"learning_rate": 3e-3, "average": 0.999, "validation_freq": 4}
 
 
@@ -76,7 +76,7 @@ def write_weights(run_dir, path):
 
 if __name__ == "__main__":
     folder = files.setting("DATA", files.project_root() / "data") / "pretrain"
-    n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 36)
+    n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 28)
     weights = files.setting("WEIGHTS", PHANTOM_WEIGHTS)
     history = pretrain(folder, n_patients, epochs, weights)
     print(f"{history['seconds'].sum() / 3600:.1f} hours; {weights}")

@@ -69,7 +69,8 @@ def main():
             there = "make run" not in name or PHANTOM_RUN.exists()
             if there and (name in OURS or seed == options.seeds[0]):
                 minutes = 0.0 if "no training" in name else options.minutes
-                recipes.run_missing(splits, [name], [seed], minutes, "real")
+                todo = splits, [name], [seed], minutes, "real"
+                recipes.run_missing(*todo, scans="real")
 
 
 if __name__ == "__main__":

@@ -327,10 +327,10 @@ def run(name, split, minutes, seed, keep=None):
     return {**spent, **mean, **means, "machine": describe_machine()}, cases
 
 
-def name_of(split):
+def name_of(split, scans=None):
     """Return what the tables call a split: its scans, its folder and its sizes."""
     train_data, val_data = (BratsGenerator(split / side) for side in ("train", "val"))
-    raw = Path(train_data.settings["raw"]).name
+    raw = scans or Path(train_data.settings["raw"]).name
     sizes = f"{len(train_data.case_ids)}/{len(val_data.case_ids)}"
     return f"{raw}/{split.name} {sizes}"
 
@@ -358,13 +358,13 @@ def append(rows, path):
         pd.concat([*former, rows]).to_csv(temporary, index=False)
 
 
-def run_missing(splits, recipes, seeds, minutes, table, keep=None):
+def run_missing(splits, recipes, seeds, minutes, table, keep=None, scans=None):
     """Run the recipes that are not in benchmarks/results/<table>.csv yet."""
     results = project_root(Path(__file__).parent) / "benchmarks/results"
     path, cases_path = results / f"{table}.csv", results / f"{table}_cases.csv"
     left_out = [name for name, peer in NEEDS.items() if not is_there(peer)]
     for seed, split, name in itertools.product(seeds, splits, recipes):
-        key = {"split": name_of(split), "recipe": name, "minutes": minutes}
+        key = {"split": name_of(split, scans), "recipe": name, "minutes": minutes}
         key["seed"] = seed
         lines = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=[*key])
         there = (lines[list(key)] == pd.Series(key)).all(axis=1).any()
