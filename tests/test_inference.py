@@ -417,7 +417,7 @@ def test_I4_a_model_file_alone_can_be_tuned(tmp_path, case):
     foreign = tmp_path / "foreign.keras"
     oracle().save(foreign)
     before = foreign.read_bytes()
-    with pytest.raises(ValueError, match="no description"):
+    with pytest.raises(ValueError, match="no .keras file with a description"):
         tune_model(foreign, [case], modalities=("flair", "t1ce", "t2"))
     assert foreign.read_bytes() == before
 

@@ -38,6 +38,7 @@ from brats_utils.labels import region_volumes_ml
 from brats_utils.losses import RegionDice, supervise_deeply
 from brats_utils.model import (
     model_table,
+    start_from,
     unet,
     unet_cicek2016,
     write_model,
@@ -125,10 +126,16 @@ OF_THE_NETWORK = [
             "learning_rate": (0, -0.1, *NUMBER),
             "deep_supervision": (99, *WHOLE),
             "average": (1, 1.5, -0.1, *NUMBER),
-            "validation_freq": (0, *WHOLE),
+            "validation_freq": (0, -1, 1.5, "3", True, NAN, INF, [2]),  # None: ten
             "max_minutes": (-1, "8", NAN, True, [1]),
             "minutes": (-1, "8", NAN, True, [1]),
-            "start": (5, True, "nowhere.keras", ["phantom"], NAN),
+            "start=start|there is no model": (
+                5,
+                True,
+                "nowhere.keras",
+                ["phantom"],
+                NAN,
+            ),
             "verbose": (*EITHER, 2),
         },
     ),
@@ -442,7 +449,8 @@ def test_J4_impossible_values_are_one_plain_error(toys, monkeypatch, tmp_path, r
 def settings():
     """Yield (notebook, name, default) for each parameter that a notebook sets."""
     names = {"files": files, "GPU": False, "DATA": Path("data"), "Path": Path}
-    names |= {"NAME": "name", "newest": Path("best.keras"), "read_by_01": {}}
+    names |= {"NAME": "name", "usual": "best.keras", "read_by_01": {}}
+    names |= {"REAL": False, "VARIED": False, "RATE": 0.003}
     for path in NOTEBOOKS:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
@@ -464,6 +472,7 @@ def test_J4_every_parameter_of_a_notebook_refuses_nonsense(toys, monkeypatch):
         "FOLD": lambda text: BratsGenerator(toys.root / f"fold{text}" / "train"),
         "MODEL": lambda text: load_model(*text),
         "RAW": find_cases,
+        "START": lambda text: start_from(text, None, ()),
         "AUGMENT": None,  # a cell of notebook 04 knows
         **dict.fromkeys(("DATA", "RUN", "OUT")),  # any name will do
     }
