@@ -36,7 +36,8 @@ def prepare(data, n_patients):
 
 def pretrain(data, n_patients, epochs, weights):
     """Train, or resume training, and write the weights; return the history."""
-    done = (data / "split" / "manifest.json").exists()
+    there = files.read_manifest(data / "split").get("cases", {})
+    done = len(there) == n_patients
     split = data / "split" if done else prepare(data, n_patients)
     more = {"augment": True, "tumour_share": 1 / 3, "seed": SEED}
     train_data = BratsGenerator(split / "train", **PATCHES, **more)

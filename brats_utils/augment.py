@@ -34,8 +34,18 @@ def flip(image, labels, rng):
     return np.flip(image, axes), np.flip(labels, axes)
 
 
-def _rotation(angles):
-    """Return the (3, 3) matrix of rotations about the three axes, in radians."""
+def rotation(angles):
+    """Return the matrix of rotations about the three axes.
+
+    Parameters
+    ----------
+    angles : (3,) array
+        In radians.
+
+    Returns
+    -------
+    matrix : (3, 3) array
+    """
     (cos_x, cos_y, cos_z), (x, y, z) = np.cos(angles), np.sin(angles)
     about_x = np.array([[1, 0, 0], [0, cos_x, -x], [0, x, cos_x]])
     about_y = np.array([[cos_y, 0, -y], [0, 1, 0], [y, 0, cos_y]])
@@ -59,7 +69,7 @@ def turn_and_zoom(image, labels, rng):
     image, labels : arrays of the same shapes and types
     """
     degrees = rng.uniform(-TURN_DEGREES, TURN_DEGREES, 3)
-    matrix = _rotation(np.radians(degrees)) / rng.uniform(*ZOOM)
+    matrix = rotation(np.radians(degrees)) / rng.uniform(*ZOOM)
     middle = (np.array(labels.shape) - 1) / 2
     offset = middle - matrix @ middle
     channels = np.moveaxis(image, -1, 0)

@@ -49,12 +49,10 @@ def _nearest_mm(points, others):
 
 
 def _surface_distances(prediction, truth, spacing_mm):
-    """Return the distances of all surface voxels, (n,) mm; None if a mask is empty."""
+    """Return the distances of all voxels of two surfaces to the other one, (n,) mm."""
     box = bounding_box(prediction | truth)
     masks = prediction[box], truth[box]
     ours, theirs = (_surface_mm(mask, spacing_mm) for mask in masks)
-    if not (len(ours) and len(theirs)):
-        return None
     return np.concatenate([_nearest_mm(ours, theirs), _nearest_mm(theirs, ours)])
 
 
@@ -113,6 +111,7 @@ def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
     >>> surface_dice(mask, np.roll(mask, 1, axis=0))
     1.0
     """
+    files.check_option("tolerance_mm", tolerance_mm, *files.number(0, 1e9))
     masks = np.asarray(prediction, bool), np.asarray(truth, bool)
     present = sum(mask.any() for mask in masks)
     if present < 2:
@@ -154,10 +153,11 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
         own = truth & zone
         if np.count_nonzero(own) * np.prod(spacing_mm) <= SMALL_LESION_MM3:
             continue
-        found = np.isin(components, [*touching])
-        missed = 0.0, MISSED_LESION_MM
-        scores = float(dice(found, own)), hd95(found, own, spacing_mm)
-        rows.append(scores if touching else missed)
+        if touching:
+            found = np.isin(components, [*touching])
+            rows.append((float(dice(found, own)), hd95(found, own, spacing_mm)))
+        else:
+            rows.append((0.0, MISSED_LESION_MM))
     rows += [(0.0, MISSED_LESION_MM)] * (n_components - len(known))
     mean, distance = np.mean(rows or [(1.0, 0.0)], axis=0).tolist()
     return mean, distance

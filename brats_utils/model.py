@@ -34,6 +34,7 @@ PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
+CONVOLUTIONS = tuple(CONV.values())
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
 
 KERNEL = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"}
@@ -507,7 +508,10 @@ def read_model(path):
 
 def _facts(model):
     """Return what a user chose of a U-Net, by name."""
-    first = next(layer for layer in model.layers if hasattr(layer, "kernel"))
+    convolutions = [layer for layer in model.layers if isinstance(layer, CONVOLUTIONS)]
+    if not convolutions:
+        return {"channels": model.input_shape[-1]}
+    first = convolutions[0]
     facts = {"channels": model.input_shape[-1], "filters": first.kernel.shape[-1]}
     stride, factor = first.strides[0], size_factor(model)
     return {
@@ -549,7 +553,8 @@ def start_from(start, model, modalities):
         problem = f"start={start!r} takes {described['modalities']}"
         raise ValueError(f"{problem}, train_data has {[*modalities]}")
     theirs, ours = _facts(source), _facts(model)
-    differ = [f"{k} {theirs[k]}, not {ours[k]}" for k in ours if theirs[k] != ours[k]]
+    pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
+    differ = [f"{name} {a}, not {b}" for name, a, b in pairs if a != b]
     pairs = [
         [layer for layer in each.layers if layer.weights] for each in (source, model)
     ]

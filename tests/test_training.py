@@ -28,7 +28,7 @@ from brats_utils.files import OutputFolder
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import load_model, predict_case
 from brats_utils.losses import dice_cross_entropy_loss, dice_focal_loss
-from brats_utils.model import has_gpu, unet, write_model
+from brats_utils.model import has_gpu, unet, unet_cicek2016, write_model
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
 from brats_utils.training import plan_epochs, train
@@ -1162,6 +1162,27 @@ def test_J4_a_start_that_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
     for ours, theirs in zip(model.weights, weights, strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs)
+
+
+def without_convolutions():
+    image = keras.Input((8, 8, 8, 3))
+    return keras.Model(image, keras.layers.Dense(4, activation="softmax")(image))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (without_convolutions, "filters None, not 2"),
+        (lambda: unet((8, 8, 3), filters=2, depth=1), "other layers"),
+        (lambda: unet_cicek2016((8, 8, 8, 3)), "filters 32, not 2; depth 4, not 1"),
+        (lambda: unet((8, 8, 8, 4), filters=2, depth=1), "channels 4, not 3"),
+    ],
+)
+def test_J4_a_start_of_another_kind_is_refused(split, tmp_path, make, told):
+    make().save(tmp_path / "start.keras")
+    with pytest.raises(ValueError, match=f"start=.*{told}"):
+        run(split, tmp_path / "run", start=tmp_path / "start.keras")
+    assert not (tmp_path / "run").exists()
 
 
 def test_J4_a_start_of_other_channels_is_refused(finished, split, tmp_path):

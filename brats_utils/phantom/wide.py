@@ -15,6 +15,7 @@ from itertools import chain
 import numpy as np
 from scipy import ndimage
 
+from brats_utils.augment import rotation
 from brats_utils.phantom import anatomy
 from brats_utils.phantom.anatomy import CENTRE_MM, per_axis, smooth_noise
 
@@ -28,13 +29,9 @@ GAMMA, BIAS_SD, SLICE_MM = (0.6, 1.7), 0.15, (1.5, 6)
 
 def _bend(rng, points, step_mm):
     """Tilt, stretch and bend a head, which also shifts its midline."""
-    matrix = np.diag(1 + SIZE_SD * rng.standard_normal(3))
-    for axis, angle in enumerate(np.radians(TILT_DEGREES * rng.standard_normal(3))):
-        first, second = (a for a in range(3) if a != axis)
-        turn = np.eye(3)
-        turn[first, first] = turn[second, second] = np.cos(angle)
-        turn[first, second], turn[second, first] = -np.sin(angle), np.sin(angle)
-        matrix = matrix @ turn
+    sizes = 1 + SIZE_SD * rng.standard_normal(3)
+    angles = np.radians(TILT_DEGREES * rng.standard_normal(3))
+    matrix = np.diag(sizes) @ rotation(angles)
     offset = points - per_axis(CENTRE_MM)
     bent = np.einsum("ij,jxyz->ixyz", matrix.astype(np.float32), offset)
     for axis in range(3):
