@@ -2,6 +2,7 @@
 
 `make pretrain` runs it; hours on two cores. Stopped, it resumes. The same seed gives
 the same weights on the same machine. BRATS_PATIENTS and BRATS_EPOCHS shorten it.
+BRATS_START and BRATS_SEED go on from weights that are there, with other patients.
 """
 
 import json
@@ -17,32 +18,31 @@ from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
 from brats_utils.training import train
 
-SEED = 7
 NETWORK = {"n_classes": 4, "filters": 16, "depth": 5, "stem_stride": 2}
 PATCHES = {"batch_size": 1, "patch_shape": (96, 96, 96)}
 MIN_ISLAND = 0.2  # chosen on real scans: docs/phantom_weights.md
-PLAN = {"learning_rate": 3e-3, "average": 0.999, "validation_freq": 4}
+PLAN = {"average": 0.999, "validation_freq": 4}
 
 
-def prepare(data, n_patients):
+def prepare(data, n_patients, seed):
     """Draw the patients and prepare them; return the folder of the split."""
     raw, shape = data / "raw", files.setting("SHAPE", (240, 240, 155))
-    write_phantom(raw, n_patients, seed=SEED, wide=True, shape=shape)
+    write_phantom(raw, n_patients, seed=seed, wide=True, shape=shape)
     # Healthy brains belong to it.
     prepare_dataset(raw, data / "prepared", crop_shape=None, min_labelled=0.0)
-    split_dataset(data / "prepared", data / "split", ratio=(0.94, 0.06), seed=SEED)
+    split_dataset(data / "prepared", data / "split", ratio=(0.94, 0.06), seed=seed)
     return data / "split"
 
 
-def pretrain(data, n_patients, epochs, weights):
+def pretrain(data, n_patients, epochs, weights, *, seed=7, start=None):
     """Train, or resume training, and write the weights; return the history."""
     there = files.read_manifest(data / "split").get("cases", {})
     done = len(there) == n_patients
-    split = data / "split" if done else prepare(data, n_patients)
-    more = {"augment": True, "tumour_share": 1 / 3, "seed": SEED}
+    split = data / "split" if done else prepare(data, n_patients, seed)
+    more = {"augment": True, "tumour_share": 1 / 3, "seed": seed}
     train_data = BratsGenerator(split / "train", **PATCHES, **more)
     val_data = BratsGenerator(split / "val", **PATCHES, tumour_share=1.0)
-    keras.utils.set_random_seed(SEED)
+    keras.utils.set_random_seed(seed)
     model = unet((None, None, None, 3), **NETWORK)
     history = train(
         model,
@@ -50,6 +50,8 @@ def pretrain(data, n_patients, epochs, weights):
         val_data,
         data / "run",
         epochs=epochs,
+        start=start,
+        learning_rate=2e-3 if start else 3e-3,
         loss=losses.batch_dice_cross_entropy_loss,
         **PLAN,
     )
@@ -79,5 +81,6 @@ if __name__ == "__main__":
     folder = files.setting("DATA", files.project_root() / "data") / "pretrain"
     n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 28)
     weights = files.setting("WEIGHTS", PHANTOM_WEIGHTS)
-    history = pretrain(folder, n_patients, epochs, weights)
+    more = {"seed": files.setting("SEED", 7), "start": files.setting("START", None)}
+    history = pretrain(folder, n_patients, epochs, weights, **more)
     print(f"{history['seconds'].sum() / 3600:.1f} hours; {weights}")

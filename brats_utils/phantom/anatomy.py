@@ -367,14 +367,14 @@ def draw_tumour(rng, head, heights, sizes, enhances):
     return labels, [*regions, soft_step(rim - limit, 0.3) * regions[1]]
 
 
-def _class_contrasts(modality, draws):
+def _class_contrasts(modality, draws, least):
     """Return the contrasts of oedema, necrosis and enhancing tumour of a case."""
     mean, sd = np.transpose(CONTRASTS[modality])
     contrasts = mean + sd * (0.85 * draws[0] + 0.53 * np.array(draws[1:]))
     # Python floats leave float32 images as they are; NumPy's would make them float64.
     oedema, necrosis, enhancing = contrasts.tolist()
     if modality == "t1ce":
-        enhancing = max(enhancing, necrosis + 1.6)
+        enhancing = max(enhancing, necrosis + least)
     return oedema, necrosis, enhancing
 
 
@@ -397,7 +397,17 @@ def _acquire(rng, modality, image, spots, brightness):
     return np.clip(np.rint(raw * mean / raw.mean()), 1, 32767).astype(np.int16)
 
 
-def draw_images(rng, head, draws, regions, brightness, *, spread=1.0, degrade=None):
+def draw_images(
+    rng,
+    head,
+    draws,
+    regions,
+    brightness,
+    *,
+    spread=1.0,
+    degrade=None,
+    enhancement=1.6,
+):
     """Draw the four images of a head.
 
     Parameters
@@ -414,6 +424,9 @@ def draw_images(rng, head, draws, regions, brightness, *, spread=1.0, degrade=No
         Factor on how much tissues and textures vary.
     degrade : function, optional
         (rng, head, image) -> image, (N,) arrays: a worse scanner.
+    enhancement : float
+        By how many SDs of the brain, at least, the enhancing tumour is brighter than
+        necrosis on T1CE.
 
     Yields
     ------
@@ -438,7 +451,7 @@ def draw_images(rng, head, draws, regions, brightness, *, spread=1.0, degrade=No
         for weight, tissue in zip(TISSUES[modality], tissues, strict=True):
             normal += weight * rng.lognormal(0, 0.25 * spread) * tissue
         normal -= normal.mean()
-        oedema, necrosis, enhancing = _class_contrasts(modality, own_draws)
+        oedema, necrosis, enhancing = _class_contrasts(modality, own_draws, enhancement)
         tumour = oedema + (necrosis - oedema) * core
         tumour += (enhancing - necrosis) * enhancing_part
         tumour += head.at_voxels(

@@ -22,8 +22,11 @@ from brats_utils.phantom.anatomy import CENTRE_MM, per_axis, smooth_noise
 TILT_DEGREES, SIZE_SD, BEND_MM = 8, 0.06, 4
 VENTRICLE_MM = (2, 12)
 LARGEST_ML, BRAIN_ML = 250, 1471
-HEALTHY, LOW_GRADE, SOLID = 0.1, 0.25, 0.15  # shares of the patients
+# Shares of the patients: no tumour; of the others no enhancing part, a core that
+# enhances as a whole, a core of which a tenth at most does.
+HEALTHY, LOW_GRADE, SOLID, FAINT = 0.1, 0.25, 0.15, 0.25
 SPREAD = (0.8, 2.0)  # of contrasts, tissues, textures, times the calibrated spread
+LEAST_ENHANCEMENT = 0.8  # in SDs of the brain, above necrosis
 GAMMA, BIAS_SD, SLICE_MM = (0.6, 1.7), 0.15, (1.5, 6)
 
 
@@ -52,7 +55,8 @@ def _draw_sizes(rng, n_brain):
     """Return the voxels of whole tumour, core and enhancing tumour, of any kind."""
     whole = LARGEST_ML ** rng.random(2).max() / BRAIN_ML * n_brain  # from 1 ml
     n_core = max(2, round(rng.uniform(0.03, 0.95) * whole))
-    share = 1 if rng.random() < SOLID else rng.uniform(0.1, 0.9)
+    kinds = [1, 0.1 * rng.random(), rng.uniform(0.1, 0.9)]
+    share = rng.choice(kinds, p=[SOLID, FAINT, 1 - SOLID - FAINT])
     n_enhancing = int(np.clip(round(share * n_core), 1, n_core - 1))
     return max(n_core + 1, round(whole)), n_core, n_enhancing
 
@@ -121,8 +125,8 @@ def draw_wide_patient(seed, shape):
     head = anatomy.draw_head(rng, shape, **changes)
     labels, regions = _draw_tumours(rng, head)
     brightness, spread = rng.lognormal(0, 0.5), rng.uniform(*SPREAD)
-    draws = (spread * rng.standard_normal((4, 4)).clip(-2, 2)).tolist()
-    worse = {"spread": spread, "degrade": _degrade}
+    draws = (spread * rng.uniform(-1.8, 1.8, (4, 4))).tolist()
+    worse = {"spread": spread, "degrade": _degrade, "enhancement": LEAST_ENHANCEMENT}
     images = anatomy.draw_images(rng, head, draws, regions, brightness, **worse)
     for name, values in chain([("seg", labels)], images):
         yield name, head.place(values, shape)
