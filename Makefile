@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-NBCONVERT := $(BIN)/jupyter nbconvert --log-level ERROR --to notebook --inplace
 NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
@@ -16,16 +15,9 @@ $(STAMP): requirements.txt pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps segmentation-models-3D==1.1.1 classification-models-3D==1.1.0
 	touch $@
 
-# TensorFlow's start-up lines stay out of the notebooks; of a progress bar its end is kept.
+# Prints a plan, then a line for each cell.
 run: $(STAMP)
-	@for notebook in $(NOTEBOOKS); do \
-	  echo "running $$notebook"; \
-	  $(NBCONVERT) --execute --ExecutePreprocessor.timeout=-1 \
-	    --ExecutePreprocessor.extra_arguments=--IPKernelApp.capture_fd_output=False \
-	    $$notebook || exit 1; \
-	  $(NBCONVERT) --CoalesceStreamsPreprocessor.enabled=True $$notebook || exit 1; \
-	done
-	@$(BIN)/nbstripout --keep-output $(NOTEBOOKS)
+	@$(BIN)/python notebooks/run.py $(NOTEBOOKS)
 
 # The weights that come with the package, from nothing: hours.
 pretrain: $(STAMP)
