@@ -41,13 +41,15 @@ def fold_folders(data):
     return [data / "folds" / f"fold{i}" for i in range(len(folds))]
 
 
+ISLAND = 0.2  # as the phantom weights are decoded
+FROM_PHANTOMS = {"start": "phantom", "learning_rate": 1e-3}
 RECIPES = {
     "no training": untrained,
     "no training, flips": partial(untrained, flips=True),
     "no training, all islands": partial(untrained, min_island=0.0),
     "no training, make run": partial(untrained, model=PHANTOM_RUN),
-    "from nothing": recipes.ours,
-    "from phantoms": partial(recipes.ours, start="phantom", learning_rate=1e-3),
+    "from nothing": partial(recipes.ours, min_island=ISLAND),
+    "from phantoms": partial(recipes.ours, min_island=ISLAND, **FROM_PHANTOMS),
     "tutorial": recipes.tutorial,
     "segresnet": recipes.segresnet,
     "medicai": recipes.medicai,

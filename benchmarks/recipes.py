@@ -75,7 +75,18 @@ class StepClock:
         return 0.5 + 0.5 * math.cos(math.pi * min(1, self.elapsed_s / self.limit_s))
 
 
-def ours(train_cases, split, minutes, seed, folder, *, data=None, model=None, **how):
+def ours(
+    train_cases,
+    split,
+    minutes,
+    seed,
+    folder,
+    *,
+    data=None,
+    model=None,
+    min_island=0.0,
+    **how,
+):
     """Train as notebook 04 does in its quick run, for as many epochs as fit.
 
     With all augmentations and a third of the patches centred on tumour, as in the full
@@ -101,7 +112,8 @@ def ours(train_cases, split, minutes, seed, folder, *, data=None, model=None, **
     )
     clock.next_step()
     clock.steps = len(history) * len(data)
-    return clock, lambda case: predict_case(model, case, patch_shape=PATCH)
+    options = {"patch_shape": PATCH, "min_island": min_island}
+    return clock, lambda case: predict_case(model, case, **options)
 
 
 def tutorial(train_cases, split, minutes, seed, folder):
