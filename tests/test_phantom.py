@@ -4,9 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from brats_utils import __version__
 from brats_utils.cases import find_cases, load_case, rename_odd_segmentation
 from brats_utils.files import read_manifest
 from brats_utils.labels import REGIONS
+from brats_utils.nifti import file_states
 from brats_utils.phantom import write, write_phantom
 
 SHAPE = (24, 24, 16)
@@ -112,6 +114,7 @@ def test_the_manifest_lists_what_was_written_and_from_which_settings(small_set):
         "seed": 0,
         "shape": list(SHAPE),
         "compressed": False,
+        "version": __version__,
     }
     files = manifest["files"].items()
     written = {name: noted["sha256"] for name, noted in files if noted}
@@ -135,6 +138,33 @@ def test_a_second_call_deletes_only_the_files_of_the_first(tmp_path):
     for name in stray:
         (root / name).unlink()
     assert checksums(root) == checksums(fresh)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_second_call_with_the_same_arguments_leaves_the_files(tmp_path, renamed):
+    options = {"shape": SHAPE, "without_segmentation": 1}
+    write_phantom(tmp_path, 3, **options)
+    if renamed:
+        rename_odd_segmentation(tmp_path)
+    paths = sorted(tmp_path.rglob("*.nii"))
+    before = file_states(paths)
+    cases = write_phantom(tmp_path, 3, **options)
+    assert file_states(paths) == before and sorted(tmp_path.rglob("*.nii")) == paths
+    assert cases == find_cases(tmp_path)
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_damaged_label_map_is_written_again_by_the_same_call(tmp_path, renamed):
+    write_phantom(tmp_path, 3, shape=SHAPE)
+    expected = scans(tmp_path)
+    if renamed:
+        rename_odd_segmentation(tmp_path)
+    path = next((tmp_path / TRAINING / "BraTS20_Training_003").glob("*[Ss]eg*"))
+    path.write_bytes(bytes(path.stat().st_size))
+    write_phantom(tmp_path, 3, shape=SHAPE)
+    if renamed:  # the manifest never listed this name as complete
+        assert not path.exists()
+    assert scans(tmp_path) == expected
 
 
 def test_an_interrupted_call_can_be_repeated(tmp_path, monkeypatch):

@@ -1,17 +1,20 @@
 """Write synthetic patients to disk, in the folders and names of the BraTS2020 set."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from joblib import Parallel, delayed
 from scipy.special import ndtri
 
+from brats_utils import __version__
 from brats_utils.cases import Case
 from brats_utils.files import (
     BOOL,
     OutputFolder,
     check_option,
     check_path,
+    find_changed,
     is_whole,
     whole,
 )
@@ -106,12 +109,37 @@ def _check_arguments(compressed, wide, jobs, shape, **numbers):
     sizes = [int(n) for n in shape]
     settings = {name: int(value) for name, value in numbers.items()}
     settings |= {"wide": True} if wide else {}
-    return {**settings, "shape": sizes, "compressed": compressed}
+    made_from = {"shape": sizes, "compressed": compressed, "version": __version__}
+    return {**settings, **made_from}
 
 
-def _odd_folders(names):
-    """Return the folders of segmentations with the odd name."""
-    return [str(Path(name).parent) for name in names if ODD_NAME in name]
+def _odd_names(names, suffix):
+    """Return {odd name: the name that renaming gives} of such segmentations."""
+    odd = {name: Path(name).parent for name in names if ODD_NAME in name}
+    return {n: f"{p.as_posix()}/{p.name}_seg{suffix}" for n, p in odd.items()}
+
+
+def _follow_renaming(case, suffix):
+    """Return a case with the name that its segmentation has by now."""
+    path = case.segmentation
+    if path is None or path.is_file():
+        return case
+    return replace(case, segmentation=path.with_name(f"{case.id}_seg{suffix}"))
+
+
+def _is_finished(folder, settings, odd):
+    """Return whether an earlier call with the same arguments wrote all that is there.
+
+    `odd` maps names to those that renaming gives; either is fine.
+    """
+    noted = dict(folder.manifest["files"])
+    for old, new in odd.items():
+        if (folder.path / new).is_file():
+            noted[new] = noted.pop(old, None)
+        else:
+            noted.pop(new, None)
+    same = folder.manifest["made_from"] == settings
+    return same and bool(noted) and not find_changed(folder.path, noted)
 
 
 def write_phantom(
@@ -130,7 +158,8 @@ def write_phantom(
     The third training case has a segmentation with another name, as folder 355 of that
     set has. The 8th, 18th, 28th and so on have no enhancing tumour. The same seed gives
     the same bytes, whatever `jobs` is, and case i does not depend on how many cases are
-    written.
+    written. A second call with the same arguments checks the files and leaves them as
+    they are.
 
     Parameters
     ----------
@@ -175,10 +204,11 @@ def write_phantom(
     tables = _fill_tables(n_cases, seed) if n_cases else {}
     names = [*tables, *(p.relative_to(root).as_posix() for p in paths if p)]
     # The odd segmentation is ours under the name that renaming gives it, too.
-    names += [
-        f"{place}/{Path(place).name}_seg{suffix}" for place in _odd_folders(names)
-    ]
+    odd = _odd_names(names, suffix)
+    names += odd.values()
     with OutputFolder(root, "phantoms") as folder:
+        if _is_finished(folder, settings, odd):
+            return [_follow_renaming(case, suffix) for case in cases]
         folder.claim(names)  # refuses a user's file before anything is deleted
         folder.clear()
         folder.begin(settings)
