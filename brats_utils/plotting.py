@@ -415,7 +415,9 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
         The same limits for all.
     """
     box = bounding_box(np.any(segmentations, axis=0))
-    size_mm = [n * (s.stop - s.start) for n, s in zip(spacing_mm, box, strict=True)]
+    size_mm = [
+        n * max(1, s.stop - s.start) for n, s in zip(spacing_mm, box, strict=True)
+    ]
     options = {"subplot_kw": {"projection": "3d"}, "layout": "constrained"}
     size = (4 * len(titles), 4)
     figure, axes = plt.subplots(1, len(titles), squeeze=False, figsize=size, **options)
