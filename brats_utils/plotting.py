@@ -419,7 +419,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
         n * max(1, s.stop - s.start) for n, s in zip(spacing_mm, box, strict=True)
     ]
     options = {"subplot_kw": {"projection": "3d"}, "layout": "constrained"}
-    size = (4 * len(titles), 4)
+    size = (4 * len(titles), 4.5)
     figure, axes = plt.subplots(1, len(titles), squeeze=False, figsize=size, **options)
     solid = dict(zip(LABEL_COLOURS.items(), (1, 0.12, 1), strict=True))
     for each, segmentation, title in zip(axes[0], segmentations, titles, strict=True):
@@ -438,6 +438,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
         )
         each.set(xlim=(0, size_mm[0]), ylim=(0, size_mm[1]), zlim=(0, size_mm[2]))
         each.set_box_aspect(size_mm)
+        each.locator_params(nbins=4)
         each.view_init(elev=15, azim=-70)
     swatches = [
         Patch(color=c, alpha=max(a, 0.3), label=n) for (n, c), a in solid.items()

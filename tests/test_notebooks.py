@@ -201,9 +201,11 @@ def test_of_the_cases_left_out_only_the_small_are_predicted(tmp_path, rows, expe
     (tmp_path / "prepared" / "cases.csv").write_text(table)
     cells = code_of(nbformat.read(NOTEBOOKS[3], as_version=4))
     (source,) = (cell.source for cell in cells if "dropped = [" in cell.source)
+    scores = pd.DataFrame({"case": ["two"], "dice_WT": [1.0]})
     names = {
         "scans": {i: SimpleNamespace(segmentation=i) for i in ("one", "two", "six")},
         "inference": SimpleNamespace(predict_cases=lambda *args, **options: []),
+        "evaluation": SimpleNamespace(score_cases=lambda folder, cases: scores),
         **{"DATA": tmp_path, "recipe": SimpleNamespace(flips=False), "pd": pd},
         **{"trained": None, "out_dir": tmp_path},
     }
