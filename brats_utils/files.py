@@ -40,8 +40,8 @@ def setting(name, default):
     default : bool, int, float, str, Path, tuple of int or of str, or None
         Used where the variable is unset or empty. Its type decides how the text is
         read: a tuple is written with commas (`128,128,128`), `none` gives None, and a
-        relative path starts at the project's root. If the default is None, whole
-        numbers with commas give a tuple and anything else is text.
+        relative path starts at the project's root. If the default is None, a number is
+        read as one, whole numbers with commas give a tuple, anything else is text.
 
     Returns
     -------
@@ -71,6 +71,8 @@ def setting(name, default):
             return FLAGS[text.lower()]
         if isinstance(default, int | float) and math.isfinite(float(text)):
             return type(default)(text)
+        if default is None and "," not in text and math.isfinite(float(text)):
+            return int(text) if text.isdigit() else float(text)
         numbers = tuple(int(part) for part in text.strip("()").split(","))
         if "," in text and len(numbers) == len(default or numbers):
             return numbers

@@ -355,7 +355,7 @@ def plan_epochs(rows, minutes, epochs=None):
     return (fitting(quarter),) * 2
 
 
-def _fit(model, checkpoint, epochs, stop, validation_freq, time_limit):
+def _fit(model, checkpoint, epochs, stop, validation_freq, others):
     """Train for the epochs up to `stop`, of `epochs` planned, that are not done yet."""
     every = validation_freq or max(1, epochs // VALIDATIONS)
     validated = [e for e in range(1, epochs + 1) if e % every == 0 or e == epochs]
@@ -367,7 +367,7 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, time_limit):
         epochs=stop,
         shuffle=False,  # the generator's order is its own
         verbose=0,
-        callbacks=[FiniteCheck(), checkpoint, time_limit],
+        callbacks=[FiniteCheck(), checkpoint, *others],
     )
     try:
         fit(initial_epoch=len(checkpoint.run.rows))
@@ -384,11 +384,20 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, time_limit):
 
 
 def _follow_plan(
-    model, compile_for, checkpoint, *, epochs, minutes, max_minutes, validation_freq
+    model,
+    compile_for,
+    checkpoint,
+    callbacks,
+    *,
+    epochs,
+    minutes,
+    max_minutes,
+    validation_freq,
 ):
     """Train until the epochs planned are done, or the time is up."""
     run, bar, train_data = checkpoint.run, checkpoint.bar, checkpoint.train_data
     time_limit = TimeLimit(np.inf if max_minutes is None else max_minutes)
+    others = [time_limit, *callbacks]
     plan, former = plan_epochs([], minutes, epochs), None
     while plan != former:
         total, stop = former = plan
@@ -398,7 +407,7 @@ def _follow_plan(
         if len(run.rows) < stop:
             if not checkpoint.began:
                 checkpoint.begin(model)
-            _fit(model, checkpoint, total, stop, validation_freq, time_limit)
+            _fit(model, checkpoint, total, stop, validation_freq, others)
             if model.stop_training:
                 break
         plan = plan_epochs(run.rows, minutes, epochs)
@@ -419,6 +428,7 @@ def train(
     validation_freq=1,
     start=None,
     max_minutes=None,
+    callbacks=(),
     verbose=True,
 ):
     """Train a model, or resume the run that `run_dir` holds.
@@ -468,6 +478,8 @@ def train(
     max_minutes : float, optional
         Stop after the epoch in which this time is up; the same call then resumes. The
         learning rate stays planned for `epochs`, so give as many as the time allows.
+    callbacks : sequence of keras.callbacks.Callback
+        Called after ours: at the end of an epoch its state is saved already.
     verbose : bool
         Whether to show a progress bar.
 
@@ -510,7 +522,7 @@ def train(
         run = Run(output, description)
         checkpoint = Checkpoint(run, train_data, val_data, verbose)
         with checkpoint.bar, advice_on_memory(model, train_data):
-            _follow_plan(trained, compile_for, checkpoint, **times)
+            _follow_plan(trained, compile_for, checkpoint, callbacks, **times)
         if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
             problem = f"{BEST} in {run_dir} is not the one that this run wrote"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")

@@ -50,6 +50,8 @@ MANIFEST = {"kind": "a", "format": 1, "made_from": {}, "files": {}, "cases": {}}
         ("none", Path("y"), None),
         ("/no", Path("y"), Path("/no")),
         ("text", None, "text"),
+        ("7", None, 7),
+        ("0.5", None, 0.5),
         ("64, 64,32", None, (64, 64, 32)),
         ("/data/a, b", None, "/data/a, b"),
         ("", 3, 3),

@@ -212,9 +212,9 @@ def test_of_the_cases_left_out_only_the_small_are_predicted(tmp_path, rows, expe
     scores = pd.DataFrame({"case": ["two"], "dice_WT": [1.0]})
     names = {
         "scans": {i: SimpleNamespace(segmentation=i) for i in ("one", "two", "six")},
-        "inference": SimpleNamespace(predict_cases=lambda *args, **options: None),
+        "inference": SimpleNamespace(predict_cases=lambda *args, **options: []),
         "evaluation": SimpleNamespace(score_cases=lambda folder, cases: scores),
-        **{"DATA": tmp_path, "FLIPS": False, "pd": pd},
+        **{"DATA": tmp_path, "recipe": SimpleNamespace(flips=False), "pd": pd},
         **{"trained": None, "out_dir": tmp_path},
     }
     exec(source, names)  # this one cell, where prediction would raise on "six"

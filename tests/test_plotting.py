@@ -9,6 +9,7 @@ import pytest
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt  # noqa: E402
+from mpl_toolkits.mplot3d import proj3d  # noqa: E402
 
 from brats_utils import plotting  # noqa: E402
 from brats_utils.labels import COLOURS, LABELS  # noqa: E402
@@ -20,6 +21,7 @@ from brats_utils.plotting import (  # noqa: E402
     plot_history,
     plot_prediction,
     plot_slices,
+    plot_surfaces,
     plot_uncertainty,
 )
 
@@ -315,3 +317,25 @@ def test_J4_impossible_views_are_refused(toy, options, message):
         with pytest.raises(ValueError, match="history is"):
             plot_history(wrong)
     plt.close("all")
+
+
+def test_surfaces_share_limits_and_show_what_there_is(toy):
+    truth = toy[1]
+    prediction = np.where(truth == 2, 2, 0)
+    axes = plot_surfaces([truth, prediction], ["a", "b"], spacing_mm=(1, 1, 2), step=1)
+    colours = [np.unique(each.collections[0].get_facecolor()[:, 3]) for each in axes]
+    assert [list(found.round(2)) for found in colours] == [[0.12, 1], [0.12]]
+    assert axes[0].get_zlim() == axes[1].get_zlim() == (0, 8)
+    assert [each.get_title() for each in axes] == ["a", "b"]
+    (empty,) = plot_surfaces([truth * 0], ["nothing"])
+    assert not empty.collections
+
+
+def test_the_front_of_a_surface_has_the_patients_right_on_the_left(toy):
+    """X runs to the patient's left and Z to the head: rightwards and up."""
+    (axes,) = plot_surfaces([toy[1]], ["a"])
+    axes.figure.canvas.draw()
+    project = lambda *point: proj3d.proj_transform(*point, axes.get_proj())  # noqa: E731
+    assert project(1, 0, 0)[0] > project(0, 0, 0)[0]
+    assert project(0, 0, 1)[1] > project(0, 0, 0)[1]
+    assert project(0, 0, 0)[2] < project(0, 1, 0)[2]  # the front is nearer

@@ -16,6 +16,7 @@ from brats_utils.volumes import (
     scale_to_store,
     scale_volume,
     standardise,
+    surface_quads,
 )
 
 
@@ -159,3 +160,20 @@ def test_dice_by_hand():
     assert dice(first, second) == 0.5
     assert dice(first, first) == 1 and dice(first, ~first) == 0
     assert dice(first & False, second & False) == 1
+
+
+def test_surface_quads_enclose_the_mask_and_face_outwards():
+    mask = np.zeros((6, 5, 4), bool)
+    mask[1:5, 1:4, 1:3] = True
+    quads = surface_quads(mask, rounds=0)
+    assert len(quads) == 2 * (4 * 3 + 3 * 2 + 4 * 2)
+    assert quads.min(axis=(0, 1)).tolist() == [1, 1, 1]
+    assert quads.max(axis=(0, 1)).tolist() == [5, 4, 3]
+
+    def volume(quads):  # by the divergence theorem: of cones from the origin
+        normals = np.cross(quads[:, 2] - quads[:, 0], quads[:, 3] - quads[:, 1]) / 2
+        return (quads.mean(axis=1) * normals).sum() / 3
+
+    assert volume(quads) == pytest.approx(mask.sum())
+    assert 0 < volume(surface_quads(mask)) < mask.sum()  # the edges are rounded off
+    assert surface_quads(np.zeros((2, 2, 2), bool)).shape == (0, 4, 3)
