@@ -129,6 +129,7 @@ OF_THE_NETWORK = [
             "validation_freq": (0, -1, 1.5, "3", True, NAN, INF, [2]),  # None: ten
             "max_minutes": (-1, "8", NAN, True, [1]),
             "minutes": (-1, "8", NAN, INF, True, [1]),
+            "callbacks": (None, 5, True, "log", ["log"], [train]),
             "start=start|there is no model": (
                 5,
                 True,
