@@ -204,6 +204,7 @@ OF_THE_NETWORK = [
             "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
             "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
             "modalities": (*MODALITIES, ("flair",), ("flair", "t1ce")),
+            "engine": (None, 5, "onnx", ["keras"]),
         },
     ),
     (
