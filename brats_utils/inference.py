@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from scipy import ndimage
 
-from brats_utils import files, labels
+from brats_utils import files, labels, nifti
 from brats_utils.cases import check_case, check_spacing, read_scan
 from brats_utils.model import (
     BEST,
@@ -21,16 +21,12 @@ from brats_utils.model import (
     read_model,
     size_factor,
 )
-from brats_utils.nifti import (
-    BratsDataError,
-    file_states,
-    save_volume,
-    write_segmentation,
-)
+from brats_utils.nifti import BratsDataError
 from brats_utils.volumes import bounding_box, check_shape, pad, standardise
 
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_island": 0.0, "min_et_voxels": 0}
-OPTIONS = ["modalities", "flips", "patch_shape", *PLAIN, "uncertainty"]
+OPTIONS = ["modalities", "flips", "patch_shape", *PLAIN, "uncertainty", "engine"]
+ENGINES = ["keras", "openvino"]
 
 
 @dataclass
@@ -273,9 +269,19 @@ def check_options(models, options, possible=OPTIONS):
         patch_shape = models[0].description.get("patch_shape")
     for each in models:
         _choose_patch(each.model, len(names), patch_shape)
+    check("engine", options.get("engine", "keras"), ENGINES.__contains__, ENGINES)
     for name in ("flips", "uncertainty"):
         check(name, options.get(name, False), *files.BOOL)
     _choose_decoding(models[0], {name: given[name] for name in PLAIN})
+
+
+def _choose_engine(models, engine):
+    """Return models that are computed by an engine."""
+    if engine == "keras":
+        return models
+    from brats_utils.export import to_openvino
+
+    return [to_openvino(trained) for trained in models]
 
 
 def _choose_decoding(trained, given):
@@ -347,6 +353,7 @@ def predict_case(
     min_island=None,
     min_et_voxels=None,
     uncertainty=False,
+    engine="keras",
 ):
     """Predict the label map of a whole scan, on the scan's own grid.
 
@@ -368,6 +375,9 @@ def predict_case(
         As in `decode_probabilities`. By default as `evaluation.tune_model` stored them.
     uncertainty : bool
         Return the spread over flips and models as well.
+    engine : {"keras", "openvino"}
+        What computes the network: Keras's backend, or OpenVINO on the CPU, in int8 if
+        `export.calibrate_int8` has made the model ready for it, else in float32.
 
     Returns
     -------
@@ -380,6 +390,8 @@ def predict_case(
     ------
     BratsDataError
         If a file of the case is not valid, or its voxels are not 1 mm wide.
+    ImportError
+        If OpenVINO is asked for and not installed.
     ValueError
         If a model does not fit, or its output is NaN.
     """
@@ -387,7 +399,8 @@ def predict_case(
     options |= {"thresholds": thresholds, "min_island": min_island}
     options["min_et_voxels"] = min_et_voxels
     models = _as_trained(model)
-    check_options(models, {**options, "uncertainty": uncertainty})
+    check_options(models, {**options, "uncertainty": uncertainty, "engine": engine})
+    models = _choose_engine(models, engine)
     segmentation, spread, _ = _predict_maps(models, case, **options)
     return (segmentation, spread) if uncertainty else segmentation
 
@@ -406,6 +419,8 @@ def _fingerprint(trained):
     digest = hashlib.sha256(json.dumps(describe_model(trained.model)).encode())
     used = ("modalities", "patch_shape", "decoding")
     used = [trained.description.get(name) for name in used]
+    if "engine" in trained.description:
+        used += [trained.description["engine"], trained.description.get("int8")]
     digest.update(json.dumps(used).encode())
     for weights in trained.model.get_weights():
         digest.update(np.ascontiguousarray(weights))
@@ -444,6 +459,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     models, failed = _as_trained(model), []
     check_options(models, {**options, "uncertainty": uncertainty})
     files.check_option("cases", cases, iter, "a list of Case")
+    models = _choose_engine(models, options.pop("engine", "keras"))
     cases = list(cases)
     ids = [check_case(case) or case.id.lower() for case in cases]
     files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
@@ -462,7 +478,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         for case in files.progress_bar(cases, desc="predicting", unit="case"):
             noted = {name: output.manifest["files"][name] for name in names[case.id]}
             try:
-                state = file_states(case.images.values())
+                state = nifti.file_states(case.images.values())
                 known = output.manifest["cases"].get(case.id) == state
                 if not known or files.find_changed(output.path, noted):
                     _predict_file(models, case, output, names[case.id], options)
@@ -479,10 +495,10 @@ def _predict_file(models, case, output, names, options):
     """Predict a case and write its label map, and its uncertainty if it has a name."""
     found, spread, header = _predict_maps(models, case, **options)
     with output.write(names[0]) as temporary:
-        write_segmentation(found, header, temporary)
+        nifti.write_segmentation(found, header, temporary)
     for name in names[1:]:
         with output.write(name) as temporary:
-            save_volume(spread, temporary, like=header)
+            nifti.save_volume(spread, temporary, like=header)
 
 
 def _check_probabilities(probabilities):

@@ -30,8 +30,7 @@ from brats_utils.model import (
 )
 from brats_utils.volumes import NORMALISATION
 
-HISTORY = "history.csv"
-STATE, FORMER = "last.npz", "last_but_one.npz"
+HISTORY, STATE, FORMER = "history.csv", "last.npz", "last_but_one.npz"
 ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
 WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no further
 PILOT, PILOT_PLAN = 2, 20  # epochs that are timed, and the plan until then
@@ -42,6 +41,10 @@ POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
 POSSIBLE |= {"minutes": files.number(0, 1e6), "max_minutes": files.number(0, np.inf)}
 OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")
 POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
+POSSIBLE["callbacks"] = (
+    lambda xs: len(xs) == sum(isinstance(x, keras.callbacks.Callback) for x in xs),
+    "a list of keras.callbacks.Callback",
+)
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
 
@@ -125,11 +128,11 @@ class Run:
             model without any.
         """
         folder = self.output.path
-        arrays, record = self._read_state() or (None, {"history": []})
+        nothing = {"history": [], "description": {}}
+        arrays, record = self._read_state() or (None, nothing)
         if arrays is None and (folder / BEST).exists():
             raise ValueError(f"{folder} holds {BEST}, but no state. {ANOTHER_RUN}")
-        known = record.get("description", {})
-        differences = files.find_differences(known, self.description)
+        differences = files.find_differences(record["description"], self.description)
         if record["history"] and differences:
             found = "; ".join(differences[:5])
             problem = f"{folder} holds a run with other settings: {found}"
@@ -377,27 +380,16 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, others):
             raise
         text = f"XLA failed ({str(error)[:200]}): training goes on without it, slower"
         warnings.warn(text, stacklevel=3)
-        model.jit_compile = False
-        model.train_function = model.test_function = None
+        model.jit_compile, model.train_function, model.test_function = False, None, None
         checkpoint.run.resume(model)  # what a part of an epoch has changed
         fit(initial_epoch=len(checkpoint.run.rows))
 
 
 def _follow_plan(
-    model,
-    compile_for,
-    checkpoint,
-    callbacks,
-    *,
-    epochs,
-    minutes,
-    max_minutes,
-    validation_freq,
+    model, compile_for, checkpoint, others, *, epochs, minutes, validation_freq
 ):
     """Train until the epochs planned are done, or the time is up."""
     run, bar, train_data = checkpoint.run, checkpoint.bar, checkpoint.train_data
-    time_limit = TimeLimit(np.inf if max_minutes is None else max_minutes)
-    others = [time_limit, *callbacks]
     plan, former = plan_epochs([], minutes, epochs), None
     while plan != former:
         total, stop = former = plan
@@ -478,8 +470,10 @@ def train(
     max_minutes : float, optional
         Stop after the epoch in which this time is up; the same call then resumes. The
         learning rate stays planned for `epochs`, so give as many as the time allows.
-    callbacks : sequence of keras.callbacks.Callback
-        Called after ours: at the end of an epoch its state is saved already.
+    callbacks : list of keras.callbacks.Callback
+        Of your own: a logger, early stopping. Called after the state of an epoch is
+        saved, with the model that is trained, and with epochs counted over the whole
+        run. They are no part of the run: a call that resumes may bring others.
     verbose : bool
         Whether to show a progress bar.
 
@@ -506,25 +500,24 @@ def train(
     (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
     """
     settings = {"learning_rate": learning_rate, "average": average}
-    settings["deep_supervision"] = deep_supervision
-    times = {"epochs": epochs, "minutes": minutes, "max_minutes": max_minutes}
-    times["validation_freq"] = validation_freq
-    _check_options(**settings, **times, loss=loss, verbose=verbose)
+    settings["deep_supervision"] = deep = deep_supervision
+    times = {"epochs": epochs, "minutes": minutes, "validation_freq": validation_freq}
+    others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
+    _check_options(**settings, **times, **others, verbose=verbose)
     _check_data(model, train_data, val_data)
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
         description["start"] = start_from(start, model, train_data.modalities)
-    deep = deep_supervision
     trained = losses.supervise_deeply(model, deep) if deep else model
     compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        run = Run(output, description)
-        checkpoint = Checkpoint(run, train_data, val_data, verbose)
+        checkpoint = Checkpoint(Run(output, description), train_data, val_data, verbose)
+        others = [TimeLimit(np.inf if max_minutes is None else max_minutes), *callbacks]
         with checkpoint.bar, advice_on_memory(model, train_data):
-            _follow_plan(trained, compile_for, checkpoint, callbacks, **times)
+            _follow_plan(trained, compile_for, checkpoint, others, **times)
         if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
             problem = f"{BEST} in {run_dir} is not the one that this run wrote"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
     model.set_weights(read_model(Path(run_dir) / BEST)[0].get_weights())
-    return pd.DataFrame(run.rows)
+    return pd.DataFrame(checkpoint.run.rows)

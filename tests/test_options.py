@@ -128,6 +128,7 @@ OF_THE_NETWORK = [
             "validation_freq": (0, -1, 1.5, "3", True, NAN, INF, [2]),  # None: ten
             "max_minutes": (-1, "8", NAN, True, [1]),
             "minutes": (-1, "8", NAN, INF, True, [1]),
+            "callbacks": (None, 5, True, "log", ["log"], [train]),
             "start=start|there is no model": (
                 5,
                 True,
@@ -202,6 +203,7 @@ OF_THE_NETWORK = [
             "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
             "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
             "modalities": (*MODALITIES, ("flair",), ("flair", "t1ce")),
+            "engine": (None, 5, "onnx", ["keras"]),
         },
     ),
     (

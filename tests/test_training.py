@@ -214,6 +214,56 @@ def test_E01_deeply_supervised_and_averaged_it_resumes_bit_for_bit(split, tmp_pa
         run(split, tmp_path / "b", epochs=5, model=tiny_unet(depth=3))
 
 
+class Counter(keras.callbacks.Callback):
+    """A user's callback: notes the epochs, and what it is told of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.epochs, self.losses, self.n_batches = [], [], 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.n_batches += 1
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs.append(epoch + 1)
+        self.losses.append(logs["loss"])
+        logs["loss"] = -1.0  # whatever it does to them, the history has been written
+
+
+def test_E01_ones_own_callbacks_see_each_epoch_once_and_change_nothing(
+    finished, split, tmp_path
+):
+    counter = Counter()
+    run(split, tmp_path, max_minutes=0, callbacks=[counter])
+    assert counter.epochs == [1]
+    interrupted(split, tmp_path)
+    last, log = Counter(), keras.callbacks.CSVLogger(tmp_path.with_suffix(".csv"))
+    _, history, *_ = run(
+        split, tmp_path, model=tiny_unet(seed=7), callbacks=(last, log)
+    )
+    assert counter.epochs + last.epochs == [1, 3, 4]  # 2 ran without callbacks
+    assert counter.losses + last.losses == history["loss"][[0, 2, 3]].tolist()
+    assert counter.n_batches + last.n_batches == 3 * 2
+    assert_same_run(tmp_path, history, finished)
+    assert len(pd.read_csv(tmp_path.with_suffix(".csv"))) == 2  # Keras's own work, too
+
+
+def test_ones_own_callback_may_stop_a_run_and_is_called_after_it_is_saved(
+    split, tmp_path
+):
+    saved = []
+
+    def stop(epoch, logs):
+        saved.append(len(pd.read_csv(tmp_path / "history.csv")))
+        model.stop_training = True
+
+    model = tiny_unet()
+    options = {"callbacks": [keras.callbacks.LambdaCallback(on_epoch_end=stop)]}
+    _, history, *_ = run(split, tmp_path, model=model, **options)
+    assert saved == history["epoch"].tolist() == [1]
+    assert len(run(split, tmp_path, epochs=2)[1]) == 2
+
+
 def test_a_finished_run_keeps_the_decoding_that_was_tuned(split, tmp_path):
     run(split, tmp_path / "run", epochs=1)
     write_case(tmp_path / "raw", "toy", seed=9)

@@ -1,0 +1,210 @@
+"""Predict on a CPU with OpenVINO, in float32 or int8: `pip install openvino`.
+
+OpenVINO's own converter computes Keras's GroupNormalization by slow reference kernels.
+Here the graph is built layer by layer, with the operation MVN in its place.
+"""
+
+import dataclasses
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from brats_utils import generator, labels, losses
+from brats_utils.model import size_factor
+
+try:
+    import openvino as ov
+    from openvino import opset13 as op
+except ImportError:  # it is optional; `to_openvino` says how to install it
+    ov = None
+
+BATCHES, LARGEST_FALL = 16, 0.005  # to calibrate with; of the Dice, to keep int8
+KERAS_ONLY = "OpenVINO does not compute it here; use engine='keras'"
+CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+TO_CHANNELS_FIRST, TO_CHANNELS_LAST = np.array([[0, 4, 1, 2, 3], [0, 2, 3, 4, 1]])
+SPACE = np.array([2, 3, 4])  # the axes of a node (B, C, X, Y, Z)
+PADS = {"pads_begin": [0] * 3, "pads_end": [0] * 3, "dilations": [1] * 3}
+
+
+class OpenVinoModel(keras.Model):
+    """A Keras model whose `predict_on_batch` is computed by OpenVINO."""
+
+    def predict_on_batch(self, x):
+        """Return the probabilities (B, X, Y, Z, K) of a batch (B, X, Y, Z, C)."""
+        if self.ready is None or self.ready[0] != x.shape:
+            self.graph.reshape(x.shape)  # a fixed shape is computed faster
+            self.ready = x.shape, ov.Core().compile_model(self.graph, "CPU", CONFIG)
+        return np.array(self.ready[1](np.ascontiguousarray(x, np.float32))[0])
+
+
+def _round(x, low, high, levels=256):
+    """Return a node rounded to so many levels, one of them 0; then int8 follows."""
+    step = (high - low) / (levels - 1)
+    low = np.round(low / step) * step
+    bounds = [op.constant(np.float32(x)) for x in (low, low + (levels - 1) * step)]
+    return op.fake_quantize(x, *bounds, *bounds, levels)
+
+
+def _per_channel(weights):
+    """Return weights (C,) as an array that goes with (B, C, X, Y, Z)."""
+    return ops.convert_to_numpy(weights).reshape(1, -1, 1, 1, 1)
+
+
+def _convolve(layer, x, ranges):
+    """Return a convolution, or a transposed one; in int8 if its range is known."""
+    transposed = isinstance(layer, layers.Conv3DTranspose)
+    values = ops.convert_to_numpy(layer.kernel).transpose(4, 3, 0, 1, 2).copy()
+    kernel, others = op.constant(values), (0 if transposed else 1, *SPACE)
+    if layer.name in ranges:
+        x = _round(x, *ranges[layer.name])
+        largest = np.abs(values).max(others, keepdims=True) + 1e-8  # by channel
+        kernel = _round(kernel, -largest, largest, 255)
+    convolve = op.convolution_backprop_data if transposed else op.convolution
+    padding = {"same": "SAME_UPPER", "valid": "VALID"}[layer.padding]
+    x = convolve(x, kernel, [*layer.strides], auto_pad=padding, **PADS)
+    return op.add(x, _per_channel(layer.bias)) if layer.use_bias else x
+
+
+def _normalise(layer, x):
+    """Return the instance normalisation; other groups do not pass `_check`."""
+    x = op.mvn(x, SPACE, True, layer.epsilon, "INSIDE_SQRT")
+    x = op.multiply(x, _per_channel(layer.gamma)) if layer.scale else x
+    return op.add(x, _per_channel(layer.beta)) if layer.center else x
+
+
+def _resample(layer, x):
+    """Return the maximum of each block, or each voxel repeated."""
+    if isinstance(layer, layers.MaxPooling3D):
+        pool = {"kernel_shape": [*layer.pool_size], **PADS}
+        return op.max_pool(x, [*layer.strides], **pool).output(0)
+    return op.interpolate(x, np.float32(layer.size), "nearest", "scales", axes=SPACE)
+
+
+def _apply(layer, inputs, ranges):
+    """Return the node of a layer from those of its inputs."""
+    x, name = inputs[0], type(layer).__name__
+    name = layer.activation.__name__ if name == "Activation" else name
+    operations = {
+        "Add": lambda: op.add(*inputs),
+        "Concatenate": lambda: op.concat(inputs, 1),
+        "Conv3D": lambda: _convolve(layer, x, ranges),
+        "Conv3DTranspose": lambda: _convolve(layer, x, ranges),
+        "Dropout": lambda: x,
+        "GroupNormalization": lambda: _normalise(layer, x),
+        "LeakyReLU": lambda: op.prelu(x, np.float32([layer.negative_slope])),
+        "MaxPooling3D": lambda: _resample(layer, x),
+        "UpSampling3D": lambda: _resample(layer, x),
+        "sigmoid": lambda: op.sigmoid(x),
+        "softmax": lambda: op.softmax(x, 1),
+    }
+    if name not in operations:
+        raise ValueError(f"layer {layer.name} is of the kind {name}: {KERAS_ONLY}")
+    return operations[name]()
+
+
+def _make_model(model, ranges):
+    """Return an OpenVinoModel, in int8 where the range of a convolution is given."""
+    made = OpenVinoModel(model.inputs[0], model.outputs[0], name=model.name)
+    image = op.parameter([-1] * 4 + [model.input_shape[-1]], np.float32)
+    nodes = {id(made.inputs[0]): op.transpose(image, TO_CHANNELS_FIRST)}
+    for layer in made.layers[1:]:
+        inputs = [nodes[id(each)] for each in keras.tree.flatten(layer.input)]
+        nodes[id(layer.output)] = _apply(layer, inputs, ranges)
+    last = op.transpose(nodes[id(made.outputs[0])], TO_CHANNELS_LAST)
+    made.graph, made.ready = ov.Model([last], [image]), None
+    return made
+
+
+def _check(model):
+    """Raise unless OpenVINO computes what Keras does, of a small random image."""
+    sizes = [size or 2 * size_factor(model) for size in model.input_shape[1:]]
+    x = np.random.default_rng(0).normal(size=(1, *sizes)).astype(np.float32)
+    difference = model.predict_on_batch(x) - ops.convert_to_numpy(model(x))
+    if np.abs(difference).max() > 1e-3:
+        raise ValueError(f"a layer of {model.name} has other options: {KERAS_ONLY}")
+
+
+def _find_ranges(model, data):
+    """Return {layer: [least, largest value]} of what enters each convolution."""
+    convolutions = [layer for layer in model.layers if hasattr(layer, "kernel")]
+    ends = [ops.stack([ops.min(x.input), ops.max(x.input)]) for x in convolutions]
+    watch, indices = keras.Model(model.inputs[0], ends), range(min(len(data), BATCHES))
+    watch.jit_compile = False
+    found = np.mean([watch.predict_on_batch(data[i][0]) for i in indices], axis=0)
+    found = np.c_[np.minimum(found[:, 0], 0), np.maximum(found[:, 1], 1e-6)]
+    return {x.name: ends for x, ends in zip(convolutions, found.tolist(), strict=True)}
+
+
+def _mean_dice(model, data):
+    """Return the mean Dice of WT, TC and ET over all patches."""
+    metrics = [losses.RegionDice(region) for region in labels.ENCODED_REGIONS]
+    for x, truth in map(data.__getitem__, range(len(data))):
+        found = model.predict_on_batch(x)
+        for metric in metrics:
+            metric.update_state(truth, found)
+    return float(np.mean([metric.result() for metric in metrics]))
+
+
+def to_openvino(trained):
+    """Return a model that OpenVINO computes on the CPU.
+
+    Parameters
+    ----------
+    trained : inference.TrainedModel
+        A 3D U-Net like those of `brats_utils.model`. In int8 if `calibrate_int8` has
+        stored the ranges in its description, else in float32.
+
+    Returns
+    -------
+    converted : inference.TrainedModel
+        Its description says "engine": "OpenVINO int8" or "OpenVINO float32".
+
+    Raises
+    ------
+    ImportError
+        If OpenVINO is not installed.
+    ValueError
+        If a layer is of a kind, or has options, that are not converted.
+    """
+    if ov is None:
+        raise ImportError('OpenVINO is missing: pip install "brats-utils[cpu]"')
+    made, ranges = _make_model(trained.model, {}), trained.description.get("int8")
+    _check(made)
+    made = _make_model(trained.model, ranges) if ranges else made
+    kind = f"OpenVINO {'int8' if ranges else 'float32'}"
+    described = {**trained.description, "engine": kind}
+    return dataclasses.replace(trained, model=made, description=described)
+
+
+def calibrate_int8(trained, train_data, val_data):
+    """Find the ranges for int8, and keep them if validation is as good as before.
+
+    Parameters
+    ----------
+    trained : inference.TrainedModel
+        Its description gets "int8", the ranges of the layers' values, or loses it.
+        `evaluation.store_description(trained)` then stores them in the model's file.
+    train_data, val_data : BratsGenerator
+        The ranges are those of 16 training batches; all of `val_data` is scored.
+
+    Returns
+    -------
+    result : dict
+        The mean validation Dice with "float32" and with "int8", and which is "kept":
+        int8 if its Dice is less than 0.005 below.
+
+    Raises
+    ------
+    ImportError, ValueError
+        As `to_openvino` does; or if the data do not fit the model.
+    """
+    model = trained.model
+    generator.check_pair(train_data, val_data, model.input_shape, size_factor(model))
+    trained.description.pop("int8", None)
+    plain, ranges = to_openvino(trained).model, _find_ranges(model, train_data)
+    models = {"float32": plain, "int8": _make_model(model, ranges)}
+    result = {name: _mean_dice(each, val_data) for name, each in models.items()}
+    if result["float32"] - result["int8"] < LARGEST_FALL:
+        trained.description["int8"] = ranges
+    return {**result, "kept": "int8" if "int8" in trained.description else "float32"}
