@@ -11,7 +11,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from brats_utils import evaluation, inference
+from brats_utils import evaluation, files, inference
 from brats_utils.cases import find_cases
 from brats_utils.files import describe_file, read_manifest
 from brats_utils.nifti import load_labels
@@ -219,6 +219,46 @@ def test_of_the_cases_left_out_only_the_small_are_predicted(tmp_path, rows, expe
     }
     exec(source, names)  # this one cell, where prediction would raise on "six"
     assert [case.segmentation for case in names["dropped"]] == expected
+
+
+def options_of_notebook_04(data, kind, gpu, monkeypatch, **settings):
+    """Run the one cell that chooses the options, for a set of scans of this kind."""
+    for name in ("START", "AUGMENT", "DEPTH", "LEARNING_RATE", "FLIPS"):
+        monkeypatch.delenv(f"BRATS_{name}", raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(f"BRATS_{name}", value)
+    manifests = {data / "split": {"made_from": {"settings": {"raw": "scans"}}}}
+    manifests[data / "scans"] = {"kind": kind}
+    fakes = SimpleNamespace(setting=files.setting, read_manifest=manifests.get)
+    cells = code_of(nbformat.read(NOTEBOOKS[3], as_version=4))
+    (source,) = (cell.source for cell in cells if '"LEARNING_RATE"' in cell.source)
+    names = {"DATA": data, "GPU": gpu, "files": fakes, "pd": pd}
+    exec(source, names)
+    return {"start": names["start"], **names["recipe"]}
+
+
+def test_options_follow_the_machine_and_the_data(tmp_path, monkeypatch):
+    quick = options_of_notebook_04(tmp_path, "phantoms", False, monkeypatch)
+    kept = {"start": "none", "learning_rate": 3e-3, "augment": "none", "depth": 5}
+    kept |= {"n_classes": 4, "deep_supervision": 0, "average": 0.0, "devices": 1}
+    assert quick == {**kept, "tumour_share": 0.0, "flips": False}
+    real = options_of_notebook_04(tmp_path, None, False, monkeypatch)
+    varied = {"start": "phantom", "learning_rate": 1e-3, "augment": "all"}
+    assert real == {**quick, **varied, "tumour_share": 1 / 3}
+    full = {**real, "start": "none", "n_classes": 3, "deep_supervision": 2}
+    full |= {"average": 0.999, "flips": True}
+    for kind in ("phantoms", None):
+        assert options_of_notebook_04(tmp_path, kind, True, monkeypatch) == full
+
+
+def test_options_from_outside_win_and_nonsense_is_refused(tmp_path, monkeypatch):
+    at = tmp_path, "phantoms", False, monkeypatch
+    started = options_of_notebook_04(*at, START="my.keras", DEPTH="3", FLIPS="true")
+    assert (started["start"], started["depth"], started["flips"]) == ("my.keras", 3, 1)
+    # A start brings its learning rate and augmentation.
+    assert (started["learning_rate"], started["augment"]) == (1e-3, "all")
+    with pytest.raises(ValueError, match="DEPTH is 'many', expected"):
+        options_of_notebook_04(*at, DEPTH="many")
 
 
 @pytest.mark.notebooks
