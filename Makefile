@@ -6,14 +6,24 @@ NOTEBOOKS := $(sort $(wildcard notebooks/0*.ipynb))
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 export TF_ENABLE_ONEDNN_OPTS ?= 1
 
-.PHONY: run pretrain report test test-all lab lint bench
+.PHONY: run update pretrain report test test-all lab lint bench
 .DEFAULT_GOAL := run
 
-$(STAMP): requirements.txt pyproject.toml
+# The versions of constraints.txt, by uv where it is installed.
+UV := $(shell command -v uv)
+PIP := $(if $(UV),$(UV) pip install -q --python $(BIN)/python,$(BIN)/python -m pip install -q --disable-pip-version-check)
+$(STAMP): requirements.txt pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q --disable-pip-version-check -r requirements.txt -e ".[test]"
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps segmentation-models-3D==1.1.1 classification-models-3D==1.1.0
+	$(PIP) -c constraints.txt -r requirements.txt -e ".[test]"
+	$(PIP) --no-deps segmentation-models-3D==1.1.1 classification-models-3D==1.1.0
 	touch $@
+
+# The newest versions of everything; commit them once `make test` passes.
+update:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	$(BIN)/uv pip compile -q --upgrade --universal --python-version 3.11 --extra test --no-annotate \
+	  --custom-compile-command "make update" requirements.txt pyproject.toml -o constraints.txt
 
 # Prints a plan, then a line for each cell.
 run: $(STAMP)

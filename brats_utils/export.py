@@ -132,7 +132,7 @@ def _find_ranges(model, data):
     watch, indices = keras.Model(model.inputs[0], ends), range(min(len(data), BATCHES))
     watch.jit_compile = False
     found = np.mean([watch.predict_on_batch(data[i][0]) for i in indices], axis=0)
-    found = np.c_[np.minimum(found[:, 0], 0), np.maximum(found[:, 1], 1e-6)]
+    found = np.clip(found.reshape(-1, 2), [-np.inf, 1e-6], [0, np.inf])
     return {x.name: ends for x, ends in zip(convolutions, found.tolist(), strict=True)}
 
 

@@ -111,21 +111,6 @@ def assert_same_run(run_dir, history, finished):
     assert not list(run_dir.glob(".writing-*"))
 
 
-def test_callbacks_see_a_saved_state_and_do_not_change_the_run(
-    split, finished, tmp_path
-):
-    class Watch(keras.callbacks.Callback):
-        seen = []
-
-        def on_epoch_end(self, epoch, logs=None):
-            rows = pd.read_csv(tmp_path / "history.csv")
-            self.seen.append((epoch, len(rows), rows["loss"].iloc[-1] == logs["loss"]))
-
-    _, history, *_ = run(split, tmp_path, callbacks=[Watch()])
-    assert Watch.seen == [(epoch, epoch + 1, True) for epoch in range(4)]
-    assert_same_run(tmp_path, history, finished)
-
-
 def test_the_loss_goes_down_and_the_history_says_so(finished):
     run_dir, _, history, *_ = finished
     assert history["epoch"].tolist() == [1, 2, 3, 4]
