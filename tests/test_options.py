@@ -38,6 +38,7 @@ from brats_utils.labels import region_volumes_ml
 from brats_utils.losses import RegionDice, supervise_deeply
 from brats_utils.model import (
     model_table,
+    start_from,
     unet,
     unet_cicek2016,
     write_model,
@@ -451,7 +452,7 @@ def settings():
     """Yield (notebook, name, default) for each parameter that a notebook sets."""
     names = {"files": files, "GPU": False, "DATA": Path("data"), "Path": Path}
     names |= {"NAME": "name", "usual": "best.keras", "read_by_01": {}}
-    names["MINUTES"] = 8.0
+    names |= {"MINUTES": 8.0, "real": True, "FAST": "keras"}
     for path in NOTEBOOKS:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             source = "".join(cell["source"])
@@ -461,7 +462,12 @@ def settings():
                 is_call = isinstance(node, ast.Call)
                 if is_call and getattr(node.func, "attr", "") == "setting":
                     name, default = map(ast.unparse, node.args)
-                    yield path.name, ast.literal_eval(name), eval(default, names)
+                    if name != "name":
+                        yield path.name, ast.literal_eval(name), eval(default, names)
+                    continue
+                if isinstance(node, ast.Dict) and "files.setting(name" in source:
+                    for name, row in eval(ast.unparse(node), names).items():
+                        yield path.name, name, row[0]  # of the table of options
 
 
 def test_J4_every_parameter_of_a_notebook_refuses_nonsense(toys, monkeypatch):
@@ -474,6 +480,9 @@ def test_J4_every_parameter_of_a_notebook_refuses_nonsense(toys, monkeypatch):
         "MODEL": lambda text: load_model(*text),
         "RAW": find_cases,
         "EPOCHS": lambda text: train(None, None, None, toys.out, epochs=text),
+        "START": lambda text: start_from(text, None, ()),
+        "ENGINE": lambda text: predict_case(toys.model, toys.case, engine=text),
+        "AUGMENT": lambda text: BratsGenerator(toys.folder, augment=text),
         **dict.fromkeys(("DATA", "RUN", "OUT")),  # any name will do
     }
     found = list(settings())
