@@ -55,11 +55,14 @@ def pretrain(data, n_patients, epochs, weights, *, seed=7, start=None):
         loss=losses.batch_dice_cross_entropy_loss,
         **PLAN,
     )
-    write_weights(data / "run", weights)
+    n_before = 0
+    if start == "phantom":  # they name how many patients they were trained on
+        n_before = int(inference.load_model(start).description["about"].split()[0])
+    write_weights(data / "run", weights, n_before)
     return history
 
 
-def write_weights(run_dir, path):
+def write_weights(run_dir, path, n_before=0):
     """Write a trained network's weights in half precision, as `load_model` reads them.
 
     The description keeps what a user must know; the ids of the phantoms are not it.
@@ -67,7 +70,7 @@ def write_weights(run_dir, path):
     trained = inference.load_model(run_dir)
     keys = "modalities normalisation orientation outputs patch_shape keras".split()
     kept = {key: trained.description[key] for key in keys}
-    n_cases = len(trained.description["train_cases"])
+    n_cases = n_before + len(trained.description["train_cases"])
     kept["about"] = f"{n_cases} synthetic patients, no real scan"
     kept["decoding"] = {"min_island": MIN_ISLAND}
     record = json.dumps({"network": NETWORK, "description": kept})
