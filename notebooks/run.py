@@ -21,7 +21,7 @@ from brats_utils.phantom.wide import draw_wide_patient
 BUDGET_MINUTES = 12
 # Measured on two cores on which drawing `sample_seconds` takes REFERENCE_SECONDS: all
 # of `make run` but the training of notebook 04, with 24 phantoms or half as many.
-REFERENCE_SECONDS = 2.0
+REFERENCE_SECONDS = 0.6
 REST_MINUTES, REST_MINUTES_SMALL = 5.0, 3.5
 SMALL = {"N_PHANTOMS": 12, "OVERFIT_STEPS": 60}
 TRAINING_MINUTES = (2, 8)  # least and most
