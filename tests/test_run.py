@@ -33,8 +33,7 @@ def test_the_plan_fits_the_budget_until_the_machine_is_much_too_slow(script):
     assert settings["N_PHANTOMS"] == 12
     assert 2 <= settings["MINUTES"] < 8
     assert minutes <= script.BUDGET_MINUTES + 0.5
-    one_core, _ = script.make_plan(fast, 1)
-    assert one_core > script.make_plan(fast, 2)[0]
+    assert script.make_plan(fast, 1)[1]["MINUTES"] < 8
     assert script.make_plan(100 * slow, 2)[1]["MINUTES"] == 2
 
 
