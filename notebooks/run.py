@@ -35,6 +35,14 @@ def sample_seconds():
     return time.perf_counter() - start
 
 
+def has_gpu():
+    """Return whether Keras finds a GPU, without its start-up lines."""
+    code = "from brats_utils.training import has_gpu; print(has_gpu())"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True)
+    return found.stdout.strip() == "True"
+
+
 def make_plan(seconds, cores):
     """Return how long `make run` takes here, and the parameters that keep it short.
 
@@ -121,9 +129,13 @@ def execute(path):
 
 
 def main(paths):
-    """Print the plan, then execute the notebooks."""
+    """Print the plan, then execute the notebooks.
+
+    Scans or epochs from outside, or a GPU, take the time they need.
+    """
     start = time.perf_counter()
-    if len(paths) > 1 and not os.environ.get("BRATS_RAW"):
+    own = any(os.environ.get(f"BRATS_{name}") for name in ("RAW", "EPOCHS"))
+    if len(paths) > 1 and not own and not has_gpu():
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
         minutes, settings = make_plan(sample_seconds(), cores)
         for name, value in settings.items():

@@ -7,6 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from brats_utils.training import has_gpu
+
 SCRIPT = Path(__file__).parents[1] / "notebooks" / "run.py"
 
 
@@ -62,7 +64,8 @@ def test_a_failing_notebook_stops_the_run_and_keeps_its_outputs(script, tmp_path
 
 
 def test_parameters_from_outside_win_over_the_plan(script, tmp_path, monkeypatch):
-    monkeypatch.delenv("BRATS_RAW", raising=False)
+    for name in ("BRATS_RAW", "BRATS_EPOCHS"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(script, "sample_seconds", lambda: 100.0)
     for name in ("BRATS_MINUTES", "BRATS_OVERFIT_STEPS"):
         monkeypatch.setenv(name, "to be restored")
@@ -75,3 +78,25 @@ def test_parameters_from_outside_win_over_the_plan(script, tmp_path, monkeypatch
         (cell,) = nbformat.read(path, as_version=4).cells
         assert cell.outputs[0]["text"] == "5\n"
     assert os.environ["BRATS_MINUTES"] == "2"
+
+
+@pytest.mark.parametrize("name", ["BRATS_RAW", "BRATS_EPOCHS"])
+def test_ones_own_scans_or_epochs_and_a_gpu_are_not_planned(
+    script, tmp_path, monkeypatch, capsys, name
+):
+    source = "import os\nprint(os.environ.get('BRATS_MINUTES'))"
+    paths = [write_notebook(tmp_path / f"{each}.ipynb", source) for each in "ab"]
+    for each in ("BRATS_RAW", "BRATS_EPOCHS", "BRATS_MINUTES"):
+        monkeypatch.delenv(each, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv(name, "4")
+        script.main([str(path) for path in paths])
+    monkeypatch.setattr(script, "has_gpu", lambda: True)
+    script.main([str(path) for path in paths])
+    assert "this machine" not in capsys.readouterr().out
+    (cell,) = nbformat.read(paths[0], as_version=4).cells
+    assert cell.outputs[0]["text"] == "None\n"
+
+
+def test_the_gpu_is_the_one_that_the_package_finds(script):
+    assert script.has_gpu() == has_gpu()
