@@ -437,7 +437,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
             title=title, xlabel="R – L, mm", ylabel="A – P, mm", zlabel="I – S, mm"
         )
         each.set(xlim=(0, size_mm[0]), ylim=(0, size_mm[1]), zlim=(0, size_mm[2]))
-        each.set_box_aspect(size_mm)
+        each.set_box_aspect(size_mm, zoom=0.85)
         each.locator_params(nbins=4)
         each.view_init(elev=15, azim=-70)
     swatches = [
