@@ -81,9 +81,11 @@ def write_weights(run_dir, path, n_before=0):
 
 
 if __name__ == "__main__":
+    seed = files.setting("SEED", 7)
     folder = files.setting("DATA", files.project_root() / "data") / "pretrain"
+    folder /= f"seed{seed}"  # other patients have a folder of their own
     n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 28)
     weights = files.setting("WEIGHTS", PHANTOM_WEIGHTS)
-    more = {"seed": files.setting("SEED", 7), "start": files.setting("START", None)}
+    more = {"seed": seed, "start": files.setting("START", None)}
     history = pretrain(folder, n_patients, epochs, weights, **more)
     print(f"{history['seconds'].sum() / 3600:.1f} hours; {weights}")

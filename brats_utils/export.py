@@ -168,7 +168,7 @@ def to_openvino(trained):
         If a layer is of a kind, or has options, that are not converted.
     """
     if ov is None:
-        raise ImportError('OpenVINO is missing: pip install "brats-utils[cpu]"')
+        raise ImportError("OpenVINO is missing: pip install openvino")
     made, ranges = _make_model(trained.model, {}), trained.description.get("int8")
     _check(made)
     made = _make_model(trained.model, ranges) if ranges else made

@@ -32,7 +32,7 @@ def test_the_plan_fits_the_budget_until_the_machine_is_much_too_slow(script):
     assert settings == {"MINUTES": 8}
     assert minutes <= script.BUDGET_MINUTES
     minutes, settings = script.make_plan(slow, 2)
-    assert settings["N_PHANTOMS"] == 12
+    assert settings["OVERFIT_STEPS"] == 60
     assert 2 <= settings["MINUTES"] < 8
     assert minutes <= script.BUDGET_MINUTES + 0.5
     assert script.make_plan(fast, 1)[1]["MINUTES"] < 8
@@ -66,12 +66,13 @@ def test_a_failing_notebook_stops_the_run_and_keeps_its_outputs(script, tmp_path
 def test_parameters_from_outside_win_over_the_plan(script, tmp_path, monkeypatch):
     for name in ("BRATS_RAW", "BRATS_EPOCHS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("BRATS_DATA", str(tmp_path))
     monkeypatch.setattr(script, "sample_seconds", lambda: 100.0)
     for name in ("BRATS_MINUTES", "BRATS_OVERFIT_STEPS"):
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
-    monkeypatch.setenv("BRATS_N_PHANTOMS", "5")
-    source = "import os\nprint(os.environ['BRATS_N_PHANTOMS'])"
+    monkeypatch.setenv("BRATS_LIBRARY_STEPS", "5")
+    source = "import os\nprint(os.environ['BRATS_LIBRARY_STEPS'])"
     paths = [write_notebook(tmp_path / f"{name}.ipynb", source) for name in "ab"]
     script.main([str(path) for path in paths])
     for path in paths:
@@ -88,9 +89,13 @@ def test_ones_own_scans_or_epochs_and_a_gpu_are_not_planned(
     paths = [write_notebook(tmp_path / f"{each}.ipynb", source) for each in "ab"]
     for each in ("BRATS_RAW", "BRATS_EPOCHS", "BRATS_MINUTES"):
         monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv("BRATS_DATA", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setenv(name, "4")
         script.main([str(path) for path in paths])
+    (tmp_path / "raw" / "a_real_case").mkdir(parents=True)
+    script.main([str(path) for path in paths])
+    (tmp_path / "raw" / "a_real_case").rmdir()
     monkeypatch.setattr(script, "has_gpu", lambda: True)
     script.main([str(path) for path in paths])
     assert "this machine" not in capsys.readouterr().out
