@@ -61,14 +61,17 @@ def against_peers(cases, ours="ours"):
 def main():
     """Print two tables for each file of results."""
     results = project_root(Path(__file__).parent) / "benchmarks/results"
-    for table, ours in (("recipes", "ours"), ("real", "from phantoms")):
-        if not (results / f"{table}.csv").exists():
-            continue
+    for table, ours in (("recipes", "ours"), ("real", "no training")):
         lines = pd.read_csv(results / f"{table}.csv").drop(columns=["machine"])
         lines = lines.round(3).sort_values(RUN)
         print_table(f"{table}.py: scores of whole scans after a given time", lines)
-        rows = against_peers(pd.read_csv(results / f"{table}_cases.csv"), ours)
+        cases = pd.read_csv(results / f"{table}_cases.csv")
+        rows = against_peers(cases, ours)
         print_table(f"{table}.py: {ours} minus the others, 95 % intervals", rows)
+    for recipe, group in cases.groupby("recipe"):
+        summary = summarise_scores(group.filter(regex="dice|hd95"), n_resamples=10_000)
+        summary = summary.round(3).reset_index(names="score")
+        print_table(f"real.py: {recipe}, mean of {len(group)} scans", summary)
 
 
 if __name__ == "__main__":

@@ -259,6 +259,8 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     labels = labels if labels == "auto" else label_code(labels)
     if not check_path("root", root).is_dir():
         advice = "Check the path; see data/README.md"
+        if Path(root).is_file():
+            advice = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
         raise BratsDataError(f"there is no folder {root}", advice=advice)
     groups, leftovers, sets = _group_files(root)
     for (_, case_id), path in _add_odd_segmentations(groups, leftovers).items():

@@ -29,6 +29,7 @@ from brats_utils.volumes import NORMALISATION
 DESCRIPTION = "brats.json"  # in a model's file
 MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
 BEST = "best.keras"  # in the folder of a run
+NO_START = "Choose what fits, or no start (notebook 04: BRATS_START=none)"
 PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
@@ -551,7 +552,7 @@ def start_from(start, model, modalities):
     source, described = read_model(path)
     if described and [*described["modalities"]] != [*modalities]:
         problem = f"start={start!r} takes {described['modalities']}"
-        raise ValueError(f"{problem}, train_data has {[*modalities]}")
+        raise ValueError(f"{problem}, train_data has {[*modalities]}. {NO_START}")
     theirs, ours = _facts(source), _facts(model)
     pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
     differ = [f"{name} {a}, not {b}" for name, a, b in pairs if a != b]
@@ -562,7 +563,7 @@ def start_from(start, model, modalities):
     if differ or shapes[0] != shapes[1]:
         found = "; ".join(differ) or "other layers"
         problem = f"start={start!r} does not fit the model: it has {found}"
-        raise ValueError(f"{problem}. Make a model like it, or train without a start")
+        raise ValueError(f"{problem}. {NO_START}")
     for old, new in zip(*pairs, strict=True):
         if [w.shape for w in old.weights] == [w.shape for w in new.weights]:
             new.set_weights(old.get_weights())

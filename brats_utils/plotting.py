@@ -407,7 +407,8 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     spacing_mm : (3,) sequence of float
         Voxel size along X, Y and Z, in millimetres.
     step : int
-        Draw every n-th voxel only, which takes 1/n² of the time.
+        Draw every n-th voxel only, which takes 1/n² of the time and may miss what is
+        thinner than that.
 
     Returns
     -------

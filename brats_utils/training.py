@@ -212,15 +212,15 @@ def averaged_weights(model):
     model : keras.Model
         Compiled.
     """
-    if not model.optimizer.use_ema:
-        yield
-        return
     own = model.get_weights()
-    model.optimizer.finalize_variable_values(model.trainable_variables)
-    # Copies: JAX, validating, would give away arrays that are the optimizer's.
-    model.set_weights(model.get_weights())
-    yield
-    model.set_weights(own)
+    if model.optimizer.use_ema:
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+        # Copies: JAX, validating, would give away arrays that are the optimizer's.
+        model.set_weights(model.get_weights())
+    try:
+        yield
+    finally:
+        model.set_weights(own)
 
 
 class FiniteCheck(keras.callbacks.Callback):

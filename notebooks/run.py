@@ -138,7 +138,10 @@ def main(paths):
     names = "RAW", "EPOCHS", "DOWNLOAD"
     raw = files.setting("DATA", files.project_root() / "data") / "raw"
     own = any(os.environ.get(f"BRATS_{n}") for n in names) or any(raw.glob("[!.]*"))
-    if len(paths) > 1 and not own and not has_gpu():
+    gpu = len(paths) > 1 and not own and has_gpu()
+    if gpu:
+        print("a GPU: notebook 04 trains for hours, or for BRATS_MINUTES")
+    elif len(paths) > 1 and not own:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
         minutes, settings = make_plan(sample_seconds(), cores)
         for name, value in settings.items():

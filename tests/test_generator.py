@@ -421,3 +421,9 @@ def test_J4_how_many_threads_is_a_whole_number(split, name):
     for value in ("2", 1.5, -1, None, True):
         with pytest.raises(ValueError, match=f"{name} is .* expected a whole number"):
             BratsGenerator(split, **{name: value})
+
+
+def test_two_workers_by_default_so_that_tf_data_does_not_tune_itself(split):
+    """With one, the end of each epoch waits for that, up to 20 s on two cores."""
+    assert BratsGenerator(split).workers == 2
+    assert BratsGenerator(split, workers=1).workers == 1
