@@ -144,14 +144,15 @@ def test_validation_leaves_gaps(finished):
     assert gaps == [True, False, True, False]
 
 
-def test_keras_trains_on_each_epochs_batches_in_order(finished, split):
+def test_keras_trains_on_each_epochs_batches(finished, split):
     again, _ = data(split, augment=True)
     for epoch in range(4):
         again.set_epoch(epoch)
         for index in range(len(again)):
             again[index]
-    # Keras looks at the first batches once before it begins, to know their shapes.
-    assert finished[3].seen[-8:] == again.seen
+    # Keras looks at the first batches once before it begins, to know their shapes. Its
+    # threads load those of an epoch in any order, and hand them over in theirs.
+    assert sorted(finished[3].seen[-8:]) == again.seen
 
 
 def test_validation_patches_are_the_same_each_time(finished):
