@@ -212,15 +212,17 @@ def averaged_weights(model):
     model : keras.Model
         Compiled.
     """
-    own = model.get_weights()
-    if model.optimizer.use_ema:
-        model.optimizer.finalize_variable_values(model.trainable_variables)
-        # Copies: JAX, validating, would give away arrays that are the optimizer's.
-        model.set_weights(model.get_weights())
-    try:
+    if not model.optimizer.use_ema:
         yield
-    finally:
-        model.set_weights(own)
+        return
+    own = model.get_weights()
+    model.optimizer.finalize_variable_values(model.trainable_variables)
+    # Copies: JAX, validating, would give away arrays that are the optimizer's.
+    model.set_weights(model.get_weights())
+    # No `finally`: after a failure in validation `Run.resume` restores the weights, and
+    # a generator that is closed later must not replace them.
+    yield
+    model.set_weights(own)
 
 
 class FiniteCheck(keras.callbacks.Callback):
