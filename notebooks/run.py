@@ -143,7 +143,7 @@ def main(paths):
         print("a GPU: notebook 04 trains for hours, or for BRATS_MINUTES")
     elif len(paths) > 1 and not own:
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
-        minutes, settings = make_plan(sample_seconds(), cores)
+        minutes, settings = make_plan(min(sample_seconds() for _ in range(3)), cores)
         for name, value in settings.items():
             os.environ.setdefault(f"BRATS_{name}", str(value))
         plan = ", ".join(f"{name} {value}" for name, value in settings.items())
