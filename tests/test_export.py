@@ -96,7 +96,7 @@ def test_what_it_does_not_convert_is_refused(layer):
 def test_without_openvino_it_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(export, "ov", None)
     write_case(tmp_path, "toy")
-    with pytest.raises(ImportError, match=r"pip install \"brats-utils\[cpu\]\""):
+    with pytest.raises(ImportError, match="pip install openvino"):
         predict_case(small(), find_cases(tmp_path)[0], engine="openvino")
 
 
