@@ -328,3 +328,48 @@ def test_the_notebooks_run_on_jax(tmp_path, monkeypatch):
     )
     assert "on jax" in text
     assert list((tmp_path / "predictions").rglob("scores.csv"))
+
+
+AS_IF_ON_A_GPU = """
+import os
+import keras
+cpus = keras.distribution.list_devices
+keras.distribution.list_devices = lambda kind=None: cpus()
+from brats_utils.training import Checkpoint
+begin = Checkpoint.on_epoch_begin
+def on_epoch_begin(self, epoch, logs=None):
+    if epoch == int(os.environ.get("STOP_AT", -1)):
+        raise KeyboardInterrupt
+    begin(self, epoch, logs)
+Checkpoint.on_epoch_begin = on_epoch_begin
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.notebooks
+def test_the_full_run_is_rehearsed_and_resumes(tmp_path, monkeypatch):
+    pytest.importorskip("jax", reason="JAX is not installed: pip install jax")
+    data, profile = tmp_path / "data", {"PATCH_SHAPE": "32,32,32", "FILTERS": "4"}
+    profile |= {"EPOCHS": "3", "PATCHES_PER_EPOCH": "4", "BATCH_SIZE": "1"}
+    execute(NOTEBOOKS[0], data, **TINY)
+    (tmp_path / "sitecustomize.py").write_text(AS_IF_ON_A_GPU)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("KERAS_BACKEND", "jax")  # trains in half precision on a CPU
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("STOP_AT", "2")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="Interrupt"):
+        execute(NOTEBOOKS[3], data, **profile)
+    run_dir = data / "models" / "phantom-full"
+    assert len(pd.read_csv(run_dir / "history.csv")) == 2
+    monkeypatch.delenv("STOP_AT")
+    execute(NOTEBOOKS[3], data, **profile)
+    assert len(pd.read_csv(run_dir / "history.csv")) == 3
+    description = inference.load_model(run_dir).description
+    assert description["precision"] == "mixed_float16"
+    assert description["outputs"] == "WT, TC, ET"
+    optimizer = description["optimizer"]
+    assert (optimizer["deep_supervision"], optimizer["average"]) == (2, 0.999)
+    drawn = description["train_data"]
+    assert drawn["augment"] is True and 0 < drawn["tumour_share"] < 1
+    scores = pd.read_csv(data / "predictions" / "phantom-full" / "scores.csv")
+    assert sorted(scores["case"]) == description["val_cases"]
