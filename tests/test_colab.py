@@ -1,4 +1,4 @@
-"""The notebooks on a simulated Colab: its versions, no project, a Drive to keep on."""
+"""The notebooks on a simulated Colab and Kaggle: their versions, nothing of ours."""
 
 import json
 import os
@@ -12,26 +12,28 @@ import pandas as pd
 import pytest
 from test_notebooks import NOTEBOOKS, PREDICT, ROOT, TINY, code_of
 
-VERSIONS = Path(__file__).with_name("colab.txt")
+PYTHONS = {"colab": "3.13", "kaggle": "3.12"}
 
 
-def python_of_colab():
-    """Return an interpreter of Colab's version; skip where there is none."""
-    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob("3.13*/bin/python"))
-    for found in [*pyenv, shutil.which("python3.13")]:
+def find_python(version):
+    """Return an interpreter of this version; skip where there is none."""
+    pyenv = (Path.home() / ".pyenv" / "versions").glob(f"{version}*/bin/python")
+    for found in [*sorted(pyenv), shutil.which(f"python{version}")]:
         if found and subprocess.run([found, "-c", ""]).returncode == 0:
             return found
-    pytest.skip("no Python 3.13 here, which Colab has")
+    pytest.skip(f"no Python {version} here")
 
 
-@pytest.fixture(scope="module")
-def colab(tmp_path_factory):
-    """A venv with Colab's versions, and a stub of `google.colab`; its python."""
-    venv = tmp_path_factory.mktemp("colab") / "venv"
-    subprocess.run([python_of_colab(), "-m", "venv", venv], check=True)
+@pytest.fixture(scope="module", params=PYTHONS)
+def colab(tmp_path_factory, request):
+    """A venv with the versions of Colab or Kaggle, and a stub of `google.colab`."""
+    venv = tmp_path_factory.mktemp(request.param) / "venv"
+    python = find_python(PYTHONS[request.param])
+    subprocess.run([python, "-m", "venv", venv], check=True)
     python = venv / "bin" / "python"
     quiet = ["-m", "pip", "install", "-q", "--only-binary=:all:"]
-    subprocess.run([python, *quiet, "-r", VERSIONS], check=True)
+    versions = Path(__file__).with_name(f"{request.param}.txt")
+    subprocess.run([python, *quiet, "-r", versions], check=True)
     (site,) = venv.glob("lib/python*/site-packages")
     (site / "google" / "colab").mkdir(parents=True)
     stub = "import os\n\ndef mount(path):\n    os.makedirs(path + '/MyDrive')\n"
@@ -74,7 +76,7 @@ def run_there(python, name, content, drive, **settings):
 
 
 @pytest.mark.slow
-def test_from_the_first_cell_to_a_resumed_run_nothing_of_colabs_changes(
+def test_from_the_first_cell_to_a_resumed_run_nothing_that_was_there_changes(
     colab, tmp_path
 ):
     before, drive = installed(colab), tmp_path / "drive" / "MyDrive"
