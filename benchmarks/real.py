@@ -12,6 +12,7 @@ real_cases.csv, and runs that are there are skipped. Nothing else should run mea
 import argparse
 import os
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import recipes
@@ -63,16 +64,19 @@ def main():
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--keep", type=Path, help="folder for the trained models")
     options = parser.parse_args()
     splits = fold_folders(project_root(Path(__file__).parent) / "data/real")
     recipes.RECIPES = RECIPES
-    for seed in options.seeds:
-        for name in options.recipes:
-            there = "make run" not in name or PHANTOM_RUN.exists()
-            if there and (name in OURS or seed == options.seeds[0]):
-                minutes = 0.0 if "no training" in name else options.minutes
-                todo = splits, [name], [seed], minutes, "real"
-                recipes.run_missing(*todo, scans="real")
+    for seed, name, split in product(options.seeds, options.recipes, splits):
+        there = "make run" not in name or PHANTOM_RUN.exists()
+        if there and (name in OURS or seed == options.seeds[0]):
+            minutes = 0.0 if "no training" in name else options.minutes
+            keep = options.keep and options.keep / split.name
+            if keep:
+                keep.mkdir(parents=True, exist_ok=True)
+            todo = [split], [name], [seed], minutes, "real", keep
+            recipes.run_missing(*todo, scans="real")
 
 
 if __name__ == "__main__":
