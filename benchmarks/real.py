@@ -51,6 +51,9 @@ RECIPES = {
     "no training, make run": partial(untrained, model=PHANTOM_RUN),
     "from nothing": partial(recipes.ours, min_island=ISLAND),
     "from phantoms": partial(recipes.ours, min_island=ISLAND, **FROM_PHANTOMS),
+    "from phantoms, rate 3e-4": partial(
+        recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "learning_rate": 3e-4}
+    ),
     "tutorial": recipes.tutorial,
     "segresnet": recipes.segresnet,
     "medicai": recipes.medicai,
