@@ -43,7 +43,7 @@ def fold_folders(data):
 
 
 ISLAND = 0.2  # as the phantom weights are decoded
-FROM_PHANTOMS = {"start": "phantom", "learning_rate": 1e-3}
+FROM_PHANTOMS = {"start": "phantom", "learning_rate": 3e-4}
 RECIPES = {
     "no training": untrained,
     "no training, flips": partial(untrained, flips=True),
@@ -51,8 +51,8 @@ RECIPES = {
     "no training, make run": partial(untrained, model=PHANTOM_RUN),
     "from nothing": partial(recipes.ours, min_island=ISLAND),
     "from phantoms": partial(recipes.ours, min_island=ISLAND, **FROM_PHANTOMS),
-    "from phantoms, rate 3e-4": partial(
-        recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "learning_rate": 3e-4}
+    "from phantoms, rate 1e-3": partial(
+        recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "learning_rate": 1e-3}
     ),
     "tutorial": recipes.tutorial,
     "segresnet": recipes.segresnet,
