@@ -246,7 +246,7 @@ def test_options_follow_the_machine_and_the_data(tmp_path, monkeypatch):
     varied = {"start": "phantom", "learning_rate": 3e-4, "augment": "all"}
     assert real == {**quick, **varied, "tumour_share": 1 / 3}
     full = {**real, "start": "none", "n_classes": 3, "deep_supervision": 2}
-    full |= {"average": 0.999, "flips": True}
+    full |= {"average": 0.999, "flips": True, "learning_rate": 1e-3}
     for kind in ("phantoms", None):
         assert options_of_notebook_04(tmp_path, kind, True, monkeypatch) == full
 
