@@ -104,7 +104,7 @@ def training(split, steps, folder):
     }
     if has_gpu():
         rows["peak memory of the GPU, GB"] = f"{gpu_peak_gb():.1f}", ""
-    print_rows(f"The full profile, {steps} steps an epoch", rows)
+    print_rows(f"The full profile, {steps} steps an epoch or more", rows)
     return model
 
 
