@@ -68,7 +68,7 @@ def main():
         print_table(f"{table}.py: scores of whole scans after a given time", lines)
         cases = pd.read_csv(results / f"{table}_cases.csv")
         for one in ours:
-            rows = against_peers(cases.copy(), one)
+            rows = against_peers(cases, one)
             print_table(f"{table}.py: {one} minus the others, 95 % intervals", rows)
     for recipe, group in cases.groupby("recipe"):
         summary = summarise_scores(group.filter(regex="dice|hd95"), n_resamples=10_000)

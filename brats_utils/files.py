@@ -423,6 +423,24 @@ def read_manifest(folder):
     return manifest
 
 
+def lies_in(folder, kind):
+    """Return whether a folder, or one above it, is of a kind that this package writes.
+
+    Parameters
+    ----------
+    folder : path
+        A link counts as what it points to.
+    kind : str
+        As in the manifest: "phantoms", "prepared", "split", ...
+
+    Returns
+    -------
+    found : bool
+    """
+    folder = Path(folder).resolve()
+    return kind in [read_manifest(f).get("kind") for f in (folder, *folder.parents)]
+
+
 def _is_intact(path, noted):
     """Return whether a file is as `describe_file` noted it; None was never complete."""
     if not noted or not path.is_file() or path.stat().st_size != noted["bytes"]:

@@ -20,6 +20,7 @@ from brats_utils.files import (
     describe_file,
     find_changed,
     free_gb,
+    lies_in,
     project_root,
     read_json,
     read_manifest,
@@ -595,3 +596,16 @@ def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch):
         output.take_over("one")
         output.put_in_place()
     assert (tmp_path / "out" / "one").read_text() == "one"
+
+
+def test_a_folder_in_ours_a_link_to_it_and_one_beside_it(tmp_path):
+    with OutputFolder(tmp_path / "ours", "phantoms") as output:
+        output.begin({})
+    (tmp_path / "ours" / "set" / "case").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "ours" / "set")
+    (tmp_path / "beside").mkdir()
+    for name in ("ours", "ours/set/case", "link", "link/case", "beside/../ours"):
+        assert lies_in(tmp_path / name, "phantoms"), name
+        assert not lies_in(tmp_path / name, "split"), name
+    for name in ("beside", "missing", "ours/.."):
+        assert not lies_in(tmp_path / name, "phantoms"), name

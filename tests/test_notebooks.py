@@ -228,8 +228,8 @@ def options_of_notebook_04(data, kind, gpu, monkeypatch, **settings):
     for name, value in settings.items():
         monkeypatch.setenv(f"BRATS_{name}", value)
     manifests = {data / "split": {"made_from": {"settings": {"raw": "scans"}}}}
-    manifests[data / "scans"] = {"kind": kind}
     fakes = SimpleNamespace(setting=files.setting, read_manifest=manifests.get)
+    fakes.lies_in = lambda folder, other: (folder, kind) == (data / "scans", other)
     cells = code_of(nbformat.read(NOTEBOOKS[3], as_version=4))
     (source,) = (cell.source for cell in cells if '"LEARNING_RATE"' in cell.source)
     names = {"DATA": data, "GPU": gpu, "files": fakes, "pd": pd}
