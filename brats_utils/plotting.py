@@ -16,6 +16,7 @@ from IPython.core.pylabtools import print_figure
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from brats_utils.cases import ALL_MODALITIES, MODALITIES
@@ -189,7 +190,8 @@ def _draw_box(axes, box, axis):
 
 def _mark(axes, index, axis, sides):
     """Write the plane and index and, unless it is False, `sides` at the edges."""
-    style = {"color": "0.7", "fontsize": "small", "transform": axes.transAxes}
+    style = {"color": "0.8", "fontsize": "small", "transform": axes.transAxes}
+    style["path_effects"] = [withStroke(linewidth=2, foreground="black")]
     axes.text(0.02, 0.02, f"{PLANES[axis]} {index}", va="bottom", **style)
     if sides:
         style |= {"ha": "center", "va": "center"}
@@ -204,8 +206,8 @@ def _add_keys(axes, overlays):
     figure, swatches = axes[0].figure, {}
     for each, overlay in zip(axes, overlays, strict=True):
         for name, colour in overlay.colours.items() if overlay else ():
-            # As it looks over grey tissue.
-            colour = 0.5 + overlay.opacity * (np.array(to_rgb(colour)) - 0.5)
+            # As it looks over bright tissue, which a tumour is on most images.
+            colour = 0.7 + overlay.opacity * (np.array(to_rgb(colour)) - 0.7)
             swatches[name] = Patch(color=colour, label=name)
         if overlay and not overlay.colours:
             bar = {"ax": list(axes), "shrink": 0.8, "label": "standard deviation"}
