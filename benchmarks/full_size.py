@@ -110,7 +110,7 @@ def training(split, steps, folder):
 
 def to_int8(trained, split):
     """Return a model that OpenVINO computes in int8, and which precision it kept."""
-    options = {**PATCHES, "batch_size": 1}
+    options = {"batch_size": 1, "patch_shape": trained.description["patch_shape"]}
     train_data = BratsGenerator(split / "train", **options, tumour_share=1.0)
     val_data = BratsGenerator(split / "val", **options, tumour_share=1.0)
     result = export.calibrate_int8(trained, train_data, val_data)

@@ -20,7 +20,6 @@ from brats_utils.training import train
 
 NETWORK = {"n_classes": 4, "filters": 16, "depth": 5, "stem_stride": 2}
 PATCHES = {"batch_size": 1, "patch_shape": (96, 96, 96)}
-MIN_ISLAND = 0.2  # chosen on real scans: docs/phantom_weights.md
 PLAN = {"average": 0.999, "validation_freq": 4}
 
 
@@ -72,7 +71,6 @@ def write_weights(run_dir, path, n_before=0):
     kept = {key: trained.description[key] for key in keys}
     n_cases = n_before + len(trained.description["train_cases"])
     kept["about"] = f"{n_cases} synthetic patients, no real scan"
-    kept["decoding"] = {"min_island": MIN_ISLAND}
     record = json.dumps({"network": NETWORK, "description": kept})
     weights = {f"w{i:03}": w for i, w in enumerate(trained.model.get_weights())}
     half = {name: array.astype(np.float16) for name, array in weights.items()}

@@ -42,12 +42,13 @@ def fold_folders(data):
     return [data / "folds" / f"fold{i}" for i in range(len(folds))]
 
 
-ISLAND = 0.2  # as the phantom weights are decoded
+ISLAND = 0.5  # as the phantom weights are decoded; chosen with decoding.py
 FROM_PHANTOMS = {"start": "phantom", "learning_rate": 3e-4}
 RECIPES = {
     "no training": untrained,
     "no training, flips": partial(untrained, flips=True),
     "no training, all islands": partial(untrained, min_island=0.0),
+    "no training, thresholds 0.5": partial(untrained, thresholds=(0.5, 0.5, 0.5)),
     "no training, make run": partial(untrained, model=PHANTOM_RUN),
     "from nothing": partial(recipes.ours, min_island=ISLAND),
     "from phantoms": partial(recipes.ours, min_island=ISLAND, **FROM_PHANTOMS),

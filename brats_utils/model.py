@@ -31,6 +31,8 @@ MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
 BEST = "best.keras"  # in the folder of a run
 NO_START = "Choose what fits, or no start (notebook 04: BRATS_START=none)"
 PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
+# Chosen on real scans, of which a network that knows only phantoms finds too little.
+PHANTOM_DECODING = {"thresholds": [0.3, 0.2, 0.3], "min_island": 0.5}
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
@@ -453,7 +455,7 @@ def _read_phantom_weights():
     channels = len(record["description"]["modalities"])
     model = unet((None, None, None, channels), **record["network"])
     model.set_weights([half.astype(np.float32) for half in weights])
-    return model, record["description"]
+    return model, {**record["description"], "decoding": {**PHANTOM_DECODING}}
 
 
 def read_model(path):

@@ -54,8 +54,7 @@ def _strip(rng, height, step_mm):
 def _draw_sizes(rng, n_brain):
     """Return the voxels of whole tumour, core and enhancing tumour, of any kind."""
     whole = LARGEST_ML ** rng.random(2).max() / BRAIN_ML * n_brain  # from 1 ml
-    core = 0.03 + 0.92 * rng.random() ** 1.5  # small cores are the harder ones
-    n_core = max(2, round(core * whole))
+    n_core = max(2, round(rng.uniform(0.03, 0.95) * whole))
     kinds = [1, 0.1 * rng.random(), rng.uniform(0.1, 0.9)]
     share = rng.choice(kinds, p=[SOLID, FAINT, 1 - SOLID - FAINT])
     n_enhancing = int(np.clip(round(share * n_core), 1, n_core - 1))

@@ -1,0 +1,88 @@
+"""Score networks with other decodings: how islands and thresholds were chosen.
+
+    BRATS_REAL_CASES=folder:another python benchmarks/decoding.py
+    BRATS_REAL_CASES=folder:another python benchmarks/decoding.py --kept folder
+
+Every scan of the folds of real.py is predicted once, by the phantom weights or by the
+network of its fold that `real.py --keep folder` has kept, and decoded in several ways.
+A row for each scan and decoding goes to benchmarks/results/decoding.csv; the means are
+printed, and for the phantom weights what is chosen without the scan that is scored.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+import real
+import seed_recipe
+
+from brats_utils.evaluation import score_case, summarise_scores
+from brats_utils.files import atomic_write, project_root
+from brats_utils.inference import decode_probabilities, load_model, predict_scan
+from brats_utils.nifti import load_labels, spacing_mm
+
+RESULTS = project_root(Path(__file__).parent) / "benchmarks/results/decoding.csv"
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
+THRESHOLDS = [(t, t, t) for t in (0.1, 0.2, 0.3, 0.4, 0.5)] + [(0.3, 0.2, 0.3)]
+DECODINGS = [(None, share) for share in SHARES]  # the label with the highest one
+DECODINGS += [(thresholds, 0.5) for thresholds in THRESHOLDS]
+
+
+def score(network, trained, case):
+    """Return a row for each decoding of a scan."""
+    found, rows = predict_scan([trained], case, patch_shape=(96, 96, 96)), []
+    truth, affine = load_labels(case.segmentation, case.labels)
+    for thresholds, share in DECODINGS:
+        options = {"thresholds": thresholds, "min_island": share}
+        segmentation = found.place(decode_probabilities(found.probabilities, **options))
+        scores = score_case(segmentation, truth, spacing_mm(affine))
+        name = "/".join(map(str, thresholds or ["none"]))
+        key = {"network": network, "thresholds": name, "min_island": share}
+        rows.append({**key, "case": case.id, **scores})
+    return rows
+
+
+def score_left_out(table):
+    """Return the scores of each scan, decoded as is best for all the others."""
+    mean = table.filter(like="dice").mean(axis=1)
+    grid = mean.groupby([table["case"], table["decoding"]]).first().unstack()
+    chosen = {case: grid.drop(case).mean().idxmax() for case in grid.index}
+    mine = table["decoding"] == table["case"].map(chosen)
+    return table[mine].set_index("case").filter(regex="dice|hd95")
+
+
+def main():
+    """Predict, decode, score and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kept", type=Path, help="folder of `real.py --keep`")
+    parser.add_argument("--name", default="from phantoms-10-0", help="of its files")
+    options = parser.parse_args()
+    network, rows = options.name if options.kept else "phantom", []
+    data = project_root(Path(__file__).parent) / "data/real"
+    for fold in real.fold_folders(data):
+        path = "phantom"
+        if options.kept:
+            path = options.kept / fold.name / f"{network}.keras"
+        trained = load_model(path)
+        for case in seed_recipe.split_cases(fold)[1]:
+            rows += score(network, trained, case)
+    table = pd.DataFrame(rows).drop(columns="mean_iou").round(4)
+    table = table[[c for c in table if "itivity" not in c and "ficity" not in c]]
+    former = pd.read_csv(RESULTS) if RESULTS.exists() else table[:0]
+    with atomic_write(RESULTS) as temporary:
+        others = former[former["network"] != network]
+        pd.concat([others, table]).to_csv(temporary, index=False)
+    keys = ["thresholds", "min_island"]
+    print(table.groupby(keys, sort=False).mean(numeric_only=True).round(3).to_string())
+    table["decoding"] = table["thresholds"] + " " + table["min_island"].astype(str)
+    left_out = score_left_out(table)
+    print(f"{network}, decoded as is best for the other scans:")
+    print(summarise_scores(left_out, n_resamples=10_000).round(3).to_string())
+    for name, part in table.groupby("decoding", sort=False):
+        scores = part.set_index("case").filter(regex="dice|hd95")
+        print(f"{network}, {name}:")
+        print(summarise_scores(scores, n_resamples=10_000).round(3).to_string())
+
+
+if __name__ == "__main__":
+    main()
