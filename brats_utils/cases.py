@@ -64,6 +64,28 @@ def check_case(case):
     check_option("case", case, lambda c: c.images, "a Case, as find_cases returns it")
 
 
+def check_distinct(cases):
+    """Raise unless all are cases, and no two have the same id.
+
+    Parameters
+    ----------
+    cases : list of Case
+
+    Raises
+    ------
+    ValueError
+        Names the id, and where both are.
+    """
+    seen = {}
+    for case in cases:
+        check_case(case)
+        folder = next(iter(case.images.values())).parent
+        if other := seen.get(case.id.lower()):
+            problem = f"cases is a list with {case.id} twice, in {other} and {folder}"
+            raise ValueError(f"{problem}; expected each id once")
+        seen[case.id.lower()] = folder
+
+
 @dataclass(frozen=True)
 class Scan:
     """A case in memory, in LPS order, for preparing and for predicting.
@@ -340,8 +362,10 @@ def rename_odd_segmentation(root):
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
-        separator = next(iter(groups[folder, case_id].values())).name[len(case_id)]
-        renamed.append((old, old.rename(folder / f"{case_id}{separator}seg{suffix}")))
+        # With the separator of its images; those may have no id in their names.
+        name, n = next(iter(groups[folder, case_id].values())).name, len(case_id)
+        start = name[: n + 1] if name.startswith(case_id) else f"{case_id}_"
+        renamed.append((old, old.rename(folder / f"{start}seg{suffix}")))
     return renamed
 
 

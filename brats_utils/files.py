@@ -142,7 +142,7 @@ def check_path(name, path):
         Names the argument and its value.
     """
     check_option(name, path, lambda p: isinstance(p, str | os.PathLike), "a path")
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def is_whole(value, least=0):
@@ -607,6 +607,8 @@ class OutputFolder:
             If such a file is there and is not ours.
         """
         names = set(names)
+        if outside := [n for n in names if {"..", "/"} & {*PurePosixPath(n).parts}]:
+            raise ValueError(f"{outside[:5]} would lie outside {self.final}")
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
             strange = [name for name in new if os.path.lexists(folder / name)]

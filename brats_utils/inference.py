@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from brats_utils import files, labels, nifti
-from brats_utils.cases import check_case, check_spacing, read_scan
+from brats_utils.cases import check_distinct, check_spacing, read_scan
 from brats_utils.model import (
     BEST,
     PHANTOM_WEIGHTS,
@@ -225,11 +225,15 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
 
 def _choose_modalities(trained, modalities):
     """Return the channels of a model: those given, described, or the usual ones."""
-    channels = trained.model.input_shape[-1]
+    channels, stored = trained.model.input_shape[-1], trained.description
+    stored = stored.get("modalities")
+    if stored and modalities is not None and [*modalities] != [*stored]:
+        problem = f"modalities is {modalities!r}, but {trained.path or 'the model'} "
+        raise ValueError(f"{problem}takes {stored}, as its description says")
     usual = {len(names): names for names in (labels.MODALITIES, labels.ALL_MODALITIES)}
     usual = usual.get(channels, ()) if trained.path is None else ()
     if modalities is None:
-        modalities = trained.description.get("modalities") or usual
+        modalities = stored or usual
     known = isinstance(modalities, (list, tuple)) and len(modalities) == channels
     if not known or any(name not in labels.ALL_MODALITIES for name in modalities):
         model = trained.path or "the model"
@@ -461,8 +465,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     files.check_option("cases", cases, iter, "a list of Case")
     models = _choose_engine(models, options.pop("engine", "keras"))
     cases = list(cases)
-    ids = [check_case(case) or case.id.lower() for case in cases]
-    files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
+    check_distinct(cases)
     made_from = {"models": [_fingerprint(m) for m in models], "options": options}
     made_from = {**made_from, "uncertainty": uncertainty}
     made_from = json.loads(json.dumps(made_from, default=lambda x: x.tolist()))

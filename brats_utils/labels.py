@@ -46,9 +46,9 @@ NAMINGS = {
 # The labels that the names in a `dataset.json` mean; the first that fits counts.
 _MEANINGS = {
     "background|^0$": 0,
-    "o?edema|^ed$": 2,
-    "non.?enhanc|necro|^ncr|^net$": 1,
-    "enhanc|^et$": 4,
+    "o?edema|^ed$|snfh|hyper.?intens": 2,
+    "no[nt].?enhanc|necro|^ncr|^net$": 1,
+    "^(?!.*without).*enhanc|^et$": 4,
 }
 
 

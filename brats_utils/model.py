@@ -524,7 +524,7 @@ def _facts(model):
     }
 
 
-def start_from(start, model, modalities):
+def start_from(start, model, modalities, held_out=()):
     """Give a model the weights of another, to start training from.
 
     If the models have other outputs (labels, regions), the last layer keeps its own.
@@ -538,6 +538,8 @@ def start_from(start, model, modalities):
         Its weights are changed.
     modalities : sequence of str
         The channels it will be trained on.
+    held_out : list of str
+        Ids of the cases that will validate it.
 
     Returns
     -------
@@ -555,6 +557,9 @@ def start_from(start, model, modalities):
     if described and [*described["modalities"]] != [*modalities]:
         problem = f"start={start!r} takes {described['modalities']}"
         raise ValueError(f"{problem}, train_data has {[*modalities]}. {NO_START}")
+    if seen := sorted({*described.get("train_cases", ())} & {*held_out}):
+        problem = f"start={start!r} was trained on {len(seen)} cases of val_data"
+        raise ValueError(f"{problem}: {seen[:5]}; validate with others. {NO_START}")
     theirs, ours = _facts(source), _facts(model)
     pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
     differ = [f"{name} {a}, not {b}" for name, a, b in pairs if a != b]

@@ -247,14 +247,31 @@ def walk(root):
     folder : str
     names : list of str
         Sorted; hidden files are left out.
+
+    Raises
+    ------
+    BratsDataError
+        If a folder cannot be read, or a link leads nowhere: what is behind it would be
+        missing without a word.
     """
+
+    def refuse(error):
+        problem = f"cannot be read ({error.strerror})"
+        advice = "Change its permissions, or take it out"
+        raise BratsDataError(problem, file=error.filename, advice=advice) from None
+
     seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
         visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
         folders[:] = [] if real in seen else sorted(visible)
         if real not in seen:
-            yield folder, sorted(name for name in names if not name.startswith("."))
+            names = sorted(name for name in names if not name.startswith("."))
+            for path in (os.path.join(folder, name) for name in names):
+                if not os.path.exists(path):
+                    advice = "Connect the disk it is on, or remove the link"
+                    raise BratsDataError("leads nowhere", file=path, advice=advice)
+            yield folder, names
         seen.add(real)
 
 

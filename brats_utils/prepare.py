@@ -15,6 +15,7 @@ from brats_utils import __version__, files, labels, volumes
 from brats_utils.cases import (
     check_case,
     check_cases,
+    check_distinct,
     check_spacing,
     find_cases,
     read_scan,
@@ -249,12 +250,16 @@ def estimate_disk_gb(
     return n_cases * voxels * (2 * len(modalities) + 1) / 1e9
 
 
-def _find(raw, labels):
+def _find(raw, told):
     """Return the folder, what is read, all cases, and those with a segmentation."""
     is_list = isinstance(raw, (list, tuple))
-    cases = raw if is_list else find_cases(raw, labels=labels, modalities=())
-    for case in cases:
-        check_case(case)
+    cases = raw if is_list else find_cases(raw, labels=told, modalities=())
+    check_distinct(cases)
+    if is_list and told != "auto":
+        code = labels.label_code(told)
+        other = [f"{c.id} has {c.labels}" for c in cases if c.labels != code]
+        expected = f"'auto', or what the cases say: {', '.join(other[:3])}"
+        files.check_option("labels", told, lambda _: not other, expected)
     labelled, folders = [case for case in cases if case.segmentation], _folders(cases)
     if not labelled:
         raise BratsDataError(f"none of the {len(cases)} cases has a segmentation")
@@ -427,7 +432,9 @@ def extract(archive, folder, *, max_gb=100):
             zipped.extractall(output.path)
             output.put_in_place()
     except (EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{archive}: {error}; download it again") from None
+        is_zip = str(archive).lower().endswith(".zip")
+        advice = "download it again" if is_zip else "unpack it with tar or 7-Zip"
+        raise ValueError(f"{archive}: {error}; {advice}") from None
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{archive}: {error}; unpack it with another tool") from None
 

@@ -19,13 +19,17 @@ from brats_utils.nifti import BratsDataError, walk
 KINDS, SIDES = ("images", "masks"), ("train", "val")
 # A patient's id, before the number or the date of the visit.
 _VISIT = re.compile(
-    r"(?i)(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucsf-pdgm-\d+"
+    r"(?i)(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucs[fd]-p\w+-\d+"
     r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+"
 )
+_WHEN = r"(?:(?:week|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+|(?:19|20)\d{6}"
+_WHEN += r"|(?:19|20)\d\d-\d\d-\d\d)"
+_DATED = re.compile(rf"(?i)(?:(.*[^-_])[-_])?{_WHEN}")
 _TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
 # Columns that name patients, and not where they were scanned.
 _OF_PATIENTS = re.compile(
-    "(?!.*(site|instit|cent|hospital|scanner)).*(id|subject|patient|case|name)", re.I
+    r"(?i)(?!.*(site|instit)).*(subject|patient|person|participant|case|mrn).*"
+    r"|(?!.*(site|instit|cent|hospital|scan)).*(?<![a-z])(?:ids?|name)(?![a-z]).*"
 )
 _EMPTY = ("", "na", "n/a", "nan", "none", "-")
 
@@ -58,6 +62,9 @@ def find_patients(cases, raw):
     """
     ids = {case.id.lower(): case.id for case in cases}
     links = {case.id: _links([case.id]) for case in cases}
+    for case in cases:  # P1/20190301/flair.nii: the id is only when
+        if (when := _DATED.fullmatch(case.id)) and not when[1]:
+            links[case.id].add(next(iter(case.images.values())).parent.parent.name)
     tables = _mapping_tables(cases, Path(raw))
     matched = [(path.name, _link(links, ids, path)) for path in tables]
     groups, patients = unite(links), {}
@@ -73,7 +80,8 @@ def find_patients(cases, raw):
 
 def _links(names):
     """Return names of scans, and the patients they belong to."""
-    return {*names} | {m[1] for m in map(_VISIT.fullmatch, names) if m}
+    found = [p.fullmatch(name) for name in names for p in (_VISIT, _DATED)]
+    return {*names} | {match[1] for match in found if match and match[1]}
 
 
 def _mapping_tables(cases, raw):
@@ -125,7 +133,10 @@ def read_csv(path):
 
 def _link(links, ids, path):
     """Add what a table says to the links of the cases; return how many it names."""
-    rows = read_csv(path)
+    rows = [  # 1.0 is the patient 1, where a spreadsheet knew gaps in the column
+        {k: re.sub(r"^(\d+)\.0+$", r"\1", v) for k, v in row.items()}
+        for row in read_csv(path)
+    ]
     columns = [c for c in (rows or [{}])[0] if _OF_PATIENTS.match(c)]
     # "NA" may be a case's id in the set's own column, and means nothing in others.
     hits = {c: sum(row[c].lower() in ids for row in rows) for c in columns}

@@ -323,6 +323,25 @@ def _check_data(model, train_data, val_data):
     check_pair(train_data, val_data, model.input_shape, size_factor(model))
 
 
+def _check_loss(loss, outputs):
+    """Raise unless a loss takes labels and outputs, and rates the truth best."""
+    truth = np.arange(4).reshape(1, 4, 1, 1, 1)
+    perfect = (np.eye(4) if outputs == 4 else losses.IN_REGION)[truth[..., 0]]
+    perfect, function = perfect.astype("float32"), keras.losses.get(loss)
+    try:
+        right, wrong = (
+            float(ops.mean(function(truth, p))) for p in (perfect, 1 - perfect)
+        )
+    except Exception as error:  # whatever Keras and its backends raise at other shapes
+        found = f"which fails: {str(error)[:100]}"
+    else:
+        found = f"which is {right:.3g} for the truth, {wrong:.3g} for its opposite"
+        if not right > wrong:  # NaN is found while training
+            return
+    expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
+    raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
+
+
 def plan_epochs(rows, minutes, epochs=None):
     """Return how many epochs fit into a time, from the duration of those done.
 
@@ -507,9 +526,11 @@ def train(
     others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
     _check_options(**settings, **times, **others, verbose=verbose)
     _check_data(model, train_data, val_data)
+    _check_loss(loss, model.output_shape[-1])
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
-        description["start"] = start_from(start, model, train_data.modalities)
+        names = train_data.modalities, val_data.case_ids
+        description["start"] = start_from(start, model, *names)
     trained = losses.supervise_deeply(model, deep) if deep else model
     compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
     inputs = [train_data.folder.parent, val_data.folder.parent]

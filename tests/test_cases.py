@@ -788,3 +788,31 @@ def test_J1_a_voxel_that_squeezes_all_others_is_named(toy_set, values, told):
     (problem,) = check_cases([case])["problem"]
     assert re.search(told, problem) and "grey levels" in problem
     assert "[5, 6, 7]" in problem or "[6, 6, 7]" in problem
+
+
+def test_A25_a_link_to_nothing_or_a_locked_folder_is_an_error(tmp_path, monkeypatch):
+    root = tmp_path / "raw"
+    write_case(root, "BraTS20_Training_001")
+    (root / "BraTS20_Training_002").symlink_to(tmp_path / "unplugged")
+    with pytest.raises(BratsDataError, match="Training_002.*leads nowhere"):
+        find_cases(root)
+    (root / "BraTS20_Training_002").unlink()
+    scan = os.scandir
+
+    def locked(path):
+        if str(path).endswith("Training_001"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(BratsDataError, match="Training_001.*cannot be read"):
+        find_cases(root)
+
+
+def test_A2_the_odd_label_map_beside_images_without_an_id(tmp_path):
+    folder = write_case(tmp_path, "355", seg_name="W39_1998.09.19_Segm.nii")
+    for path in folder.glob("355_*"):
+        path.rename(folder / path.name.removeprefix("355_"))
+    ((_, new),) = rename_odd_segmentation(tmp_path)
+    assert new.name == "355_seg.nii"
+    assert find_cases(tmp_path, labels="0124")[0].segmentation == new

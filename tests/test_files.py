@@ -609,3 +609,11 @@ def test_a_folder_in_ours_a_link_to_it_and_one_beside_it(tmp_path):
         assert not lies_in(tmp_path / name, "split"), name
     for name in ("beside", "missing", "ours/.."):
         assert not lies_in(tmp_path / name, "phantoms"), name
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x"])
+def test_a_file_outside_its_folder_is_refused(tmp_path, name):
+    with OutputFolder(tmp_path / "out", "thing") as output:
+        output.begin({})
+        with pytest.raises(ValueError, match="outside"):
+            output.claim([name])

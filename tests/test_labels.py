@@ -8,6 +8,7 @@ from brats_utils.labels import (
     REGIONS,
     decode_labels,
     encode_labels,
+    read_label_names,
     region_volumes_ml,
 )
 
@@ -49,3 +50,18 @@ def test_region_volumes_by_hand():
     assert region_volumes_ml(segmentation * 0, (1, 1, 1))["ET"] == 0.0
     with pytest.raises(ValueError, match="3-D"):
         region_volumes_ml(segmentation[0], (1, 1, 1))
+
+
+def test_I1_names_of_labels_since_2023_and_negations():
+    since_2023 = {
+        "background": 0,
+        "Necrotic tumor core": 1,
+        "Surrounding non-enhancing FLAIR hyperintensity": 2,
+        "Enhancing tissue": 3,
+    }
+    assert read_label_names(since_2023) == {0: 0, 1: 1, 2: 2, 3: 4}
+    short = {"0": "background", "1": "SNFH", "2": "NCR", "3": "ET"}
+    assert read_label_names(short) == {0: 0, 1: 2, 2: 1, 3: 4}
+    plain = {"background": 0, "not enhancing": 1, "edema": 2, "enhancing": 3}
+    assert read_label_names(plain) == {0: 0, 1: 1, 2: 2, 3: 4}
+    assert read_label_names({"background": 0, "tumour without enhancement": 1}) == {}

@@ -16,7 +16,7 @@ from conftest import AFFINE, prepared_toys, toy_volumes, tree, write_case
 
 from brats_utils.cases import BratsDataError, find_cases
 from brats_utils.files import OutputFolder, find_changed, read_manifest
-from brats_utils.prepare import prepare_case, prepare_dataset
+from brats_utils.prepare import extract, prepare_case, prepare_dataset
 from brats_utils.split import split_dataset
 from brats_utils.volumes import bounding_box, standardise
 
@@ -471,3 +471,33 @@ def test_H5_a_case_that_is_dropped_later_leaves_no_volumes(toy_set, tmp_path):
     assert prepare_case(case, out, min_labelled=0)["kept"]
     assert not prepare_case(case, out, min_labelled=0.9)["kept"]
     assert list(tree(out)) == ["manifest.json"]
+
+
+def test_A22_two_cases_of_one_id_and_labels_that_the_cases_do_not_have(tmp_path):
+    for name, seed in (("one", 1), ("two", 2)):
+        write_case(tmp_path / name, "P1", seed=seed)
+    both = [find_cases(tmp_path / name, labels="0124")[0] for name in ("one", "two")]
+    with pytest.raises(ValueError, match="P1 twice, in .*one.*two.*each id once"):
+        prepare_dataset(both, tmp_path / "out", min_labelled=0)
+    assert not (tmp_path / "out").exists()
+    for told in ("garbage", "0213"):
+        with pytest.raises(ValueError, match="labels is"):
+            prepare_dataset(both[:1], tmp_path / "out", labels=told, min_labelled=0)
+    options = {"crop_shape": None, "min_labelled": 0}
+    report = prepare_dataset(both[:1], tmp_path / "out", labels="0124", **options)
+    assert report["kept"].all()
+
+
+def test_R4_a_home_directory_is_the_users(tmp_path, monkeypatch, toy_set):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    options = {"crop_shape": None, "min_labelled": 0}
+    prepare_dataset(toy_set, "~/prepared", **options)
+    assert (tmp_path / "home" / "prepared" / "images").is_dir()
+
+
+@pytest.mark.parametrize("name", ["set.tar", "set.tar.gz", "set.7z", "set.zip"])
+def test_R1_archives_of_other_kinds(tmp_path, name):
+    (tmp_path / name).write_bytes(b"no zip archive")
+    advice = "download it again" if name.endswith("zip") else "tar or 7-Zip"
+    with pytest.raises(ValueError, match=advice):
+        extract(tmp_path / name, tmp_path / "out")

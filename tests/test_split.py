@@ -393,3 +393,57 @@ def test_J4_numbers_of_numpy_are_taken_and_other_seeds_refused(toy_set, tmp_path
     with pytest.raises(ValueError, match="seed"):
         split_folds(prepared, tmp_path / "folds", folds=2, seed=[3])
     assert tree(tmp_path) == before
+
+
+def test_I2_visits_by_week_date_and_folder_stay_together(tmp_path):
+    named = {
+        "Patient-001_week-000": "Patient-001_week-044",
+        "UCSD-PTGBM-0002_01": "UCSD-PTGBM-0002_02",
+        "PatientID_0003_Timepoint_1": "PatientID_0003_Timepoint_5",
+        "P001_20190301": "P001_20190701",
+        "lee_2019-03-01": "lee_2020-03-01",
+        "xy-ses-1": "xy-ses-2",
+    }
+    for number, pair in enumerate(named.items()):
+        for k, name in enumerate(pair):
+            write_case(tmp_path / "named", name, seed=2 * number + k)
+    cases = find_cases(tmp_path / "named", labels="0124")
+    patients, _ = find_patients(cases, tmp_path / "named")
+    assert all(patients[first] == patients[other] for first, other in named.items())
+    assert len({*patients.values()}) == len(named)
+
+
+def test_I2_a_date_as_id_is_of_the_patient_whose_folder_holds_it(tmp_path):
+    dates = {"20190301": "P1", "20190701": "P1", "20180101": "P2", "20180501": "P2"}
+    for number, (date, patient) in enumerate(dates.items()):
+        folder = write_case(tmp_path / patient, date, seed=number)
+        for path in folder.iterdir():
+            path.rename(folder / path.name.removeprefix(f"{date}_"))
+    cases = find_cases(tmp_path, labels="0124")
+    assert find_patients(cases, tmp_path)[0] == dates
+
+
+@pytest.mark.parametrize(
+    "column", ["MRN", "hospital_patient_id", "person", "ID", "1.0"]
+)
+def test_I2_columns_of_patients_by_other_names(tmp_path, column):
+    for number in range(4):
+        write_case(tmp_path, f"H{number}", seed=number)
+    cases = find_cases(tmp_path, labels="0124")
+    rows = ["H0,1.0,wt", "H1,1,wt", "H2,2.0,wt", "H3,2,wt"]
+    header = f"case_id,{'patient_id' if column == '1.0' else column},IDH"
+    (tmp_path / "name_mapping.csv").write_text("\n".join([header, *rows]))
+    patients, _ = find_patients(cases, tmp_path)
+    assert patients["H0"] == patients["H1"] != patients["H2"] == patients["H3"]
+
+
+@pytest.mark.parametrize(
+    "column", ["IDH", "Side", "Residual_tumour", "site_id", "scan_id"]
+)
+def test_I2_columns_that_are_not_of_patients_unite_nobody(tmp_path, column):
+    for number in range(3):
+        write_case(tmp_path, f"H{number}", seed=number)
+    rows = [f"case_id,{column}", "H0,1", "H1,1", "H2,1"]
+    (tmp_path / "name_mapping.csv").write_text("\n".join(rows))
+    patients, _ = find_patients(find_cases(tmp_path, labels="0124"), tmp_path)
+    assert len({*patients.values()}) == 3
