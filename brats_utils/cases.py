@@ -65,7 +65,7 @@ def check_case(case):
 
 
 def check_distinct(cases):
-    """Raise unless all are cases, and no two have the same id.
+    """Raise if two cases have the same id, whatever its case.
 
     Parameters
     ----------
@@ -78,8 +78,7 @@ def check_distinct(cases):
     """
     seen = {}
     for case in cases:
-        check_case(case)
-        folder = next(iter(case.images.values())).parent
+        folder = [*case.images.values(), case.segmentation][0].parent
         if other := seen.get(case.id.lower()):
             problem = f"cases is a list with {case.id} twice, in {other} and {folder}"
             raise ValueError(f"{problem}; expected each id once")
@@ -129,8 +128,8 @@ class Scan:
 def _read_description(path):
     """Return the channels and the naming that a `dataset.json` states, if it is there.
 
-    The channels are () if it does not name them; the naming, as of `naming`, is () if
-    a label's name is not understood.
+    The channels are () if it does not name them. The naming is as of `naming`, () if it
+    does not name the labels; if a name is not understood, it says what to pass.
     """
     described = read_json(path) if path.is_file() else {}
     names = described.get("channel_names") or described.get("modality") or {}
@@ -144,7 +143,10 @@ def _read_description(path):
     if not {*channels} <= {*ALL_MODALITIES}:
         problem = f"its channels are {names}, not {ALL_MODALITIES}"
         raise BratsDataError(problem, file=path)
-    return channels, ("dataset.json", label_code(table)) if len(table) > 1 else ()
+    said = ()
+    if described.get("labels"):
+        said = "a name in dataset.json is not understood", "labels={1: ..., 2: ...}"
+    return channels, ("dataset.json", label_code(table)) if len(table) > 1 else said
 
 
 def _place(path, sets):
@@ -312,12 +314,19 @@ def _threes_and_fours(files):
 
 def _decide_labels(groups, sets):
     """Return {(folder, id): label code} by descriptions, ids and label maps."""
-    names = {p: sets.get(p[0], ((), ()))[1] or labels.naming(p[1]) for p in groups}
+    names = {place: labels.naming(place[1]) for place in groups}
+    for place, (_, code) in names.items():
+        said = sets.get(place[0], ((), ()))[1]
+        if said and ("=" not in said[1] or not code):  # the ids are next
+            names[place] = said
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(_threes_and_fours, groups.values())
         values = dict(zip(groups, found, strict=True))
     unknown = set().union(*(values[p] for p in groups if not names[p][1]))
     usual = "0123" if unknown == {3} else "0124"
+    if not unknown and any("seg" in groups[p] for p in groups if not names[p][1]):
+        text = "no label 3 or 4 in this set: 1 is read as core, 2 as oedema; pass "
+        warnings.warn(f"{text}labels= to find_cases if they are not", stacklevel=3)
     if usual == "0123":
         text = "label 3 and no label 4 in this set: 1 is read as core, 2 as oedema, 3 "
         text += "as enhancing tumour; pass labels= to find_cases if they are not"

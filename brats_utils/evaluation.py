@@ -307,8 +307,8 @@ def _check_labelled(cases):
     """Raise unless there are cases, all with a segmentation."""
     expected = "one Case or more, as find_cases returns them"
     files.check_option("cases", cases, lambda c: [case.id for case in c], expected)
-    check_distinct(cases)
     _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
+    check_distinct(cases)
 
 
 def _find_prediction(folder, case):

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from brats_utils import files, labels, nifti
-from brats_utils.cases import check_distinct, check_spacing, read_scan
+from brats_utils.cases import check_case, check_distinct, check_spacing, read_scan
 from brats_utils.model import (
     BEST,
     PHANTOM_WEIGHTS,
@@ -22,7 +22,13 @@ from brats_utils.model import (
     size_factor,
 )
 from brats_utils.nifti import BratsDataError
-from brats_utils.volumes import bounding_box, check_shape, pad, standardise
+from brats_utils.volumes import (
+    bounding_box,
+    check_grey_levels,
+    check_shape,
+    pad,
+    standardise,
+)
 
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_island": 0.0, "min_et_voxels": 0}
 OPTIONS = ["modalities", "flips", "patch_shape", *PLAIN, "uncertainty", "engine"]
@@ -225,11 +231,8 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
 
 def _choose_modalities(trained, modalities):
     """Return the channels of a model: those given, described, or the usual ones."""
-    channels, stored = trained.model.input_shape[-1], trained.description
-    stored = stored.get("modalities")
-    if stored and modalities is not None and [*modalities] != [*stored]:
-        problem = f"modalities is {modalities!r}, but {trained.path or 'the model'} "
-        raise ValueError(f"{problem}takes {stored}, as its description says")
+    channels = trained.model.input_shape[-1]
+    stored = trained.description.get("modalities")
     usual = {len(names): names for names in (labels.MODALITIES, labels.ALL_MODALITIES)}
     usual = usual.get(channels, ()) if trained.path is None else ()
     if modalities is None:
@@ -240,6 +243,9 @@ def _choose_modalities(trained, modalities):
         problem = f"modalities is {modalities!r}, {model} takes {channels} channels"
         which = f"say which of {labels.ALL_MODALITIES} they are"
         raise ValueError(f"{problem}; {which}, in order: modalities=(...)")
+    if stored and [*modalities] != [*stored]:
+        problem = f"modalities is {modalities!r}, {trained.path or 'the model'} takes "
+        raise ValueError(f"{problem}{stored}, as its description says")
     return modalities
 
 
@@ -264,7 +270,7 @@ def check_options(models, options, possible=OPTIONS):
     check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
     names = _choose_modalities(models[0], given["modalities"])
     described = [m.description.get("modalities") or names for m in models]
-    same = all([*names] == [*each] for each in described) or given["modalities"]
+    same = all([*names] == [*each] for each in described)
     check("modalities", described, lambda _: same, "the same for all models")
     outputs = {each.model.output_shape[-1] for each in models}
     check("the models' outputs", outputs, ({3}, {4}).__contains__, "all 3, or all 4")
@@ -331,6 +337,12 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     if problem := scan.background_problem:
         warnings.warn(f"{case.id}: {problem}", stacklevel=2)
     box = bounding_box(scan.brain_mask)
+    for volume in scan.volumes:
+        try:
+            check_grey_levels(volume[box])
+        except ValueError as error:
+            advice = "Correct that voxel"
+            raise BratsDataError(str(error), case=case.id, advice=advice) from None
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
     image = standardise(np.stack([volume[box] for volume in scan.volumes], axis=-1))
     if patch_shape is None:
@@ -369,9 +381,9 @@ def predict_case(
     case : Case
         Its segmentation, if it has one, is not read.
     modalities : sequence of str, optional
-        The model's channels. By default those that its file describes. A file without
-        description needs them; for a `keras.Model` the default is FLAIR, T1CE, T2 for
-        three channels and all modalities for four.
+        The channels of a model without description; a described one takes no others.
+        A file needs them, for a `keras.Model` the default is FLAIR, T1CE, T2 for three
+        channels and all modalities for four.
     flips, patch_shape
         As in `predict_probabilities`. The default shape is that of the training
         patches, if the model is described.
@@ -465,6 +477,8 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     files.check_option("cases", cases, iter, "a list of Case")
     models = _choose_engine(models, options.pop("engine", "keras"))
     cases = list(cases)
+    for case in cases:
+        check_case(case)
     check_distinct(cases)
     made_from = {"models": [_fingerprint(m) for m in models], "options": options}
     made_from = {**made_from, "uncertainty": uncertainty}

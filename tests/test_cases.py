@@ -816,3 +816,27 @@ def test_A2_the_odd_label_map_beside_images_without_an_id(tmp_path):
     ((_, new),) = rename_odd_segmentation(tmp_path)
     assert new.name == "355_seg.nii"
     assert find_cases(tmp_path, labels="0124")[0].segmentation == new
+
+
+def test_I1_a_dataset_json_that_is_not_understood_is_not_passed_over(tmp_path):
+    channels = {}
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / folder).mkdir()
+    toy = write_case(tmp_path / "toy", "H0")
+    (toy / "H0_seg.nii").rename(tmp_path / "labelsTr" / "H0.nii")
+    for number, name in enumerate(ALL_MODALITIES):
+        (toy / f"H0_{name}.nii").rename(tmp_path / f"imagesTr/H0_{number:04}.nii")
+        channels[str(number)] = name
+    path, described = tmp_path / "dataset.json", {"channel_names": channels}
+    names = {"background": 0, "whole tumor": 1}
+    for labels in (names, {"background": 0, "edema": 2, "tumor bits": 1}):
+        path.write_text(json.dumps({**described, "labels": labels}))
+        with pytest.raises(BratsDataError, match=r"dataset.json is not under.*labels="):
+            find_cases(tmp_path)
+    assert find_cases(tmp_path, labels="0213")[0].labels == "0213"
+
+
+def test_B02_two_values_of_an_unknown_set_are_said_aloud(tmp_path):
+    write_labelled(tmp_path, "patient", (0, 1, 2, 0))
+    with pytest.warns(UserWarning, match="no label 3 or 4.*1 is read as core"):
+        find_cases(tmp_path)

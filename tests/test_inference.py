@@ -823,3 +823,26 @@ def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):
     with pytest.raises(ValueError, match="phantom"):
         tune_model("phantom", [case])
     assert path.read_bytes() == before
+
+
+def test_I4_other_modalities_than_the_models_own_are_refused(tmp_path):
+    write_case(tmp_path, "BraTS20_Training_001")
+    (case,), trained = find_cases(tmp_path), load_model("phantom")
+    for others in (("t2", "t1ce", "flair"), ("t1", "t1", "t1"), ("t1", "t1ce", "t2")):
+        with pytest.raises(ValueError, match="modalities is .*takes .*flair"):
+            predict_case(trained, case, modalities=others)
+    own = ("flair", "t1ce", "t2")
+    found = predict_case(trained, case, modalities=own)
+    np.testing.assert_array_equal(found, predict_case(trained, case))
+
+
+def test_J1_a_hot_voxel_is_refused_in_prediction_too(tmp_path):
+    folder = write_case(tmp_path, "BraTS20_Training_001")
+    path = folder / "BraTS20_Training_001_t1ce.nii"
+    image = nib.load(path)
+    values = np.asarray(image.dataobj).astype(np.float32)
+    values[12, 12, 8] = 1e12
+    nib.save(nib.Nifti1Image(values, image.affine), path)
+    (case,) = find_cases(tmp_path)
+    with pytest.raises(BratsDataError, match=r"Training_001.*grey levels.*1e\+12"):
+        predict_case("phantom", case)

@@ -1309,3 +1309,28 @@ def test_epochs_win_over_minutes_and_one_of_them_is_needed(split, tmp_path):
     with pytest.raises(ValueError, match="epochs or minutes"):
         run(split, tmp_path / "other", epochs=None)
     assert not (tmp_path / "other").exists()
+
+
+def test_J3_a_start_that_knows_the_validation_cases_is_refused(
+    split, tmp_path, finished
+):
+    ours, theirs = data(split)
+    told = f"trained on 3 cases of val_data.*{ours.case_ids[0]}"
+    with pytest.raises(ValueError, match=f"start=.*{told}"):
+        swapped = {"train_data": theirs, "val_data": ours}
+        run(split, tmp_path / "run", start=finished[0], **swapped)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "loss", ["mse", "binary_crossentropy", "categorical_crossentropy", lambda y, p: -p]
+)
+def test_J4_a_loss_that_does_not_fit_is_refused(split, tmp_path, loss):
+    with pytest.raises(ValueError, match=r"loss is .*expected a loss of labels"):
+        run(split, tmp_path / "run", loss=loss)
+    assert not (tmp_path / "run").exists()
+
+
+def test_J4_the_losses_of_keras_that_fit_are_taken(split, tmp_path):
+    for loss in ("sparse_categorical_crossentropy", dice_focal_loss):
+        run(split, tmp_path / str(loss)[:9], 1, loss=loss)
