@@ -6,7 +6,8 @@
 Every scan of the folds of real.py is predicted once, by the phantom weights or by the
 network of its fold that `real.py --keep folder` has kept, and decoded in several ways.
 A row for each scan and decoding goes to benchmarks/results/decoding.csv; the means are
-printed, and for the phantom weights what is chosen without the scan that is scored.
+printed, what is best without the scan that is scored, and what each gains or loses
+against the phantom weights as they are. `--print` only prints what is in the table.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import seed_recipe
 from brats_utils.evaluation import score_case, summarise_scores
 from brats_utils.files import atomic_write, project_root
 from brats_utils.inference import decode_probabilities, load_model, predict_scan
+from brats_utils.model import PHANTOM_DECODING
 from brats_utils.nifti import load_labels, spacing_mm
 
 RESULTS = project_root(Path(__file__).parent) / "benchmarks/results/decoding.csv"
@@ -56,32 +58,47 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kept", type=Path, help="folder of `real.py --keep`")
     parser.add_argument("--name", default="from phantoms-10-0", help="of its files")
+    parser.add_argument("--print", action="store_true", help="nothing is predicted")
     options = parser.parse_args()
     network, rows = options.name if options.kept else "phantom", []
     data = project_root(Path(__file__).parent) / "data/real"
-    for fold in real.fold_folders(data):
+    for fold in () if options.print else real.fold_folders(data):
         path = "phantom"
         if options.kept:
             path = options.kept / fold.name / f"{network}.keras"
         trained = load_model(path)
         for case in seed_recipe.split_cases(fold)[1]:
             rows += score(network, trained, case)
-    table = pd.DataFrame(rows).drop(columns="mean_iou").round(4)
-    table = table[[c for c in table if "itivity" not in c and "ficity" not in c]]
-    former = pd.read_csv(RESULTS) if RESULTS.exists() else table[:0]
-    with atomic_write(RESULTS) as temporary:
-        others = former[former["network"] != network]
-        pd.concat([others, table]).to_csv(temporary, index=False)
+    former = pd.read_csv(RESULTS, keep_default_na=False) if RESULTS.exists() else None
+    if rows:
+        table = pd.DataFrame(rows).filter(regex="^(?!sens|spec|mean_iou)").round(4)
+        others = [] if former is None else [former[former["network"] != network]]
+        with atomic_write(RESULTS) as temporary:
+            pd.concat([*others, table]).to_csv(temporary, index=False)
+    else:
+        table = former[former["network"] == network].copy()
     keys = ["thresholds", "min_island"]
     print(table.groupby(keys, sort=False).mean(numeric_only=True).round(3).to_string())
     table["decoding"] = table["thresholds"] + " " + table["min_island"].astype(str)
-    left_out = score_left_out(table)
     print(f"{network}, decoded as is best for the other scans:")
-    print(summarise_scores(left_out, n_resamples=10_000).round(3).to_string())
+    print_means(score_left_out(table))
+    stored = "/".join(map(str, PHANTOM_DECODING["thresholds"]))
+    every = pd.read_csv(RESULTS).set_index("case")
+    mine = (every["network"] == "phantom") & (every["thresholds"] == stored)
+    stored = every[mine & (every["min_island"] == PHANTOM_DECODING["min_island"])]
     for name, part in table.groupby("decoding", sort=False):
         scores = part.set_index("case").filter(regex="dice|hd95")
         print(f"{network}, {name}:")
-        print(summarise_scores(scores, n_resamples=10_000).round(3).to_string())
+        print_means(scores)
+        print("minus the phantom weights as they are decoded by default:")
+        print_means(scores - stored[scores.columns])
+
+
+def print_means(scores):
+    """Print the means of scores, their Dice's too, with 95 % intervals."""
+    mean = scores.filter(like="dice").mean(axis=1)
+    summary = summarise_scores(scores.assign(dice_mean=mean), n_resamples=10_000)
+    print(summary.round(3).to_string())
 
 
 if __name__ == "__main__":
