@@ -7,7 +7,8 @@ scored as whole scans, so that each is scored once. "no training" scores the pha
 weights as they are, and those of `make run` if they are in data/models. Everything else
 is as in recipes.py: a row a run in benchmarks/results/real.csv, one for each case in
 real_cases.csv, and runs that are there are skipped. Rows named after islands of 0.2,
-plain decoding or the first round are of former weights or decodings. Nothing else should run meanwhile.
+plain decoding or the first round are of former weights or decodings. Nothing else
+should run meanwhile.
 """
 
 import argparse
