@@ -65,7 +65,7 @@ def check_case(case):
 
 
 def check_distinct(cases):
-    """Raise if two cases have the same id, whatever its case.
+    """Raise unless all are cases, and no two have the same id.
 
     Parameters
     ----------
@@ -78,7 +78,8 @@ def check_distinct(cases):
     """
     seen = {}
     for case in cases:
-        folder = [*case.images.values(), case.segmentation][0].parent
+        check_case(case)
+        folder = next(iter(case.images.values())).parent
         if other := seen.get(case.id.lower()):
             problem = f"cases is a list with {case.id} twice, in {other} and {folder}"
             raise ValueError(f"{problem}; expected each id once")
@@ -143,10 +144,8 @@ def _read_description(path):
     if not {*channels} <= {*ALL_MODALITIES}:
         problem = f"its channels are {names}, not {ALL_MODALITIES}"
         raise BratsDataError(problem, file=path)
-    said = ()
-    if described.get("labels"):
-        said = "a name in dataset.json is not understood", "labels={1: ..., 2: ...}"
-    return channels, ("dataset.json", label_code(table)) if len(table) > 1 else said
+    code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
+    return channels, ("dataset.json", code) if described.get("labels") else ()
 
 
 def _place(path, sets):
@@ -235,8 +234,7 @@ def _check_complete(root, groups, leftovers, modalities):
         if missing := [m for m in modalities if m not in files]:
             found = f"; not understood there: {', '.join(strange)}" * bool(strange)
             problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}{found}")
-        other = seen.setdefault(case_id.lower(), folder)
-        if other != folder:
+        if (other := seen.setdefault(case_id.lower(), folder)) != folder:
             problems.append(f"{case_id} appears twice: {other} and {folder}")
     if problems:
         advice = "Add what is missing, or take those folders out"
@@ -314,23 +312,20 @@ def _threes_and_fours(files):
 
 def _decide_labels(groups, sets):
     """Return {(folder, id): label code} by descriptions, ids and label maps."""
-    names = {place: labels.naming(place[1]) for place in groups}
-    for place, (_, code) in names.items():
-        said = sets.get(place[0], ((), ()))[1]
-        if said and ("=" not in said[1] or not code):  # the ids are next
-            names[place] = said
+    names = {p: sets.get(p[0], ((), ()))[1] for p in groups}
+    for place, said in names.items():
+        by_id = labels.naming(place[1])
+        names[place] = by_id if not said or "=" in said[1] and by_id[1] else said
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(_threes_and_fours, groups.values())
         values = dict(zip(groups, found, strict=True))
     unknown = set().union(*(values[p] for p in groups if not names[p][1]))
     usual = "0123" if unknown == {3} else "0124"
-    if not unknown and any("seg" in groups[p] for p in groups if not names[p][1]):
-        text = "no label 3 or 4 in this set: 1 is read as core, 2 as oedema; pass "
-        warnings.warn(f"{text}labels= to find_cases if they are not", stacklevel=3)
-    if usual == "0123":
-        text = "label 3 and no label 4 in this set: 1 is read as core, 2 as oedema, 3 "
-        text += "as enhancing tumour; pass labels= to find_cases if they are not"
-        warnings.warn(text, stacklevel=3)
+    drawn = any("seg" in groups[p] for p in groups if not names[p][1])
+    if drawn and not unknown & {4}:  # nothing says it
+        text = "label 3 and no label 4" if unknown else "neither label 3 nor label 4"
+        text += " in this set: 1 is read as core, 2 as oedema, 3 as enhancing tumour; "
+        warnings.warn(f"{text}pass labels= to find_cases if they are not", stacklevel=3)
     codes = {}
     for place, (name, code) in names.items():
         where = {"case": place[1], "file": groups[place].get("seg")}
@@ -340,8 +335,7 @@ def _decide_labels(groups, sets):
         codes[place] = usual if not code or "=" in code else code
         if strange := values[place] - labels.label_table(codes[place]).keys():
             problem = f"label {strange.pop()}, but {name} writes labels {codes[place]}"
-            choice = f"one of {labels.CONVENTIONS} or a table"
-            advice = f"Keep sets apart, or pass labels=, {choice}"
+            advice = f"Keep sets apart, or pass labels={labels.CONVENTIONS} or a table"
             raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
     return codes
 

@@ -11,7 +11,6 @@ from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
 from brats_utils import files
-from brats_utils.cases import check_distinct
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.nifti import file_states, load_labels, to_lps
 from brats_utils.nifti import spacing_mm as spacing_of
@@ -308,7 +307,8 @@ def _check_labelled(cases):
     expected = "one Case or more, as find_cases returns them"
     files.check_option("cases", cases, lambda c: [case.id for case in c], expected)
     _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
-    check_distinct(cases)
+    ids = [case.id.lower() for case in cases]
+    files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
 
 
 def _find_prediction(folder, case):

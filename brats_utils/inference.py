@@ -12,8 +12,8 @@ import keras
 import numpy as np
 from scipy import ndimage
 
-from brats_utils import files, labels, nifti
-from brats_utils.cases import check_case, check_distinct, check_spacing, read_scan
+from brats_utils import files, labels, nifti, volumes
+from brats_utils.cases import check_distinct, check_spacing, read_scan
 from brats_utils.model import (
     BEST,
     PHANTOM_WEIGHTS,
@@ -22,13 +22,6 @@ from brats_utils.model import (
     size_factor,
 )
 from brats_utils.nifti import BratsDataError
-from brats_utils.volumes import (
-    bounding_box,
-    check_grey_levels,
-    check_shape,
-    pad,
-    standardise,
-)
 
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_island": 0.0, "min_et_voxels": 0}
 OPTIONS = ["modalities", "flips", "patch_shape", *PLAIN, "uncertainty", "engine"]
@@ -139,7 +132,7 @@ def _starts(size, patch):
 
 def _slide(model, image, patch_shape):
     """Return the probabilities of overlapping patches, averaged by Gaussian weights."""
-    padded, weights = pad(image, patch_shape), _gaussian(patch_shape)
+    padded, weights = volumes.pad(image, patch_shape), _gaussian(patch_shape)
     total = np.zeros((*padded.shape[:3], model.output_shape[-1]), np.float32)
     divisor = np.zeros((*padded.shape[:3], 1), np.float32)
     starts = map(_starts, padded.shape, patch_shape)
@@ -158,13 +151,13 @@ def _predict_once(model, image, patch_shape):
     else:
         factor = size_factor(model)
         shape = [math.ceil(n / factor) * factor for n in image.shape[:3]]
-        probabilities = model.predict_on_batch(pad(image, shape)[None])[0]
+        probabilities = model.predict_on_batch(volumes.pad(image, shape)[None])[0]
     return probabilities[tuple(map(slice, image.shape[:3]))]
 
 
 def _choose_patch(model, channels, patch_shape):
     """Return the shape of patches to predict, None for one pass; raise if none fits."""
-    check_shape(patch_shape, "patch_shape")
+    volumes.check_shape(patch_shape, "patch_shape")
     expected = model.input_shape[1:-1]
     same_grid = model.output_shape[1:-1] == expected
     if len(expected) != 3 or not same_grid or channels != model.input_shape[-1]:
@@ -238,14 +231,12 @@ def _choose_modalities(trained, modalities):
     if modalities is None:
         modalities = stored or usual
     known = isinstance(modalities, (list, tuple)) and len(modalities) == channels
-    if not known or any(name not in labels.ALL_MODALITIES for name in modalities):
-        model = trained.path or "the model"
-        problem = f"modalities is {modalities!r}, {model} takes {channels} channels"
-        which = f"say which of {labels.ALL_MODALITIES} they are"
-        raise ValueError(f"{problem}; {which}, in order: modalities=(...)")
-    if stored and [*modalities] != [*stored]:
+    known = known and {*labels.ALL_MODALITIES}.issuperset(map(str, modalities))
+    if not known or stored and [*modalities] != [*stored]:
         problem = f"modalities is {modalities!r}, {trained.path or 'the model'} takes "
-        raise ValueError(f"{problem}{stored}, as its description says")
+        which = f"say which of {labels.ALL_MODALITIES} they are, in order: modalities="
+        takes = f"{stored}" if known else f"{channels} channels; {which}(...)"
+        raise ValueError(problem + takes)
     return modalities
 
 
@@ -332,24 +323,20 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     BratsDataError, ValueError
         As `predict_case` does.
     """
-    scan = read_scan(case, _choose_modalities(models[0], modalities), labelled=False)
+    names = _choose_modalities(models[0], modalities)
+    scan = read_scan(case, names, labelled=False)
     check_spacing(scan.header, case.id)
     if problem := scan.background_problem:
         warnings.warn(f"{case.id}: {problem}", stacklevel=2)
-    box = bounding_box(scan.brain_mask)
-    for volume in scan.volumes:
-        try:
-            check_grey_levels(volume[box])
-        except ValueError as error:
-            advice = "Correct that voxel"
-            raise BratsDataError(str(error), case=case.id, advice=advice) from None
+    box = volumes.bounding_box(scan.brain_mask)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
-    image = standardise(np.stack([volume[box] for volume in scan.volumes], axis=-1))
+    stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
+    image = volumes.standardise(stacked)
+    volumes.check_outliers(image, [case.images[name] for name in names])
     if patch_shape is None:
         patch_shape = models[0].description.get("patch_shape")
-    found, spread = predict_probabilities(
-        models, image, flips=flips, patch_shape=patch_shape
-    )
+    options = {"flips": flips, "patch_shape": patch_shape}
+    found, spread = predict_probabilities(models, image, **options)
     if not np.isfinite(found).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
     outside = ~scan.brain_mask[box]
@@ -477,11 +464,9 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     files.check_option("cases", cases, iter, "a list of Case")
     models = _choose_engine(models, options.pop("engine", "keras"))
     cases = list(cases)
-    for case in cases:
-        check_case(case)
     check_distinct(cases)
-    made_from = {"models": [_fingerprint(m) for m in models], "options": options}
-    made_from = {**made_from, "uncertainty": uncertainty}
+    made_from = {"options": options, "uncertainty": uncertainty}
+    made_from["models"] = [_fingerprint(trained) for trained in models]
     made_from = json.loads(json.dumps(made_from, default=lambda x: x.tolist()))
     names = {case.id: [f"{case.id}.nii.gz"] for case in cases}
     for case_id in names if uncertainty else ():

@@ -323,6 +323,37 @@ def build_losses(model):
     model.compute_metrics(None, labels, outputs)
 
 
+def check_loss(loss, outputs):
+    """Raise unless a loss takes labels and probabilities, and rates the truth best.
+
+    Parameters
+    ----------
+    loss : function, keras.losses.Loss or str
+        As Keras takes it.
+    outputs : int
+        4 for labels, 3 for regions.
+
+    Raises
+    ------
+    ValueError
+        Says what the loss does instead, or that a model has other outputs.
+    """
+    check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
+    truth, function = np.arange(4).reshape(1, 4, 1, 1, 1), keras.losses.get(loss)
+    table = np.eye(4) if outputs == len(LABELS) else IN_REGION
+    perfect = table[truth[..., 0]].astype("float32")
+    try:
+        costs = [float(ops.mean(function(truth, p))) for p in (perfect, 1 - perfect)]
+    except Exception as error:  # whatever Keras and its backends raise at other shapes
+        found = f"which fails: {str(error)[:100]}"
+    else:
+        if not costs[0] > costs[1]:  # NaN is found while training
+            return
+        found = "which is {:.3g} for the truth, {:.3g} for its opposite".format(*costs)
+    expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
+    raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
+
+
 def describe_object(value):
     """Return what distinguishes a loss or another object: a `default` for JSON.
 

@@ -524,7 +524,7 @@ def _facts(model):
     }
 
 
-def start_from(start, model, modalities, held_out=()):
+def start_from(start, model, train_data, val_data):
     """Give a model the weights of another, to start training from.
 
     If the models have other outputs (labels, regions), the last layer keeps its own.
@@ -536,10 +536,8 @@ def start_from(start, model, modalities, held_out=()):
         with the same channels, filters, depth and stride.
     model : keras.Model
         Its weights are changed.
-    modalities : sequence of str
-        The channels it will be trained on.
-    held_out : list of str
-        Ids of the cases that will validate it.
+    train_data, val_data : BratsGenerator
+        What it will be trained on, and validated with.
 
     Returns
     -------
@@ -554,18 +552,16 @@ def start_from(start, model, modalities, held_out=()):
     path = PHANTOM_WEIGHTS if start == "phantom" else check_path("start", start)
     path = path / BEST if path.is_dir() else path
     source, described = read_model(path)
-    if described and [*described["modalities"]] != [*modalities]:
-        problem = f"start={start!r} takes {described['modalities']}"
-        raise ValueError(f"{problem}, train_data has {[*modalities]}. {NO_START}")
-    if seen := sorted({*described.get("train_cases", ())} & {*held_out}):
+    if described and [*described["modalities"]] != [*train_data.modalities]:
+        problem = f"start={start!r} takes {described['modalities']}, train_data has "
+        raise ValueError(f"{problem}{train_data.modalities}. {NO_START}")
+    if seen := sorted({*described.get("train_cases", ())} & {*val_data.case_ids}):
         problem = f"start={start!r} was trained on {len(seen)} cases of val_data"
         raise ValueError(f"{problem}: {seen[:5]}; validate with others. {NO_START}")
     theirs, ours = _facts(source), _facts(model)
     pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
     differ = [f"{name} {a}, not {b}" for name, a, b in pairs if a != b]
-    pairs = [
-        [layer for layer in each.layers if layer.weights] for each in (source, model)
-    ]
+    pairs = [[x for x in each.layers if x.weights] for each in (source, model)]
     shapes = [[[w.shape for w in x.weights] for x in each[:-1]] for each in pairs]
     if differ or shapes[0] != shapes[1]:
         found = "; ".join(differ) or "other layers"

@@ -254,8 +254,6 @@ def _find(raw, told):
     """Return the folder, what is read, all cases, and those with a segmentation."""
     is_list = isinstance(raw, (list, tuple))
     cases = raw if is_list else find_cases(raw, labels=told, modalities=())
-    for case in cases:
-        check_case(case)
     check_distinct(cases)
     if is_list and told != "auto":
         code = labels.label_code(told)

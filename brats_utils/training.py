@@ -315,31 +315,11 @@ def _check_options(**options):
         raise ValueError("epochs is None, expected epochs or minutes to train for")
 
 
-def _check_data(model, train_data, val_data):
-    """Raise unless a model and its data fit, before the first step."""
+def _check_fit(model, train_data, val_data, loss):
+    """Raise unless a model, its data and its loss fit, before the first step."""
     check_model(model)
-    outputs = model.output_shape[-1]
-    files.check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
+    losses.check_loss(loss, model.output_shape[-1])
     check_pair(train_data, val_data, model.input_shape, size_factor(model))
-
-
-def _check_loss(loss, outputs):
-    """Raise unless a loss takes labels and outputs, and rates the truth best."""
-    truth = np.arange(4).reshape(1, 4, 1, 1, 1)
-    perfect = (np.eye(4) if outputs == 4 else losses.IN_REGION)[truth[..., 0]]
-    perfect, function = perfect.astype("float32"), keras.losses.get(loss)
-    try:
-        right, wrong = (
-            float(ops.mean(function(truth, p))) for p in (perfect, 1 - perfect)
-        )
-    except Exception as error:  # whatever Keras and its backends raise at other shapes
-        found = f"which fails: {str(error)[:100]}"
-    else:
-        found = f"which is {right:.3g} for the truth, {wrong:.3g} for its opposite"
-        if not right > wrong:  # NaN is found while training
-            return
-    expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
-    raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
 
 
 def plan_epochs(rows, minutes, epochs=None):
@@ -525,12 +505,10 @@ def train(
     times = {"epochs": epochs, "minutes": minutes, "validation_freq": validation_freq}
     others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
     _check_options(**settings, **times, **others, verbose=verbose)
-    _check_data(model, train_data, val_data)
-    _check_loss(loss, model.output_shape[-1])
+    _check_fit(model, train_data, val_data, loss)
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
-        names = train_data.modalities, val_data.case_ids
-        description["start"] = start_from(start, model, *names)
+        description["start"] = start_from(start, model, train_data, val_data)
     trained = losses.supervise_deeply(model, deep) if deep else model
     compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
     inputs = [train_data.folder.parent, val_data.folder.parent]

@@ -10,6 +10,7 @@ FIXED_WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
 NORMALISATION = "mean 0, SD 1 over each modality's non-zero voxels"  # by standardise
 SCALINGS = ("minmax", "zscore")
 LEAST_GREY_LEVELS = 64  # a stored brain with fewer shows next to nothing
+MOST_SD = 200  # of a voxel from the mean; 18 in eleven real scans
 LEAST_BACKGROUND = 0.05  # share of voxels that are exactly 0; BraTS scans have 0.8
 
 
@@ -156,6 +157,29 @@ def check_grey_levels(volume, stored=None):
         problem = f"scaled and stored, {levels} grey levels are left of it, at least "
         problem += f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
         raise ValueError(f"{problem}{extreme:g}")
+
+
+def check_outliers(image, paths):
+    """Raise if a voxel of a scan is so bright or dark that it squeezes all others.
+
+    Parameters
+    ----------
+    image : (X, Y, Z, C) array
+        Standardised.
+    paths : list of path
+        The file of each channel, for the message.
+
+    Raises
+    ------
+    BratsDataError
+        Names the file.
+    """
+    largest = np.abs(image).max(axis=(0, 1, 2))
+    for path, sd in zip(paths, largest, strict=True):
+        if sd > MOST_SD:
+            problem = f"a voxel lies {sd:.0f} SD from the brain's mean"
+            advice = "Correct it: it squeezes all others together"
+            raise BratsDataError(problem, file=path, advice=advice)
 
 
 def standardise(image, statistics=None):

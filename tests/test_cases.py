@@ -831,12 +831,14 @@ def test_I1_a_dataset_json_that_is_not_understood_is_not_passed_over(tmp_path):
     names = {"background": 0, "whole tumor": 1}
     for labels in (names, {"background": 0, "edema": 2, "tumor bits": 1}):
         path.write_text(json.dumps({**described, "labels": labels}))
-        with pytest.raises(BratsDataError, match=r"dataset.json is not under.*labels="):
+        with pytest.raises(BratsDataError, match=r"not certain .dataset.json.*labels="):
             find_cases(tmp_path)
     assert find_cases(tmp_path, labels="0213")[0].labels == "0213"
 
 
 def test_B02_two_values_of_an_unknown_set_are_said_aloud(tmp_path):
     write_labelled(tmp_path, "patient", (0, 1, 2, 0))
-    with pytest.warns(UserWarning, match="no label 3 or 4.*1 is read as core"):
+    with pytest.warns(
+        UserWarning, match="neither label 3 nor label 4.*1 is read as core"
+    ):
         find_cases(tmp_path)

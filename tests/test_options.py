@@ -480,7 +480,7 @@ def test_J4_every_parameter_of_a_notebook_refuses_nonsense(toys, monkeypatch):
         "MODEL": lambda text: load_model(*text),
         "RAW": find_cases,
         "EPOCHS": lambda text: train(None, None, None, toys.out, epochs=text),
-        "START": lambda text: start_from(text, None, ()),
+        "START": lambda text: start_from(text, None, None, None),
         "ENGINE": lambda text: predict_case(toys.model, toys.case, engine=text),
         "AUGMENT": lambda text: BratsGenerator(toys.folder, augment=text),
         **dict.fromkeys(("DATA", "RUN", "OUT")),  # any name will do
