@@ -1,6 +1,7 @@
 """Find the cases of a folder, check them, and read them."""
 
 import contextlib
+import itertools
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from brats_utils.volumes import background_problem, brain_mask, check_image
 
 # Of the Decathlon and of nnU-Net: folder, name, id of the case, number of the channel.
 _IN_FOLDERS = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(\.gz)?)")
+MOST_OFF_BRAIN = 0.05  # share of the labelled voxels; none in eleven real scans
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
 
 
@@ -121,6 +123,21 @@ class Scan:
         """Return the first modality's background problem, '' if there is none."""
         return next(filter(None, map(background_problem, self.volumes)), "")
 
+    @property
+    def doubts(self):
+        """Return what else is strange about the case as a whole: a list of str."""
+        found, pairs = [], itertools.combinations(self.volumes, 2)
+        if not (self.header["qform_code"] or self.header["sform_code"]):
+            found.append("its header states no orientation; LAS is assumed")
+        if any(a is not b and np.array_equal(a, b) for a, b in pairs):
+            found.append("two of its modalities are the same image")
+        if self.segmentation is not None and self.volumes:
+            tumour = self.segmentation != 0
+            off = np.count_nonzero(tumour & ~self.brain_mask)
+            if off > MOST_OFF_BRAIN * np.count_nonzero(tumour):
+                found.append(f"{off} labelled voxels lie outside the brain")
+        return found
+
     def restore(self, volume):
         """Return a volume (X, Y, Z) in the orientation of the stored grid."""
         return nifti.from_lps(volume, self.affine)
@@ -156,7 +173,12 @@ def _place(path, sets):
     for named in (path.parent, path):  # the folder is, in Kaggle's nested sets
         case_id, key = labels.parse_name(named.name)
         if key:
-            return (named.parent, case_id or named.parent.name), (key,)
+            folder = named.parent
+            case_id = case_id or folder.name
+            if labels.VISIT.fullmatch(case_id):  # P1/20190301/flair.nii
+                patient = folder.parent if case_id == folder.name else folder
+                case_id = f"{patient.name}_{case_id}"
+            return (folder, case_id), (key,)
     root = path.parent.parent
     match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
     if not match:
@@ -537,6 +559,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
 
     for case in cases:
         first, required = None, MODALITIES if modalities is None else modalities
+        n_before, images, truth = len(rows), [], None
         note(case, next(iter(case.images.values())).parent, _paths, case, required)
         checked = [m for m in case.images if modalities is None or m in modalities]
         for path, wanted in _paths(case, checked).items():
@@ -548,12 +571,16 @@ def check_cases(cases, *, voxels=True, modalities=None):
                 note(case, path, check_spacing, header)
             note(case, path, _check_grid, header, path, first)
             if voxels and not wanted:
-                note(case, path, load_labels, path, case.labels)
+                truth = note(case, path, load_labels, path, case.labels)
             elif voxels:
                 volume = note(case, path, nifti.read_volume, path, channels)
                 for modality in wanted if volume else ():
-                    image = _channel(case, volume[0], modality)
-                    note(case, path, check_image, image, path, thorough=True)
+                    images.append(_channel(case, volume[0], modality))
+                    note(case, path, check_image, images[-1], path, thorough=True)
+        if voxels and len(rows) == n_before:
+            scan = Scan(case, images, truth and truth[0], first[1])
+            advice, folder = "Look at the case, or leave it out", str(path.parent)
+            rows += [(case.id, folder, doubt, advice) for doubt in scan.doubts]
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
 
 

@@ -354,14 +354,19 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     """
     _check_labelled(cases)
     folder = files.check_path("predictions_dir", predictions_dir)
+    found = [(case, _find_prediction(folder, case)) for case in cases]
+    missing = [case.id for case, path in found if path is None]
+    _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {folder}")
     if (manifest := files.read_manifest(folder)).get("kind") == "predictions":
         states = {case.id: file_states(case.images.values()) for case in cases}
         stale = [i for i in states if manifest["cases"].get(i) != states[i]]
         advice = "not predicted by this folder's model from these scans: predict again"
         _raise_for(stale, advice)
-    found = [(case, _find_prediction(folder, case)) for case in cases]
-    missing = [case.id for case, path in found if path is None]
-    _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {folder}")
+        names = [f"{case.id}.nii.gz" for case in cases]
+        noted = {name: manifest["files"].get(name) for name in names}
+        edited = files.find_changed(folder, noted)
+        advice = "changed since it was predicted: score it in a folder of its own"
+        _raise_for(edited, f"{advice}, or predict again")
     rows = [
         {"case": case.id, **_score_file(path, case, lesions)} for case, path in found
     ]

@@ -509,7 +509,8 @@ class OutputFolder:
     Raises
     ------
     ValueError
-        If the folder is an input, is not ours, or another process writes to it.
+        If the folder is an input, is not ours, or another process writes to it; or if
+        it would be exchanged and is the current folder or a mounted disk.
     """
 
     def __init__(self, path, kind, *, inputs=(), beside=False):
@@ -518,6 +519,11 @@ class OutputFolder:
             if self.final.is_relative_to(source) or source.is_relative_to(self.final):
                 problem = f"the output {self.final} and the input {source} overlap"
                 raise ValueError(f"{problem}; choose another output folder")
+        here = self.final == Path.cwd() or self.final in Path.cwd().parents
+        if beside and (here or os.path.ismount(self.final)):
+            what = "the current folder or one above it" if here else "a mounted disk"
+            problem = f"the output {self.final} is {what}, which cannot be replaced"
+            raise ValueError(f"{problem} in one step; choose a folder inside it")
         name = self.final.name
         self._new = self.final.with_name(f".{name}-new")
         self.path = self._new if beside else self.final

@@ -370,6 +370,8 @@ def check_pair(train_data, val_data, input_shape, factor):
     channels, others = train_data.modalities, val_data.modalities
     expected = f"{channels}, as in train_data"
     files.check_option("modalities of val_data", others, channels.__eq__, expected)
-    if shared := sorted({*train_data.case_ids} & {*val_data.case_ids}):
-        problem = f"train_data and val_data share {len(shared)} cases: {shared[:5]}"
-        raise ValueError(f"{problem}; validate with other cases")
+    for what in ("case", "patient"):
+        sides = [[r.get(what) for r in d.rows.values()] for d in (train_data, val_data)]
+        if shared := sorted({*filter(None, sides[0])} & {*sides[1]}):
+            problem = f"train_data and val_data share {len(shared)} {what}s"
+            raise ValueError(f"{problem}: {shared[:5]}; validate with others")

@@ -1,5 +1,6 @@
 """Predict whole scans: raw intensities in, a label map on the scan's own grid out."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -326,19 +327,23 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     names = _choose_modalities(models[0], modalities)
     scan = read_scan(case, names, labelled=False)
     check_spacing(scan.header, case.id)
-    if problem := scan.background_problem:
-        warnings.warn(f"{case.id}: {problem}", stacklevel=2)
+    for doubt in filter(None, [scan.background_problem, *scan.doubts]):
+        warnings.warn(f"{case.id}: {doubt}", stacklevel=2)
+    for name, volume in zip(names, scan.volumes, strict=True):
+        volumes.check_outliers(volume, case.images[name])
     box = volumes.bounding_box(scan.brain_mask)
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
     stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
     image = volumes.standardise(stacked)
-    volumes.check_outliers(image, [case.images[name] for name in names])
     if patch_shape is None:
         patch_shape = models[0].description.get("patch_shape")
     options = {"flips": flips, "patch_shape": patch_shape}
     found, spread = predict_probabilities(models, image, **options)
     if not np.isfinite(found).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
+    if found.min() < -0.01 or found.max() > 1.01:
+        problem = f"the model's outputs go from {found.min():.3g} to {found.max():.3g}"
+        raise ValueError(f"{problem}, expected probabilities: end it with a softmax")
     outside = ~scan.brain_mask[box]
     found[outside, -3:] = 0  # no tumour outside the brain, nor doubt
     spread[outside] = 0
@@ -396,7 +401,7 @@ def predict_case(
     ImportError
         If OpenVINO is asked for and not installed.
     ValueError
-        If a model does not fit, or its output is NaN.
+        If a model does not fit, or its output is NaN or no probability.
     """
     options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
     options |= {"thresholds": thresholds, "min_island": min_island}
@@ -457,7 +462,8 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     Raises
     ------
     BratsDataError, ValueError
-        As `predict_case` does; or if `out_dir` holds something else.
+        As `predict_case` does; or if `out_dir` holds something else, or a label map
+        that was corrected since.
     """
     models, failed = _as_trained(model), []
     check_options(models, {**options, "uncertainty": uncertainty})
@@ -473,6 +479,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         names[case_id].append(f"uncertainty/{case_id}.nii.gz")
     sources = {path.parent for case in cases for path in case.images.values()}
     with files.OutputFolder(out_dir, "predictions", inputs=sources) as output:
+        _check_unedited(output)
         if output.manifest["made_from"] != made_from:
             output.manifest["cases"] = {}
         output.begin(made_from)
@@ -491,6 +498,15 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
         raise BratsDataError(problem + " | ".join(failed))
     return [Path(out_dir) / names[case.id][0] for case in cases]
+
+
+def _check_unedited(output):
+    """Raise if others have changed a label map, and not damaged it."""
+    for name in files.find_changed(output.path, output.manifest["files"]):
+        with contextlib.suppress(BratsDataError):
+            nifti.read_volume(output.path / name)
+            problem = f"{output.path / name} was changed after it was predicted"
+            raise ValueError(f"{problem}; move it, or choose another folder")
 
 
 def _predict_file(models, case, output, names, options):

@@ -191,7 +191,8 @@ def _crop_and_measure(case, options):
     parts = truth, truth[box], truth[volumes.FIXED_WINDOW]
     tumour, inside, in_window = (int(np.count_nonzero(part)) for part in parts)
     lost = (tumour - inside) / max(1, tumour)
-    notes = [scan.background_problem, "" if tumour else "no voxel is labelled"]
+    notes = [scan.background_problem, *scan.doubts]
+    notes.append("" if tumour else "no voxel is labelled")
     if lost > LOSS_TO_WARN_OF:
         notes.append(f"the crop leaves out {lost:.0%} of the tumour")
     row = {

@@ -14,6 +14,7 @@ import splitfolders
 from sklearn.model_selection import KFold
 
 from brats_utils import files
+from brats_utils.labels import VISIT
 from brats_utils.nifti import BratsDataError, walk
 
 KINDS, SIDES = ("images", "masks"), ("train", "val")
@@ -22,15 +23,15 @@ _VISIT = re.compile(
     r"(?i)(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucs[fd]-p\w+-\d+"
     r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+"
 )
-_WHEN = r"(?:(?:week|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+|(?:19|20)\d{6}"
-_WHEN += r"|(?:19|20)\d\d-\d\d-\d\d)"
-_DATED = re.compile(rf"(?i)(?:(.*[^-_])[-_])?{_WHEN}")
+_DATED = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
 _TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
 # Columns that name patients, and not where they were scanned.
 _OF_PATIENTS = re.compile(
     r"(?i)(?!.*(site|instit)).*(subject|patient|person|participant|case|mrn).*"
     r"|(?!.*(site|instit|cent|hospital|scan)).*(?<![a-z])(?:ids?|name)(?![a-z]).*"
 )
+_PERSON = re.compile(r"(?i).*(patient|person|participant|mrn)")
+_SEED = "a whole number from 0 to 2**32 - 1"
 _EMPTY = ("", "na", "n/a", "nan", "none", "-")
 
 
@@ -62,9 +63,6 @@ def find_patients(cases, raw):
     """
     ids = {case.id.lower(): case.id for case in cases}
     links = {case.id: _links([case.id]) for case in cases}
-    for case in cases:  # P1/20190301/flair.nii: the id is only when
-        if (when := _DATED.fullmatch(case.id)) and not when[1]:
-            links[case.id].add(next(iter(case.images.values())).parent.parent.name)
     tables = _mapping_tables(cases, Path(raw))
     matched = [(path.name, _link(links, ids, path)) for path in tables]
     groups, patients = unite(links), {}
@@ -124,6 +122,9 @@ def read_csv(path):
         if "\0" in text or not lines:
             raise csv.Error("it is empty, or holds other data")
         separator = max(",;\t", key=lines[0].count)
+        names = [n.strip() for n in next(csv.reader(lines, delimiter=separator))]
+        if twice := [name for name in names if name and names.count(name) > 1]:
+            raise csv.Error(f"it has two columns named {twice[0]}")
         rows = [*csv.DictReader(lines, delimiter=separator, restval="", restkey="more")]
     except csv.Error as error:
         problem = f"{path} is not a text table: {error}"
@@ -138,6 +139,12 @@ def _link(links, ids, path):
         for row in read_csv(path)
     ]
     columns = [c for c in (rows or [{}])[0] if _OF_PATIENTS.match(c)]
+    for column in filter(_PERSON.match, columns):
+        blank = [r for r in rows if not r[column] and any(map(r.get, columns))]
+        if blank and len(blank) < len(rows):
+            named = next(filter(None, map(blank[0].get, columns)))
+            problem = f"{path} leaves {column} empty for {named} (were cells merged?)"
+            raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
     # "NA" may be a case's id in the set's own column, and means nothing in others.
     hits = {c: sum(row[c].lower() in ids for row in rows) for c in columns}
     own = max(hits, key=hits.get, default=None)
@@ -258,7 +265,8 @@ def _write_split(out, kind, prepared, manifest, ids, choice):
             except OSError:  # Windows without the right to link, some network drives
                 shutil.copyfile(prepared / source, path)
             output.manifest["files"][name] = manifest["files"][source]
-        rows = {i: record["row"] for i, record in manifest["cases"].items()}
+        cases = manifest["cases"].items()
+        rows = {i: {**each["row"], "patient": each["patient"]} for i, each in cases}
         output.manifest["cases"] = rows
         output.put_in_place()
 
@@ -297,7 +305,7 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
     shares, why = "two shares above 0 that sum to 1", f"{ratio}: a side stays empty"
     files.check_option("ratio", ratio, _are_shares, shares)
     files.check_option("seed", seed, *files.whole(0))
-    choice = {"ratio": list(ratio), "seed": int(seed)}
+    choice = {"ratio": [float(share) for share in ratio], "seed": int(seed)}
     return _split(prepared, out, "split", _choose_sides, 2, why, **choice)
 
 
@@ -328,7 +336,7 @@ def split_folds(prepared, out, *, folds=5, seed=42):
     ValueError
         If `folds` is less than 2, or `out` holds files that are not folds.
     """
-    files.check_option("seed", seed, *files.whole(0))
+    files.check_option("seed", seed, lambda n: files.is_whole(n) and n < 2**32, _SEED)
     files.check_option("folds", folds, *files.whole(2))
     choice = {"folds": int(folds), "seed": int(seed)}
     why = f"into {folds} folds"

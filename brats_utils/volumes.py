@@ -159,27 +159,27 @@ def check_grey_levels(volume, stored=None):
         raise ValueError(f"{problem}{extreme:g}")
 
 
-def check_outliers(image, paths):
+def check_outliers(volume, path):
     """Raise if a voxel of a scan is so bright or dark that it squeezes all others.
 
     Parameters
     ----------
-    image : (X, Y, Z, C) array
-        Standardised.
-    paths : list of path
-        The file of each channel, for the message.
+    volume : (X, Y, Z) array
+        Raw intensities of one modality.
+    path : path
+        Its file, for the message.
 
     Raises
     ------
     BratsDataError
         Names the file.
     """
-    largest = np.abs(image).max(axis=(0, 1, 2))
-    for path, sd in zip(paths, largest, strict=True):
-        if sd > MOST_SD:
-            problem = f"a voxel lies {sd:.0f} SD from the brain's mean"
-            advice = "Correct it: it squeezes all others together"
-            raise BratsDataError(problem, file=path, advice=advice)
+    mean, sd = nonzero_statistics(volume)
+    furthest = max(volume.max() - mean, mean - volume.min()) / sd
+    if furthest > MOST_SD:
+        problem = f"a voxel lies {furthest:.0f} SD from the brain's mean"
+        advice = "Correct it: it squeezes all others together"
+        raise BratsDataError(problem, file=path, advice=advice)
 
 
 def standardise(image, statistics=None):
@@ -368,7 +368,10 @@ def check_image(volume, path, *, thorough=False):
     elif thorough:
         try:
             check_grey_levels(volume)
+            check_outliers(volume, path)
             problem = background_problem(volume)
+        except BratsDataError:
+            raise
         except ValueError as error:
             problem, advice = str(error), "Correct that voxel, or leave this case out"
     if problem:

@@ -673,6 +673,44 @@ def test_R2_nnunets_channels_are_named_by_its_description_or_refused(tmp_path):
         find_cases(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("equal", "two of its modalities are the same image"),
+        ("no orientation", "its header states no orientation"),
+        ("off the brain", "44 labelled voxels lie outside the brain"),
+        ("hot", "a voxel lies 400 SD from the brain's mean"),
+    ],
+)
+def test_J1_strange_cases_are_listed(tmp_path, change, problem):
+    images, truth = toy_volumes(shape=(64, 64, 48))
+    affine = None if change == "no orientation" else AFFINE
+    if change == "equal":
+        images["t2"] = images["t1"]
+    if change == "off the brain":
+        truth[:4, :4, :3] = 2
+    if change == "hot":
+        images = {name: image.astype(np.float32) for name, image in images.items()}
+        images["t2"][30, 30, 20] = 1e6
+        images["t2"] += np.random.default_rng(0).random(truth.shape) / 9
+        images["t2"][images["t1"] == 0] = 0
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for name, image in {**images, "seg": truth}.items():
+        nib.save(nib.Nifti1Image(image, affine), folder / f"one_{name}.nii")
+    case = find_cases(tmp_path, labels="0124")[0]
+    found = check_cases([case])
+    assert re.match(problem, found["problem"][0]) and len(found) == 1
+
+
+def test_J1_what_is_strange_stands_in_the_report(toy_set, tmp_path):
+    case = find_cases(toy_set)[0]
+    nib.save(nib.load(case.images["flair"]), case.images["t2"])
+    report = prepare_dataset(toy_set, tmp_path / "out", min_labelled=0)
+    notes = ["two of its modalities" in str(note) for note in report["note"]]
+    assert notes == [True, False, False, False, False]
+
+
 def test_R2_only_the_modalities_asked_for_are_required(toy_set, tmp_path):
     next(toy_set.rglob("*001_t1.nii")).unlink()
     assert len(find_cases(toy_set)) == 5

@@ -198,6 +198,21 @@ def test_H1_links_whose_targets_changed_do_not_block_the_next_call(tmp_path):
     assert (tmp_path / "target").read_text() == "much longer"
 
 
+@pytest.mark.parametrize("here", [".", "sub"])
+def test_H1_the_current_folder_is_not_exchanged(tmp_path, monkeypatch, here):
+    (tmp_path / "out" / here).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path / "out" / here)
+    for out in ("." if here == "." else "..", tmp_path / "out"):
+        with pytest.raises(ValueError, match="current folder .*choose a folder inside"):
+            OutputFolder(out, "split", beside=True)
+        OutputFolder(out, "run")
+
+
+def test_H1_a_mounted_disk_is_not_exchanged():
+    with pytest.raises(ValueError, match="/proc is a mounted disk"):
+        OutputFolder("/proc", "split", beside=True)
+
+
 def test_H2_a_file_that_others_changed_is_refused_before_any_is_deleted(tmp_path):
     fill(tmp_path / "out", ["one", "two"])
     (tmp_path / "out" / "two").write_text("changed by hand")

@@ -22,7 +22,7 @@ from brats_utils.inference import (
 )
 from brats_utils.labels import REGIONS
 from brats_utils.model import size_factor, unet, write_model
-from brats_utils.nifti import load_labels, to_lps
+from brats_utils.nifti import load_labels, read_volume, save_volume, to_lps
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = {
@@ -591,6 +591,40 @@ def test_H5_predictions_of_other_scans_are_not_scored(tmp_path, cases):
     write_case(tmp_path / "others", "case1", seed=7)
     with pytest.raises(ValueError, match="case1"):
         score_cases(tmp_path / "out", find_cases(tmp_path / "others"))
+
+
+def test_H1_a_label_map_corrected_by_hand_is_kept_and_not_scored(tmp_path, cases):
+    out = tmp_path / "out"
+    predict_cases(oracle(), cases, out)
+    path = out / "case1.nii.gz"
+    volume, header = read_volume(path)
+    volume = volume.copy()
+    volume[10:14] = 1
+    save_volume(volume, path, like=header)
+    corrected = path.read_bytes()
+    for model in (oracle(), sided_model()):
+        with pytest.raises(ValueError, match="case1.nii.gz was changed after"):
+            predict_cases(model, cases, out)
+        assert path.read_bytes() == corrected
+    with pytest.raises(ValueError, match=r"changed since.*case1"):
+        score_cases(out, cases)
+    path.rename(tmp_path / path.name)
+    predict_cases(oracle(), cases, out)
+    assert len(score_cases(out, cases)) == len(cases)
+
+
+@pytest.mark.parametrize("output", [3, 4])
+def test_outputs_that_are_no_probabilities_are_refused(case, output):
+    model = pointwise_model(np.ones((3, output)), np.ones(output), activation=None)
+    with pytest.raises(ValueError, match="expected probabilities: end it with"):
+        predict_case(model, case)
+
+
+def test_J2_strange_scans_are_told_when_predicting(cases):
+    path = cases[0].images["t1ce"]
+    nib.save(nib.load(cases[0].images["flair"]), path)
+    with pytest.warns(UserWarning, match="case0: two of its modalities are the same"):
+        predict_case(oracle(), cases[0])
 
 
 def test_softmax_and_sigmoids_decode_to_brats_labels():

@@ -420,7 +420,44 @@ def test_I2_a_date_as_id_is_of_the_patient_whose_folder_holds_it(tmp_path):
         for path in folder.iterdir():
             path.rename(folder / path.name.removeprefix(f"{date}_"))
     cases = find_cases(tmp_path, labels="0124")
-    assert find_patients(cases, tmp_path)[0] == dates
+    expected = {f"{patient}_{date}": patient for date, patient in dates.items()}
+    assert find_patients(cases, tmp_path)[0] == expected
+
+
+def test_I2_visits_of_one_name_in_the_folders_of_patients(tmp_path):
+    for number, name in enumerate(["P1/visit1", "P1/visit2", "P2/visit1", "P2/visit2"]):
+        folder = write_case(tmp_path / name, "x", seed=number)
+        for path in folder.iterdir():
+            path.rename(folder.parent / path.name.removeprefix("x_"))
+    found, _ = find_patients(find_cases(tmp_path, labels="0124"), tmp_path)
+    both = ("P1", "P2")
+    assert found == {f"{p}_visit{n}": p for p in both for n in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        (["patient_id,case_id", "A,H0", ",H1", "B,H2"], "empty for H1.*merged"),
+        (["Patient;case_id", "A;H0", "B;H1", ";H2"], "Patient empty for H2"),
+        (["case_id,person,person", "H0,A,1", "H1,A,2", "H2,B,3"], "two columns named"),
+        (["case_id,id,note,id", "H0,A,,1", "H1,A,,2"], "two columns named id"),
+    ],
+)
+def test_I2_tables_that_leave_a_patient_open_are_refused(tmp_path, rows, problem):
+    for number in range(3):
+        write_case(tmp_path, f"H{number}", seed=number)
+    (tmp_path / "name_mapping.csv").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=problem):
+        find_patients(find_cases(tmp_path, labels="0124"), tmp_path)
+
+
+def test_R1_shares_and_seeds_of_other_kinds(toy_set, tmp_path):
+    prepared, _ = prepared_toys(toy_set, tmp_path)
+    ids = split_dataset(prepared, tmp_path / "split", ratio=(0.5, 0.5))
+    shares = np.float32([0.5, 0.5])
+    assert split_dataset(prepared, tmp_path / "split", ratio=shares) == ids
+    with pytest.raises(ValueError, match="seed is 8589934592, expected .* 2..32 - 1"):
+        split_folds(prepared, tmp_path / "folds", folds=2, seed=2**33)
 
 
 @pytest.mark.parametrize(

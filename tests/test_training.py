@@ -997,11 +997,18 @@ def test_J3_channels_shared_cases_and_other_data_are_told_before_the_first_step(
     split, tmp_path
 ):
     train_data, val_data = data(split)
+    sibling = data(split)[1]
+    for rows in (train_data.rows, sibling.rows):
+        next(iter(rows.values()))["patient"] = "P7"
+    inputs = keras.Input((8, 8, 8, 3))
+    logits = keras.Model(inputs, keras.layers.Conv3D(4, 1)(inputs))
     for change, told in (
         ({"model": unet((8, 8, 8, 4), filters=2, depth=1)}, "the model takes 4"),
         ({"model": unet((8, 8, 3), filters=2, depth=1)}, "the model takes"),
         ({"val_data": train_data}, "share 3 cases: .'BraTS20"),
         ({"train_data": val_data}, "share 1 cases"),
+        ({"val_data": sibling}, "share 1 patients: .'P7'"),
+        ({"model": logits}, "has no activation; expected 'softmax'"),
         ({"train_data": None}, "train_data is None, expected a BratsGenerator"),
         ({"val_data": [1, 2]}, r"val_data is \[1, 2\]"),
     ):
