@@ -45,6 +45,13 @@ class Case:
     segmentation: Path | None = None
     labels: str = "0124"
 
+    def __post_init__(self):
+        """Take paths written as text, too."""
+        paths = {name: Path(path) for name, path in (self.images or {}).items()}
+        object.__setattr__(self, "images", paths)
+        if self.segmentation is not None:
+            object.__setattr__(self, "segmentation", Path(self.segmentation))
+
     @property
     def channels(self):
         """Return how many images a file holds: 1 except in the Decathlon's layout."""
@@ -63,7 +70,8 @@ def check_case(case):
     ValueError
         If it is something else.
     """
-    check_option("case", case, lambda c: c.images, "a Case, as find_cases returns it")
+    expected = "a Case with an id and images, as find_cases returns it"
+    check_option("case", case, lambda c: c.id.strip() and c.images, expected)
 
 
 def check_distinct(cases):
@@ -204,6 +212,10 @@ def _group_files(root):
     for path in (Path(folder, name) for folder, names in walk(root) for name in names):
         if not path.name.lower().endswith((".nii", ".nii.gz")):
             continue
+        if not str(path).isprintable():
+            name = ascii(path.relative_to(root).as_posix())
+            problem = f"the name {name} holds characters that no text file can"
+            raise BratsDataError(problem, file=root, advice="Rename it, in UTF-8")
         place, keys = _place(path, sets)
         for key in keys:
             files = groups.setdefault(place, {})
@@ -383,7 +395,7 @@ def rename_odd_segmentation(root):
     BratsDataError
         If it is not clear which file is the segmentation of which case.
     """
-    groups, leftovers, _ = _group_files(root)
+    groups, leftovers, _ = _group_files(check_path("root", root))
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
@@ -396,8 +408,9 @@ def rename_odd_segmentation(root):
 
 def _paths(case, modalities):
     """Return each file of a case: {path: the modalities asked for; [] for labels}."""
-    known = {*ALL_MODALITIES}.issuperset
-    check_option("modalities", modalities, known, f"some of {ALL_MODALITIES}")
+    in_order, known = not isinstance(modalities, set), {*ALL_MODALITIES}.issuperset
+    expected = f"some of {ALL_MODALITIES}"
+    check_option("modalities", modalities, lambda m: in_order and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
     paths = {}
@@ -547,9 +560,11 @@ def check_cases(cases, *, voxels=True, modalities=None):
     """
     import pandas as pd
 
-    check_option("cases", cases, lambda c: all(x.images for x in c), "a list of Case")
     check_option("voxels", voxels, *BOOL)
-    rows = []
+    check_option("cases", cases, iter, "a list of Case")
+    rows, cases = [], [*cases]
+    for case in cases:
+        check_case(case)
 
     def note(case, path, check, *arguments, **options):
         try:

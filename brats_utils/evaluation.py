@@ -48,6 +48,15 @@ def _nearest_mm(points, others):
     return KDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]
 
 
+def _check_pair(first, second, spacing_mm):
+    """Return two arrays; raise unless both are 3-D and of one shape."""
+    if first.shape != second.shape or second.ndim != 3:
+        found = f"got {first.shape} and {second.shape}"
+        raise ValueError(f"expected a 3-D prediction and truth of one shape, {found}")
+    files.check_option("spacing_mm", spacing_mm, _are_sizes, "three numbers above 0")
+    return first, second
+
+
 def _surface_distances(prediction, truth, spacing_mm):
     """Return the distances of all voxels of two surfaces to the other one, (n,) mm."""
     box = bounding_box(prediction | truth)
@@ -82,7 +91,9 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     >>> hd95(mask, np.roll(mask, 3, axis=0), spacing_mm=(2, 1, 1))
     6.0
     """
-    masks = np.asarray(prediction, bool), np.asarray(truth, bool)
+    masks = _check_pair(
+        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
+    )
     present = sum(mask.any() for mask in masks)
     if present < 2:
         return float(present * MISSED_REGION_MM)
@@ -112,7 +123,9 @@ def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
     1.0
     """
     files.check_option("tolerance_mm", tolerance_mm, *files.number(0, 1e9))
-    masks = np.asarray(prediction, bool), np.asarray(truth, bool)
+    masks = _check_pair(
+        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
+    )
     present = sum(mask.any() for mask in masks)
     if present < 2:
         return float(present == 0)
@@ -141,7 +154,9 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
     ----------
     The rules of BraTS 2023, glioma.
     """
-    prediction, truth = np.asarray(prediction, bool), np.asarray(truth, bool)
+    prediction, truth = _check_pair(
+        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
+    )
     dilated = ndimage.binary_dilation(truth, EDGES, iterations=GROWN)
     zones, n_lesions = ndimage.label(dilated, CORNERS)
     components, n_components = ndimage.label(prediction, CORNERS)
@@ -247,11 +262,8 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     0.8
     """
     prediction, truth = np.asarray(prediction), np.asarray(truth)
-    files.check_option("spacing_mm", spacing_mm, _are_sizes, "three numbers above 0")
     files.check_option("lesions", lesions, *files.BOOL)
-    if prediction.shape != truth.shape or truth.ndim != 3:
-        found = f"got {prediction.shape} and {truth.shape}"
-        raise ValueError(f"expected a 3-D prediction and truth of one shape, {found}")
+    _check_pair(prediction, truth, spacing_mm)
     # All voxels outside the box are background in both maps. In C order, the masks of
     # arrays from files, which are in Fortran order, take a fraction of the time.
     box = bounding_box((prediction != 0) | (truth != 0))
@@ -423,6 +435,9 @@ def tune_decoding(cases):
     files.check_option("cases", cases, iter, "pairs of probabilities and truth")
     for probabilities, truth in cases:
         regions = region_probabilities(probabilities)
+        grid, shape = regions.shape[:-1], np.shape(truth)
+        expected = f"{grid}, as of its probabilities"
+        files.check_option("shape of truth", shape, grid.__eq__, expected)
         box = bounding_box((regions[..., 0] > THRESHOLDS[0]) | (truth > 0))
         kept.append((np.array(regions[box]), np.array(truth[box])))
         plain.append(_mean_dice([(np.asarray(probabilities)[box], truth[box])], {}))

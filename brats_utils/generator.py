@@ -241,6 +241,7 @@ class BratsGenerator(keras.utils.PyDataset):
         epoch : int
             Counted from 0.
         """
+        files.check_option("epoch", epoch, *files.whole(0))
         self.epoch = epoch
 
     def on_epoch_begin(self):

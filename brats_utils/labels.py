@@ -1,6 +1,7 @@
 """Label values, tumour regions, their names and colours: stated here."""
 
 import contextlib
+import operator
 import re
 
 import numpy as np
@@ -95,7 +96,7 @@ def label_table(labels):
     """
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         if isinstance(labels, dict):
-            pairs = list(labels.items())
+            pairs = [(operator.index(v), operator.index(x)) for v, x in labels.items()]
         elif labels in CONVENTIONS:
             pairs = list(zip(labels, LABELS, strict=True))
         else:
@@ -161,7 +162,8 @@ def are_modalities(names):
     -------
     known : bool
     """
-    return len(names) == len(set(names) & set(ALL_MODALITIES))  # no text either
+    in_order = not isinstance(names, set | frozenset)
+    return in_order and len(names) == len({*names} & {*ALL_MODALITIES})  # no text
 
 
 def read_label_names(names):

@@ -20,6 +20,7 @@ from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from brats_utils.cases import ALL_MODALITIES, MODALITIES
+from brats_utils.files import check_option
 from brats_utils.labels import COLOURS, LABELS, REGION_NAMES, encode_labels
 from brats_utils.volumes import bounding_box, surface_quads
 
@@ -272,6 +273,8 @@ def plot_slices(
         If there are too few axes, a label map or overlay does not have the shape of its
         volume, or a label map holds a value that is not a BraTS label.
     """
+    expected = "a list of arrays (X, Y, Z)"
+    check_option("volumes", volumes, lambda v: {x.ndim for x in v} == {3}, expected)
     n = len(volumes)
     if type(axis) is bool or axis not in (0, 1, 2):
         raise ValueError(f"axis is {axis!r}, expected 0, 1 or 2")
@@ -598,6 +601,8 @@ def browse_cases(scores, load, **view):
     **view
         `axis` and `spacing_mm`, as in `plot_slices`.
     """
+    expected = "a pandas.Series of a score for each case id"
+    check_option("scores", scores, lambda s: s.sort_values is not None, expected)
     ranking = scores.sort_values()
     cases = [(f"{case_id}: {score:.2f}", case_id) for case_id, score in ranking.items()]
     _Browser(load, cases, **view).show()

@@ -247,7 +247,10 @@ def estimate_disk_gb(
     5.4
     """
     volumes.check_shape(crop_shape)
-    voxels = float(np.prod(crop_shape or TYPICAL_BRAIN_BOX))
+    files.check_option("n_cases", n_cases, *files.whole(0))
+    names = f"some of {labels.ALL_MODALITIES}, each once"
+    files.check_option("modalities", modalities, labels.are_modalities, names)
+    voxels = float(np.prod(TYPICAL_BRAIN_BOX if crop_shape is None else crop_shape))
     return n_cases * voxels * (2 * len(modalities) + 1) / 1e9
 
 
@@ -420,7 +423,9 @@ def extract(archive, folder, *, max_gb=100):
     OSError
         If the disk refuses.
     """
-    root = Path(folder).resolve()
+    files.check_option("max_gb", max_gb, *files.number(0, np.inf))
+    archive = files.check_path("archive", archive)
+    root = files.check_path("folder", folder).resolve()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ValueError(f"{root} already exists; choose a new or empty folder")
     unpacked = files.OutputFolder(root, "unpacked", inputs=[archive], beside=True)

@@ -206,6 +206,8 @@ def standardise(image, statistics=None):
     if statistics is None:
         own = [nonzero_statistics(channel) for channel in np.moveaxis(image, -1, 0)]
         statistics = (*zip(*own, strict=True), np.zeros(image.shape[-1]))
+    expected, shape = "mean, SD and zero of each channel", (3, image.shape[-1])
+    check_option("statistics", statistics, lambda s: np.shape(s) == shape, expected)
     # A plane at a time in long rows: numpy's inner loop would be C = 3 steps long.
     mean, sd, zero = (np.tile(np.float32(v), image.shape[2]) for v in statistics)
     zero = zero.astype(image.dtype).astype(np.float32)
@@ -465,6 +467,8 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
     check_shape(shape)
     spatial = "an array (X, Y, Z) or (X, Y, Z, C)"
     check_option("image", image, lambda i: np.ndim(i) in (3, 4), spatial)
+    image = np.asarray(image)
+    segmentation = None if segmentation is None else np.asarray(segmentation)
     ok = segmentation is None or np.shape(segmentation) == image.shape[:3]
     check_option("segmentation", segmentation, lambda _: ok, "the image's shape, None")
     brain = brain_mask([image] if image.ndim == 3 else np.moveaxis(image, -1, 0))

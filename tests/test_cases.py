@@ -16,6 +16,7 @@ from conftest import AFFINE, SHAPE, toy_volumes, write_case
 from brats_utils.cases import (
     ALL_MODALITIES,
     BratsDataError,
+    Case,
     check_cases,
     find_cases,
     load_case,
@@ -27,7 +28,7 @@ from brats_utils.cases import (
 from brats_utils.inference import predict_cases
 from brats_utils.model import unet
 from brats_utils.phantom import write_phantom
-from brats_utils.prepare import prepare_dataset
+from brats_utils.prepare import prepare_case, prepare_dataset
 
 
 def test_finds_cases_at_any_depth_sorted_by_id(toy_set):
@@ -709,6 +710,25 @@ def test_J1_what_is_strange_stands_in_the_report(toy_set, tmp_path):
     report = prepare_dataset(toy_set, tmp_path / "out", min_labelled=0)
     notes = ["two of its modalities" in str(note) for note in report["note"]]
     assert notes == [True, False, False, False, False]
+
+
+def test_a_case_takes_paths_written_as_text(toy_set, tmp_path):
+    case = find_cases(toy_set)[0]
+    texts = {name: str(path) for name, path in case.images.items()}
+    written = Case(case.id, texts, str(case.segmentation))
+    assert written == case
+    assert prepare_case(written, tmp_path / "out", min_labelled=0)["kept"]
+
+
+def test_A22_a_name_that_is_not_utf_8_is_refused_before_anything(tmp_path):
+    folder = os.path.join(os.fsencode(tmp_path), b"caf\xe9_1")
+    os.mkdir(folder)
+    for name, image in toy_volumes()[0].items():
+        path = os.path.join(folder, b"caf\xe9_1_" + name.encode() + b".nii")
+        nib.save(nib.Nifti1Image(image, AFFINE), os.fsdecode(path))
+    with pytest.raises(BratsDataError, match=r"caf.udce9_1.*Rename it, in UTF-8") as e:
+        find_cases(tmp_path)
+    str(e.value).encode()  # can be printed
 
 
 def test_R2_only_the_modalities_asked_for_are_required(toy_set, tmp_path):

@@ -17,12 +17,16 @@ from brats_utils.cases import (
     find_cases,
     load_case,
     read_grid,
+    rename_odd_segmentation,
     save_segmentation,
 )
 from brats_utils.evaluation import (
+    hd95,
+    lesion_scores,
     score_case,
     score_cases,
     summarise_scores,
+    surface_dice,
     tune_decoding,
     tune_model,
 )
@@ -44,8 +48,19 @@ from brats_utils.model import (
     write_model,
 )
 from brats_utils.phantom import write_phantom
-from brats_utils.plotting import plot_case, plot_history, plot_prediction
-from brats_utils.prepare import prepare_case, prepare_dataset
+from brats_utils.plotting import (
+    browse_cases,
+    plot_case,
+    plot_history,
+    plot_prediction,
+    plot_slices,
+)
+from brats_utils.prepare import (
+    estimate_disk_gb,
+    extract,
+    prepare_case,
+    prepare_dataset,
+)
 from brats_utils.split import split_dataset, split_folds
 from brats_utils.training import train
 from brats_utils.volumes import NORMALISATION, crop_box, scale_volume, standardise
@@ -62,7 +77,7 @@ PATH = (None, 5, [], {})
 CASE = (None, "BraTS20_Training_001", 5)
 CASES = (None, 5, "BraTS20_Training_001", [None], ["a"])
 UNLABELLED = object()  # stands for a list of such cases
-MODALITIES = ((), "flair", ("FLAIR", "t1ce", "t2"), 3, (1,))
+MODALITIES = ((), {"flair", "t2"}, "flair", ("FLAIR", "t1ce", "t2"), 3, (1,))
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +270,17 @@ OF_THE_NETWORK = [
             "spacing_mm": ((1, 1), (0, 1, 1), (-1, 1, 1), (NAN, 1, 1), "111", 1, None),
         },
     ),
+    *(
+        (
+            function,
+            ["prediction", "truth"],
+            {
+                "prediction=shape": (None, 5, "map", np.zeros((2, 2, 2))),
+                "spacing_mm": ((1, 1), (0, 1, 1), "111", 1, None),
+            },
+        )
+        for function in (hd95, lesion_scores, surface_dice)
+    ),
     (
         score_cases,
         [("predictions_dir", "out"), "cases"],
@@ -270,6 +296,11 @@ OF_THE_NETWORK = [
         {"scores": (None, 5, {}, "scores.csv"), "n_resamples": (0, *WHOLE)},
     ),
     (tune_decoding, [], {"cases": ([], None, 5, iter(()))}),
+    (
+        tune_decoding,
+        [],
+        {"cases=truth": ([(np.zeros((2, 2, 2, 3)), np.zeros((2, 2)))],)},
+    ),
     (
         tune_model,
         [("run_dir", "path"), "cases"],
@@ -288,7 +319,7 @@ OF_OTHER_MODULES = [
     (
         find_cases,
         [("root", "raw")],
-        {"root=root|folder": (*PATH, "nowhere"), "labels": (5, "3210")},
+        {"root=root|folder": (*PATH, "nowhere"), "labels": (5, "3210", {1.7: 1})},
     ),
     (find_cases, [("root", "raw")], {"modalities": MODALITIES[1:]}),
     (check_cases, ["cases"], {"cases=cases?": CASES, "voxels": EITHER}),
@@ -328,7 +359,7 @@ OF_OTHER_MODULES = [
             "scaling": ("min-max", None, 3, []),
             "jobs": (0, -1, 1.5, "2", True),
             "skip_bad": EITHER,
-            "labels": (5, "3210", None, {9: 9}),
+            "labels": (5, "3210", None, {9: 9}, {1.7: 1}),
         },
     ),
     (
@@ -348,7 +379,7 @@ OF_OTHER_MODULES = [
             "prepared=prepared|data set": (*PATH, "nowhere"),
             "out=the output": PATH,
             "folds": (0, 1, 99, *WHOLE),
-            "seed": WHOLE,
+            "seed": (2**32, *WHOLE),
         },
     ),
     (
@@ -372,7 +403,25 @@ OF_OTHER_MODULES = [
             "method": ("z", None, 3, []),
         },
     ),
-    (standardise, [], {"image": (None, "scan", 5)}),
+    (
+        standardise,
+        ["image"],
+        {
+            "image": (None, "scan", 5),
+            "statistics": (5, (1, 2), "mean", np.ones((3, 2))),
+        },
+    ),
+    (
+        estimate_disk_gb,
+        [("n_cases", 3)],
+        {"n_cases": WHOLE, "crop_shape": SHAPE, "modalities": MODALITIES[1:]},
+    ),
+    (
+        extract,
+        [("archive", "out"), ("folder", "out")],
+        {"archive": PATH, "folder": PATH, "max_gb": (-1, *NUMBER[:2], *NUMBER[3:])},
+    ),
+    (rename_odd_segmentation, [], {"root": PATH}),
     (
         crop_box,
         ["image"],
@@ -397,6 +446,8 @@ OF_OTHER_MODULES = [
         ["image", "truth", "prediction"],
         {"channel": (3, -1, 0.5, "flair", None), "index": (99, 1.5), "axis": (3, "z")},
     ),
+    (plot_slices, [], {"volumes": (None, 5, "scan", [None], [np.zeros((2, 2))])}),
+    (browse_cases, [("load", len)], {"scores": (None, 5, "ids", np.zeros(3))}),
     (plot_history, [], {"history": (None, 5, "history.csv", [1])}),
     (
         region_volumes_ml,
