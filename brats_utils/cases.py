@@ -1,7 +1,5 @@
 """Find the cases of a folder, check them, and read them."""
 
-import contextlib
-import itertools
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +13,10 @@ from brats_utils import labels, nifti
 from brats_utils.files import BOOL, check_option, check_path, read_json
 from brats_utils.labels import ALL_MODALITIES, MODALITIES, are_modalities, label_code
 from brats_utils.nifti import BratsDataError, load_labels, save_segmentation, walk  # noqa: F401
-from brats_utils.volumes import background_problem, brain_mask, check_image
+from brats_utils.volumes import brain_mask, check_image, find_doubts
 
 # Of the Decathlon and of nnU-Net: folder, name, id of the case, number of the channel.
 _IN_FOLDERS = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(\.gz)?)")
-MOST_OFF_BRAIN = 0.05  # share of the labelled voxels; none in eleven real scans
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
 
 
@@ -126,25 +123,12 @@ class Scan:
         """Return the (X, Y, Z) mask of voxels that are non-zero in some modality."""
         return brain_mask(self.volumes)
 
-    @property
-    def background_problem(self):
-        """Return the first modality's background problem, '' if there is none."""
-        return next(filter(None, map(background_problem, self.volumes)), "")
-
-    @property
+    @cached_property
     def doubts(self):
-        """Return what else is strange about the case as a whole: a list of str."""
-        found, pairs = [], itertools.combinations(self.volumes, 2)
-        if not (self.header["qform_code"] or self.header["sform_code"]):
-            found.append("its header states no orientation; LAS is assumed")
-        if any(a is not b and np.array_equal(a, b) for a, b in pairs):
-            found.append("two of its modalities are the same image")
-        if self.segmentation is not None and self.volumes:
-            tumour = self.segmentation != 0
-            off = np.count_nonzero(tumour & ~self.brain_mask)
-            if off > MOST_OFF_BRAIN * np.count_nonzero(tumour):
-                found.append(f"{off} labelled voxels lie outside the brain")
-        return found
+        """Return what is strange about the case as a whole, a list of str."""
+        found = find_doubts(self.volumes, self.segmentation)
+        oriented = self.header["qform_code"] or self.header["sform_code"]
+        return found if oriented else [*found, nifti.NO_ORIENTATION]
 
     def restore(self, volume):
         """Return a volume (X, Y, Z) in the orientation of the stored grid."""
@@ -158,17 +142,11 @@ def _read_description(path):
     does not name the labels; if a name is not understood, it says what to pass.
     """
     described = read_json(path) if path.is_file() else {}
-    names = described.get("channel_names") or described.get("modality") or {}
     try:
-        names = [str(names[key]).lower() for key in sorted(names, key=int)]
+        channels = labels.read_channel_names(described)
         table = labels.read_label_names(described.get("labels") or {})
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise BratsDataError(f"not as nnU-Net writes it: {error}", file=path) from None
-    files = [re.sub("[- ]", "_", name) + ".nii" for name in names]
-    channels = tuple(labels.parse_name(file)[1] for file in files)
-    if not {*channels} <= {*ALL_MODALITIES}:
-        problem = f"its channels are {names}, not {ALL_MODALITIES}"
-        raise BratsDataError(problem, file=path)
     code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
     return channels, ("dataset.json", code) if described.get("labels") else ()
 
@@ -335,15 +313,6 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     return found
 
 
-def _threes_and_fours(files):
-    """Return which of the values 3 and 4 a case's label map holds, if it has one."""
-    with contextlib.suppress(BratsDataError):  # raised again when the case is read
-        if "seg" in files:
-            volume = nifti.read_volume(files["seg"])[0]
-            return {value for value in (3, 4) if (volume == value).any()}
-    return set()
-
-
 def _decide_labels(groups, sets):
     """Return {(folder, id): label code} by descriptions, ids and label maps."""
     names = {p: sets.get(p[0], ((), ()))[1] for p in groups}
@@ -351,7 +320,8 @@ def _decide_labels(groups, sets):
         by_id = labels.naming(place[1])
         names[place] = by_id if not said or "=" in said[1] and by_id[1] else said
     with ThreadPoolExecutor(2) as pool:
-        found = pool.map(_threes_and_fours, groups.values())
+        drawn = [files.get("seg") for files in groups.values()]
+        found = pool.map(nifti.threes_and_fours, drawn)
         values = dict(zip(groups, found, strict=True))
     unknown = set().union(*(values[p] for p in groups if not names[p][1]))
     usual = "0123" if unknown == {3} else "0124"
@@ -430,39 +400,6 @@ def _channel(case, volume, modality):
     return volume[..., [*case.images].index(modality)] if volume.ndim == 4 else volume
 
 
-def check_spacing(header, case_id=None):
-    """Raise unless voxels are 1 mm wide, as in all BraTS scans.
-
-    Parameters
-    ----------
-    header : nibabel.Nifti1Header
-    case_id : str, optional
-        For the message.
-
-    Raises
-    ------
-    BratsDataError
-        If a size differs by more than 0.05 mm.
-    """
-    spacing = np.round(nifti.spacing_mm(header.get_best_affine()), 2).tolist()
-    if not np.allclose(spacing, 1, atol=0.05):
-        problem = f"voxels of {spacing} mm; the networks expect 1 mm on each side"
-        raise BratsDataError(problem, case=case_id, advice="Resample it to 1 mm first")
-
-
-def _check_grid(header, path, first):
-    """Raise if a volume lies on another grid than the case's first (path, header)."""
-    name, other = first[0].name, first[1]
-    shape, affine = header.get_data_shape(), header.get_best_affine()
-    problem, advice = None, "All volumes of a case must lie on one grid; register them"
-    if shape != other.get_data_shape():
-        problem = f"shape {shape}, but {name} has {other.get_data_shape()}"
-    elif not np.allclose(affine, other.get_best_affine(), atol=1e-3):
-        problem = f"its grid (affine) differs from that of {name}"
-    if problem:
-        raise BratsDataError(problem, file=path, advice=advice)
-
-
 def read_scan(case, modalities=MODALITIES, *, labelled=True):
     """Read a case into memory, verified, in LPS order.
 
@@ -490,11 +427,11 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
         volumes, paths, first = {}, _paths(case, modalities), _first(case)
         for path, wanted in paths.items():
             if not wanted:
-                _check_grid(nifti.read_header(path), path, first)
+                nifti.check_grid(nifti.read_header(path), path, first)
                 volumes["seg"] = load_labels(path, case.labels)[0]
                 continue
             volume, header = nifti.read_volume(path, case.channels)
-            _check_grid(header, path, first)
+            nifti.check_grid(header, path, first)
             for modality in wanted:
                 volumes[modality] = _channel(case, volume, modality)
                 check_image(volumes[modality], path)
@@ -563,8 +500,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
     check_option("voxels", voxels, *BOOL)
     check_option("cases", cases, iter, "a list of Case")
     rows, cases = [], [*cases]
-    for case in cases:
-        check_case(case)
+    check_distinct(cases)
 
     def note(case, path, check, *arguments, **options):
         try:
@@ -583,8 +519,8 @@ def check_cases(cases, *, voxels=True, modalities=None):
                 continue
             if not first:
                 first = path, header
-                note(case, path, check_spacing, header)
-            note(case, path, _check_grid, header, path, first)
+                note(case, path, nifti.check_spacing, header)
+            note(case, path, nifti.check_grid, header, path, first)
             if voxels and not wanted:
                 truth = note(case, path, load_labels, path, case.labels)
             elif voxels:

@@ -1,6 +1,5 @@
 """Predict whole scans: raw intensities in, a label map on the scan's own grid out."""
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import keras
 import numpy as np
-from scipy import ndimage
 
 from brats_utils import files, labels, nifti, volumes
-from brats_utils.cases import check_distinct, check_spacing, read_scan
+from brats_utils.cases import check_distinct, read_scan
 from brats_utils.model import (
     BEST,
     PHANTOM_WEIGHTS,
@@ -326,8 +324,8 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     """
     names = _choose_modalities(models[0], modalities)
     scan = read_scan(case, names, labelled=False)
-    check_spacing(scan.header, case.id)
-    for doubt in filter(None, [scan.background_problem, *scan.doubts]):
+    nifti.check_spacing(scan.header, case.id)
+    for doubt in scan.doubts:
         warnings.warn(f"{case.id}: {doubt}", stacklevel=2)
     for name, volume in zip(names, scan.volumes, strict=True):
         volumes.check_outliers(volume, case.images[name])
@@ -479,7 +477,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         names[case_id].append(f"uncertainty/{case_id}.nii.gz")
     sources = {path.parent for case in cases for path in case.images.values()}
     with files.OutputFolder(out_dir, "predictions", inputs=sources) as output:
-        _check_unedited(output)
+        nifti.check_unedited(output.path, output.manifest["files"])
         if output.manifest["made_from"] != made_from:
             output.manifest["cases"] = {}
         output.begin(made_from)
@@ -498,15 +496,6 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
         raise BratsDataError(problem + " | ".join(failed))
     return [Path(out_dir) / names[case.id][0] for case in cases]
-
-
-def _check_unedited(output):
-    """Raise if others have changed a label map, and not damaged it."""
-    for name in files.find_changed(output.path, output.manifest["files"]):
-        with contextlib.suppress(BratsDataError):
-            nifti.read_volume(output.path / name)
-            problem = f"{output.path / name} was changed after it was predicted"
-            raise ValueError(f"{problem}; move it, or choose another folder")
 
 
 def _predict_file(models, case, output, names, options):
@@ -555,15 +544,6 @@ def region_probabilities(probabilities):
     return np.stack(members, axis=-1)
 
 
-def _drop_islands(segmentation, share):
-    """Set to 0 the components of a label map that are small beside its largest."""
-    corners = np.ones((3,) * segmentation.ndim)
-    islands, n_islands = ndimage.label(segmentation, corners)
-    sizes = np.bincount(islands.ravel(), minlength=2)[1:]
-    kept = np.r_[True, sizes >= share * sizes.max()]
-    segmentation[~kept[islands]] = 0
-
-
 def decode_probabilities(
     probabilities, *, thresholds=None, min_island=0.0, min_et_voxels=0
 ):
@@ -610,7 +590,7 @@ def decode_probabilities(
         # By how many regions a voxel lies in: oedema, core, enhancing tumour.
         segmentation = np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
     if min_island:
-        _drop_islands(segmentation, min_island)
+        volumes.drop_islands(segmentation, min_island)
     if np.count_nonzero(segmentation == 4) < (min_et_voxels or 0):
         segmentation[segmentation == 4] = 1
     return segmentation

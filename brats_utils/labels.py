@@ -166,6 +166,32 @@ def are_modalities(names):
     return in_order and len(names) == len({*names} & {*ALL_MODALITIES})  # no text
 
 
+def read_channel_names(described):
+    """Return the modalities that a `dataset.json` names.
+
+    Parameters
+    ----------
+    described : dict
+        With {"0": "FLAIR", ...} as "modality" (the Decathlon's) or "channel_names".
+
+    Returns
+    -------
+    channels : tuple of str
+        Of `ALL_MODALITIES`, in order; empty if it names none.
+
+    Raises
+    ------
+    ValueError
+        If a name is no modality.
+    """
+    names = described.get("channel_names") or described.get("modality") or {}
+    names = [str(names[key]).lower() for key in sorted(names, key=int)]
+    channels = [parse_name(re.sub("[- ]", "_", name) + ".nii")[1] for name in names]
+    if not {*channels} <= {*ALL_MODALITIES}:
+        raise ValueError(f"its channels are {names}, not {ALL_MODALITIES}")
+    return tuple(channels)
+
+
 def read_label_names(names):
     """Return the label table that names of labels describe.
 

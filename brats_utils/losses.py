@@ -323,22 +323,26 @@ def build_losses(model):
     model.compute_metrics(None, labels, outputs)
 
 
-def check_loss(loss, outputs):
-    """Raise unless a loss takes labels and probabilities, and rates the truth best.
+def check_loss(loss, model):
+    """Raise unless a model gives probabilities, and a loss rates the truth best.
 
     Parameters
     ----------
     loss : function, keras.losses.Loss or str
         As Keras takes it.
-    outputs : int
-        4 for labels, 3 for regions.
+    model : keras.Model
+        Four outputs are labels, three are regions.
 
     Raises
     ------
     ValueError
-        Says what the loss does instead, or that a model has other outputs.
+        Says what the loss does instead, or that the model has other outputs.
     """
+    outputs, last = model.output_shape[-1], model.outputs[0]._keras_history.operation
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
+    if getattr(last, "activation", None) is keras.activations.linear:
+        expected = "'softmax' or 'sigmoid': probabilities"
+        raise ValueError(f"the last layer has no activation; expected {expected}")
     truth, function = np.arange(4).reshape(1, 4, 1, 1, 1), keras.losses.get(loss)
     table = np.eye(4) if outputs == len(LABELS) else IN_REGION
     perfect = table[truth[..., 0]].astype("float32")

@@ -278,14 +278,10 @@ def check_model(model):
     Raises
     ------
     ValueError
-        If it is something else, or its outputs are no probabilities.
+        If it is something else.
     """
     single = "a functional keras.Model with one input"
     check_option("model", model, lambda m: len(m.inputs) == 1, single)
-    last = model.outputs[0]._keras_history.operation
-    if getattr(last, "activation", None) is keras.activations.linear:
-        problem = f"the model's last layer, {last.name}, has no activation; expected "
-        raise ValueError(f"{problem}'softmax' or 'sigmoid': probabilities")
 
 
 def _output_shapes(model, tensors, input_shape):

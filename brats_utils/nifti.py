@@ -1,5 +1,6 @@
 """Read NIfTI files checked to the last byte, and write them; all nibabel is here."""
 
+import contextlib
 import io
 import math
 import os
@@ -10,7 +11,7 @@ import nibabel as nib
 import numpy as np
 from isal import igzip, isal_zlib
 
-from brats_utils.files import atomic_write, check_option, check_path
+from brats_utils.files import atomic_write, check_option, check_path, find_changed
 from brats_utils.labels import LABELS, label_table, relabel
 
 # A whole-body scan is smaller; a header that asks for more is damaged or hostile.
@@ -30,6 +31,7 @@ FORMATS = {
     "unknown or damaged": rb"",
 }
 GEOMETRY = re.compile("pixdim|[qs]form_code|quatern|qoffset|srow|xyzt_units")
+NO_ORIENTATION = "its header states no orientation; LAS is assumed"
 WRITTEN_BY = "brats_utils"  # in the header of our label maps: those may be replaced
 _LPS = nib.orientations.axcodes2ornt("LPS")
 
@@ -234,6 +236,28 @@ def load_labels(path, labels="0124"):
     return segmentation, header.get_best_affine()
 
 
+def check_unedited(folder, files):
+    """Raise if others have changed a volume, and not damaged it.
+
+    Parameters
+    ----------
+    folder : path
+        Holds a manifest.
+    files : dict
+        "files" of the manifest: NIfTI volumes.
+
+    Raises
+    ------
+    ValueError
+        Names the file.
+    """
+    for path in (Path(folder, name) for name in find_changed(folder, files)):
+        with contextlib.suppress(BratsDataError):
+            read_volume(path)
+            problem = f"{path} was changed after it was predicted"
+            raise ValueError(f"{problem}; move it, or choose another folder")
+
+
 def walk(root):
     """Yield each folder below a root once, with the names of its files.
 
@@ -304,6 +328,72 @@ def spacing_mm(affine):
     spacing : tuple of 3 float
     """
     return tuple(float(size) for size in nib.affines.voxel_sizes(affine))
+
+
+def check_spacing(header, case_id=None):
+    """Raise unless voxels are 1 mm wide, as in all BraTS scans.
+
+    Parameters
+    ----------
+    header : nibabel.Nifti1Header
+    case_id : str, optional
+        For the message.
+
+    Raises
+    ------
+    BratsDataError
+        If a size differs by more than 0.05 mm.
+    """
+    spacing = np.round(spacing_mm(header.get_best_affine()), 2).tolist()
+    if not np.allclose(spacing, 1, atol=0.05):
+        problem = f"voxels of {spacing} mm; the networks expect 1 mm on each side"
+        raise BratsDataError(problem, case=case_id, advice="Resample it to 1 mm first")
+
+
+def check_grid(header, path, first):
+    """Raise if a volume lies on another grid than the first one of its case.
+
+    Parameters
+    ----------
+    header : nibabel.Nifti1Header
+    path : path
+        Its file, for the message.
+    first : (Path, nibabel.Nifti1Header)
+        The case's first volume.
+
+    Raises
+    ------
+    BratsDataError
+        Says what differs.
+    """
+    name, other = first[0].name, first[1]
+    shape, affine = header.get_data_shape(), header.get_best_affine()
+    problem, advice = None, "All volumes of a case must lie on one grid; register them"
+    if shape != other.get_data_shape():
+        problem = f"shape {shape}, but {name} has {other.get_data_shape()}"
+    elif not np.allclose(affine, other.get_best_affine(), atol=1e-3):
+        problem = f"its grid (affine) differs from that of {name}"
+    if problem:
+        raise BratsDataError(problem, file=path, advice=advice)
+
+
+def threes_and_fours(path):
+    """Return which of the values 3 and 4 a label map holds.
+
+    Parameters
+    ----------
+    path : path or None
+
+    Returns
+    -------
+    values : set of int
+        Empty if there is no file, or it cannot be read: that is told when it is used.
+    """
+    with contextlib.suppress(BratsDataError):
+        if path is not None:
+            volume = read_volume(path)[0]
+            return {value for value in (3, 4) if (volume == value).any()}
+    return set()
 
 
 def _reorient(volume, start, end):

@@ -20,7 +20,7 @@ from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from brats_utils.cases import ALL_MODALITIES, MODALITIES
-from brats_utils.files import check_option
+from brats_utils.files import check_option, is_whole
 from brats_utils.labels import COLOURS, LABELS, REGION_NAMES, encode_labels
 from brats_utils.volumes import bounding_box, surface_quads
 
@@ -273,11 +273,9 @@ def plot_slices(
         If there are too few axes, a label map or overlay does not have the shape of its
         volume, or a label map holds a value that is not a BraTS label.
     """
-    expected = "a list of arrays (X, Y, Z)"
-    check_option("volumes", volumes, lambda v: {x.ndim for x in v} == {3}, expected)
+    check_option("volumes", volumes, lambda v: {x.ndim for x in v} == {3}, "3-D arrays")
     n = len(volumes)
-    if type(axis) is bool or axis not in (0, 1, 2):
-        raise ValueError(f"axis is {axis!r}, expected 0, 1 or 2")
+    check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
     overlays = overlays or [_overlay(s) for s in segmentations or [None] * n]
     boxes = boxes or [None] * n
     for scan, o in zip(volumes, overlays, strict=True):
@@ -287,10 +285,9 @@ def plot_slices(
         index = _best_slice_of(overlays, volumes[0].shape, axis)
     indices = np.broadcast_to(index, n)
     sides = [sides] * n if isinstance(sides, bool | str) else sides
-    lengths = np.array([volume.shape[axis] for volume in volumes])
-    if indices.dtype.kind != "i" or ((indices < 0) | (indices >= lengths)).any():
-        last = lengths.min() - 1
-        raise ValueError(f"index is {index!r}, expected a slice from 0 to {last}")
+    last = min(volume.shape[axis] for volume in volumes) - 1
+    fits = indices.dtype.kind == "i" and 0 <= indices.min() <= indices.max() <= last
+    check_option("index", index, lambda _: fits, f"a slice from 0 to {last}")
     frames = _find_frames(volumes, boxes)
     axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
     for i, each in enumerate(axes):
@@ -602,7 +599,7 @@ def browse_cases(scores, load, **view):
         `axis` and `spacing_mm`, as in `plot_slices`.
     """
     expected = "a pandas.Series of a score for each case id"
-    check_option("scores", scores, lambda s: s.sort_values is not None, expected)
+    check_option("scores", scores, lambda s: len(s.sort_values()), expected)
     ranking = scores.sort_values()
     cases = [(f"{case_id}: {score:.2f}", case_id) for case_id, score in ranking.items()]
     _Browser(load, cases, **view).show()

@@ -16,11 +16,10 @@ from brats_utils.cases import (
     check_case,
     check_cases,
     check_distinct,
-    check_spacing,
     find_cases,
     read_scan,
 )
-from brats_utils.nifti import BratsDataError, file_states, spacing_mm
+from brats_utils.nifti import BratsDataError, check_spacing, file_states, spacing_mm
 from brats_utils.split import KINDS, find_patients
 
 REPORT = "cases.csv"
@@ -191,8 +190,7 @@ def _crop_and_measure(case, options):
     parts = truth, truth[box], truth[volumes.FIXED_WINDOW]
     tumour, inside, in_window = (int(np.count_nonzero(part)) for part in parts)
     lost = (tumour - inside) / max(1, tumour)
-    notes = [scan.background_problem, *scan.doubts]
-    notes.append("" if tumour else "no voxel is labelled")
+    notes = [*scan.doubts, "" if tumour else "no voxel is labelled"]
     if lost > LOSS_TO_WARN_OF:
         notes.append(f"the crop leaves out {lost:.0%} of the tumour")
     row = {

@@ -167,6 +167,7 @@ class Run:
         arrays = {f"v{i:04}": array for i, array in enumerate(variables)}
         record = json.dumps({"history": self.rows, "description": self.description})
         state, former = self.output.path / STATE, self.output.path / FORMER
+        self.output.save()  # the best model is noted before a state says it is there
         with self.output.write(STATE) as temporary:
             np.savez(temporary, record=record, **arrays)
             if state.exists():
@@ -318,7 +319,7 @@ def _check_options(**options):
 def _check_fit(model, train_data, val_data, loss):
     """Raise unless a model, its data and its loss fit, before the first step."""
     check_model(model)
-    losses.check_loss(loss, model.output_shape[-1])
+    losses.check_loss(loss, model)
     check_pair(train_data, val_data, model.input_shape, size_factor(model))
 
 

@@ -1,6 +1,9 @@
 """What is done to voxels: scale, standardise, crop, pad; whatever file they are in."""
 
+import itertools
+
 import numpy as np
+from scipy import ndimage
 
 from brats_utils.files import check_option, is_whole
 from brats_utils.nifti import BratsDataError
@@ -11,6 +14,7 @@ NORMALISATION = "mean 0, SD 1 over each modality's non-zero voxels"  # by standa
 SCALINGS = ("minmax", "zscore")
 LEAST_GREY_LEVELS = 64  # a stored brain with fewer shows next to nothing
 MOST_SD = 200  # of a voxel from the mean; 18 in eleven real scans
+MOST_OFF_BRAIN = 0.05  # share of the labelled voxels; none in eleven real scans
 LEAST_BACKGROUND = 0.05  # share of voxels that are exactly 0; BraTS scans have 0.8
 
 
@@ -341,6 +345,33 @@ def background_problem(volume):
     return f"{share:.1%} of its voxels are exactly 0, in BraTS scans 80 %: {found}"
 
 
+def find_doubts(volumes, segmentation=None):
+    """Say what is strange about the volumes of a scan, taken together.
+
+    Parameters
+    ----------
+    volumes : sequence of (X, Y, Z) array
+        Its modalities, raw intensities.
+    segmentation : (X, Y, Z) integer array, optional
+        Its label map.
+
+    Returns
+    -------
+    doubts : list of str
+        Empty if the background is 0, no two modalities are equal, and the labels lie
+        in the brain.
+    """
+    found = [problem for problem in map(background_problem, volumes) if problem][:1]
+    pairs = itertools.combinations(volumes, 2)
+    if any(a is not b and np.array_equal(a, b) for a, b in pairs):
+        found.append("two of its modalities are the same image")
+    if segmentation is not None and len(volumes):
+        off = np.count_nonzero((segmentation != 0) & ~brain_mask(volumes))
+        if off > MOST_OFF_BRAIN * np.count_nonzero(segmentation):
+            found.append(f"{off} labelled voxels lie outside the brain")
+    return found
+
+
 def check_image(volume, path, *, thorough=False):
     """Raise if a scan's modality cannot be used.
 
@@ -395,6 +426,23 @@ def dice(first, second):
     """
     size = np.count_nonzero(first) + np.count_nonzero(second)
     return float(2 * np.count_nonzero(first & second) / size) if size else 1.0
+
+
+def drop_islands(segmentation, share):
+    """Set to 0 the components of a label map that are small beside its largest.
+
+    Parameters
+    ----------
+    segmentation : integer array
+        Non-zero counts; voxels that touch by a corner are connected. Is changed.
+    share : float
+        Of the size of the largest component.
+    """
+    corners = np.ones((3,) * segmentation.ndim)
+    islands, n_islands = ndimage.label(segmentation, corners)
+    sizes = np.bincount(islands.ravel(), minlength=2)[1:]
+    kept = np.r_[True, sizes >= share * sizes.max()]
+    segmentation[~kept[islands]] = 0
 
 
 def check_shape(shape, name="crop_shape", least=1):
