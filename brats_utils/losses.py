@@ -1,4 +1,4 @@
-"""Losses for label maps, and the Dice metric.
+"""Losses for label maps, the Dice metric, and which weights are validated.
 
 The five losses share one interface. They take
 
@@ -22,6 +22,7 @@ of being inside or outside a region (K = 3). Each term is 0 for a perfect predic
 - Cross-entropy: the mean over voxels (and regions) of -log q.
 """
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -356,6 +357,32 @@ def check_loss(loss, model):
         found = "which is {:.3g} for the truth, {:.3g} for its opposite".format(*costs)
     expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
     raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
+
+
+@contextlib.contextmanager
+def averaged_weights(model, start=(), share=0.0):
+    """Lend a model the weights that are validated and kept.
+
+    Parameters
+    ----------
+    model : keras.Model
+        Compiled. If its optimizer keeps an average of the weights, that is lent.
+    start : iterable of (keras.Variable, array)
+        Weights to average with, and their values at the start.
+    share : float
+        Of the start in the average.
+    """
+    own = model.get_weights()
+    if model.optimizer.use_ema:
+        model.optimizer.finalize_variable_values(model.trainable_variables)
+        # Copies: JAX, validating, would give away arrays that are the optimizer's.
+        model.set_weights(model.get_weights())
+    for variable, first in start:
+        variable.assign((1 - share) * variable + share * first)
+    # No `finally`: after a failure in validation `Run.resume` restores the weights, and
+    # a generator that is closed later must not replace them.
+    yield
+    model.set_weights(own)
 
 
 def describe_object(value):

@@ -516,12 +516,9 @@ def _facts(model):
         return {"channels": model.input_shape[-1]}
     first = convolutions[0]
     facts = {"channels": model.input_shape[-1], "filters": first.kernel.shape[-1]}
-    stride, factor = first.strides[0], size_factor(model)
-    return {
-        **facts,
-        "depth": 1 + (factor // stride).bit_length() - 1,
-        "stem_stride": stride,
-    }
+    stride = first.strides[0]
+    depth = (size_factor(model) // stride).bit_length()
+    return {**facts, "depth": depth, "stem_stride": stride}
 
 
 def start_from(start, model, train_data, val_data):
@@ -543,6 +540,8 @@ def start_from(start, model, train_data, val_data):
     -------
     sha256 : str
         Of the file that was read.
+    copied : list of (keras.Variable, array)
+        The model's weights that were changed, and their values.
 
     Raises
     ------
@@ -567,10 +566,12 @@ def start_from(start, model, train_data, val_data):
         found = "; ".join(differ) or "other layers"
         problem = f"start={start!r} does not fit the model: it has {found}"
         raise ValueError(f"{problem}. {NO_START}")
+    copied = []
     for old, new in zip(*pairs, strict=True):
         if [w.shape for w in old.weights] == [w.shape for w in new.weights]:
             new.set_weights(old.get_weights())
-    return describe_file(path)["sha256"]
+            copied += zip(new.weights, old.get_weights(), strict=True)
+    return describe_file(path)["sha256"], copied
 
 
 def check_description(model, description, path):

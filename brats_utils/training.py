@@ -1,6 +1,5 @@
 """Train a model from generators: schedule, checkpoints, history, resuming a run."""
 
-import contextlib
 import functools
 import json
 import os
@@ -36,16 +35,20 @@ WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no fur
 PILOT, PILOT_PLAN = 2, 20  # epochs that are timed, and the plan until then
 VALIDATIONS = 10  # in a run, by default
 POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
-POSSIBLE |= {"average": files.number(0, 0.9999), "deep_supervision": files.whole(0)}
+POSSIBLE |= {"average": files.number(0, 0.9999), "start_share": files.number(0, 0.99)}
+POSSIBLE["deep_supervision"] = files.whole(0)
 POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
 POSSIBLE |= {"minutes": files.number(0, 1e6), "max_minutes": files.number(0, np.inf)}
 OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")
 POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
-POSSIBLE["callbacks"] = (
-    lambda xs: len(xs) == sum(isinstance(x, keras.callbacks.Callback) for x in xs),
-    "a list of keras.callbacks.Callback",
-)
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
+
+
+def _are_callbacks(xs):
+    return len(xs) == sum(isinstance(x, keras.callbacks.Callback) for x in xs)
+
+
+POSSIBLE["callbacks"] = _are_callbacks, "a list of keras.callbacks.Callback"
 
 
 def choose_precision():
@@ -204,28 +207,6 @@ def _mean_dice(row):
     return float(np.nan_to_num(np.mean(values), nan=-1))
 
 
-@contextlib.contextmanager
-def averaged_weights(model):
-    """Lend a model the average of its weights, if its optimizer keeps one.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Compiled.
-    """
-    if not model.optimizer.use_ema:
-        yield
-        return
-    own = model.get_weights()
-    model.optimizer.finalize_variable_values(model.trainable_variables)
-    # Copies: JAX, validating, would give away arrays that are the optimizer's.
-    model.set_weights(model.get_weights())
-    # No `finally`: after a failure in validation `Run.resume` restores the weights, and
-    # a generator that is closed later must not replace them.
-    yield
-    model.set_weights(own)
-
-
 class FiniteCheck(keras.callbacks.Callback):
     """Stop if the loss or a weight is NaN or infinite, before anything is saved."""
 
@@ -254,10 +235,10 @@ class TimeLimit(keras.callbacks.Callback):
 class Checkpoint(keras.callbacks.Callback):
     """Set each epoch's draws; at its end save history, best model and state."""
 
-    def __init__(self, run, train_data, val_data, verbose):
+    def __init__(self, run, train_data, val_data, lend, verbose):
         super().__init__()
         self.train_data, self.val_data = train_data, val_data
-        self.run, self.began = run, False
+        self.run, self.lend, self.began = run, lend, False
         options = {"desc": "training", "unit": "epoch", "disable": not verbose}
         self.bar = files.progress_bar(**options)
 
@@ -279,7 +260,7 @@ class Checkpoint(keras.callbacks.Callback):
     def on_test_begin(self, logs=None):
         """Validate the averaged weights, on the same patches each time."""
         self.val_data.set_epoch(0)
-        self.average = averaged_weights(self.model)
+        self.average = self.lend(self.model)
         self.average.__enter__()
 
     def on_test_end(self, logs=None):
@@ -297,7 +278,7 @@ class Checkpoint(keras.callbacks.Callback):
         # Until the first validation the newest model is the best there is.
         if score >= max(map(_mean_dice, rows)) or not (output.path / BEST).exists():
             said = {k: v for k, v in self.run.description.items() if k != "model"}
-            with averaged_weights(self.model), output.write(BEST) as temporary:
+            with self.lend(self.model), output.write(BEST) as temporary:
                 write_model(self.model, temporary, said)
         with output.write(HISTORY) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False)
@@ -314,13 +295,6 @@ def _check_options(**options):
             files.check_option(name, value, *POSSIBLE[name])
     if options["epochs"] is None and options["minutes"] is None:
         raise ValueError("epochs is None, expected epochs or minutes to train for")
-
-
-def _check_fit(model, train_data, val_data, loss):
-    """Raise unless a model, its data and its loss fit, before the first step."""
-    check_model(model)
-    losses.check_loss(loss, model)
-    check_pair(train_data, val_data, model.input_shape, size_factor(model))
 
 
 def plan_epochs(rows, minutes, epochs=None):
@@ -421,6 +395,7 @@ def train(
     average=0.0,
     validation_freq=1,
     start=None,
+    start_share=0.0,
     max_minutes=None,
     callbacks=(),
     verbose=True,
@@ -469,6 +444,9 @@ def train(
         Begin with the weights of this model rather than with random ones: a `.keras`
         file, the folder of a run, or "phantom", the weights that come with this
         package. Channels, filters, depth and stride must be the same.
+    start_share : float
+        Average the weights with those of `start`, by this share, before they are
+        validated and kept: a short training on few cases then forgets less.
     max_minutes : float, optional
         Stop after the epoch in which this time is up; the same call then resumes. The
         learning rate stays planned for `epochs`, so give as many as the time allows.
@@ -499,22 +477,32 @@ def train(
     References
     ----------
     Loshchilov and Hutter, 2019, arXiv:1711.05101 (AdamW), and 2017, arXiv:1608.03983
-    (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights).
+    (the cosine); Izmailov et al., 2018, arXiv:1803.05407 (averaged weights); Wortsman
+    et al., 2022, arXiv:2109.01903 (averaged with the start).
     """
     settings = {"learning_rate": learning_rate, "average": average}
     settings["deep_supervision"] = deep = deep_supervision
+    settings |= {"start_share": start_share} if start_share else {}
+    first = ()
     times = {"epochs": epochs, "minutes": minutes, "validation_freq": validation_freq}
     others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
     _check_options(**settings, **times, **others, verbose=verbose)
-    _check_fit(model, train_data, val_data, loss)
+    most = 0.99 if start is not None else 0
+    fits = files.number(0, most)[0]
+    files.check_option("start_share", start_share, fits, "0 without a start")
+    check_model(model)
+    losses.check_loss(loss, model)
+    check_pair(train_data, val_data, model.input_shape, size_factor(model))
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
-        description["start"] = start_from(start, model, train_data, val_data)
+        description["start"], first = start_from(start, model, train_data, val_data)
+    lend = functools.partial(losses.averaged_weights, start=first, share=start_share)
     trained = losses.supervise_deeply(model, deep) if deep else model
     compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        checkpoint = Checkpoint(Run(output, description), train_data, val_data, verbose)
+        run = Run(output, description)
+        checkpoint = Checkpoint(run, train_data, val_data, lend, verbose)
         others = [TimeLimit(np.inf if max_minutes is None else max_minutes), *callbacks]
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, others, **times)
@@ -522,4 +510,4 @@ def train(
             problem = f"{BEST} in {run_dir} is not the one that this run wrote"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
     model.set_weights(read_model(Path(run_dir) / BEST)[0].get_weights())
-    return pd.DataFrame(checkpoint.run.rows)
+    return pd.DataFrame(run.rows)

@@ -141,6 +141,7 @@ OF_THE_NETWORK = [
             "learning_rate": (0, -0.1, *NUMBER),
             "deep_supervision": (99, *WHOLE),
             "average": (1, 1.5, -0.1, *NUMBER),
+            "start_share": (0.5, 1, -0.1, *NUMBER),
             "validation_freq": (0, -1, 1.5, "3", True, NAN, INF, [2]),  # None: ten
             "max_minutes": (-1, "8", NAN, True, [1]),
             "minutes": (-1, "8", NAN, INF, True, [1]),

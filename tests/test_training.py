@@ -1177,6 +1177,33 @@ def test_another_head_keeps_its_own_weights(finished, split, tmp_path):
     np.testing.assert_allclose(first, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_the_weights_that_are_kept_are_averaged_with_the_start(
+    finished, split, tmp_path, average
+):
+    begun, options = load_model(finished[0]).model, {"average": average}
+    options |= {"start": finished[0], "validation_freq": 1}
+    alone, mixed = tiny_unet(), tiny_unet()
+    run(split, tmp_path / "alone", 1, model=alone, **options)
+    run(split, tmp_path / "mixed", 1, model=mixed, start_share=0.25, **options)
+    weights = [m.weights for m in (begun, alone, mixed)]
+    for first, own, kept in zip(*weights, strict=True):
+        np.testing.assert_allclose(0.25 * first + 0.75 * own, kept, atol=1e-6)
+    trained = [variables(tmp_path / name) for name in ("alone", "mixed")]
+    for name in trained[0]:  # what is trained is the same
+        np.testing.assert_array_equal(trained[0][name], trained[1][name])
+    scores = mixed.evaluate(data(split)[1], verbose=0, return_dict=True)
+    history = pd.read_csv(tmp_path / "mixed" / "history.csv")
+    assert scores["dice_WT"] == pytest.approx(history["val_dice_WT"][0])
+    with pytest.raises(ValueError, match="other settings: .*start_share"):
+        run(split, tmp_path / "mixed", 2, model=mixed, start_share=0.5, **options)
+
+
+def test_a_share_of_no_start_is_refused(split, tmp_path):
+    with pytest.raises(ValueError, match="start_share is 0.3, expected 0 without"):
+        run(split, tmp_path / "run", start_share=0.3)
+
+
 def test_a_run_from_a_start_resumes_bit_for_bit_and_another_start_is_refused(
     finished, split, tmp_path
 ):
