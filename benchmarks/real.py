@@ -45,7 +45,7 @@ def fold_folders(data):
 
 
 ISLAND = 0.5  # as the phantom weights are decoded; chosen with decoding.py
-FROM_PHANTOMS = {"start": "phantom", "learning_rate": 3e-4}
+FROM_PHANTOMS = {"start": "phantom", "learning_rate": 1e-3, "start_share": 0.35}
 RECIPES = {
     "no training": untrained,
     "no training, flips": partial(untrained, flips=True),
@@ -54,8 +54,8 @@ RECIPES = {
     "no training, make run": partial(untrained, model=PHANTOM_RUN),
     "from nothing": partial(recipes.ours, min_island=ISLAND),
     "from phantoms": partial(recipes.ours, min_island=ISLAND, **FROM_PHANTOMS),
-    "from phantoms, rate 1e-3": partial(
-        recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "learning_rate": 1e-3}
+    "from phantoms, no share of the start": partial(
+        recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "start_share": 0}
     ),
     "tutorial": recipes.tutorial,
     "segresnet": recipes.segresnet,
