@@ -239,14 +239,16 @@ def options_of_notebook_04(data, kind, gpu, monkeypatch, **settings):
 
 def test_options_follow_the_machine_and_the_data(tmp_path, monkeypatch):
     quick = options_of_notebook_04(tmp_path, "phantoms", False, monkeypatch)
-    kept = {"start": "none", "learning_rate": 3e-3, "augment": "none", "depth": 5}
+    kept = {"start_share": 0.0}
+    kept |= {"start": "none", "learning_rate": 3e-3, "augment": "none", "depth": 5}
     kept |= {"n_classes": 4, "deep_supervision": 0, "average": 0.0, "devices": 1}
     assert quick == {**kept, "tumour_share": 0.0, "flips": False}
     real = options_of_notebook_04(tmp_path, None, False, monkeypatch)
-    varied = {"start": "phantom", "learning_rate": 3e-4, "augment": "all"}
+    varied = {"start": "phantom", "learning_rate": 1e-3, "augment": "all"}
+    varied["start_share"] = 0.35
     assert real == {**quick, **varied, "tumour_share": 1 / 3}
     full = {**real, "start": "none", "n_classes": 3, "deep_supervision": 2}
-    full |= {"average": 0.999, "flips": True, "learning_rate": 1e-3}
+    full |= {"average": 0.999, "flips": True, "start_share": 0.0}
     for kind in ("phantoms", None):
         assert options_of_notebook_04(tmp_path, kind, True, monkeypatch) == full
 
@@ -256,7 +258,7 @@ def test_options_from_outside_win_and_nonsense_is_refused(tmp_path, monkeypatch)
     started = options_of_notebook_04(*at, START="my.keras", DEPTH="3", FLIPS="true")
     assert (started["start"], started["depth"], started["flips"]) == ("my.keras", 3, 1)
     # A start brings its learning rate and augmentation.
-    assert (started["learning_rate"], started["augment"]) == (3e-4, "all")
+    assert (started["learning_rate"], started["augment"]) == (1e-3, "all")
     with pytest.raises(ValueError, match="DEPTH is 'many', expected"):
         options_of_notebook_04(*at, DEPTH="many")
 
