@@ -126,7 +126,7 @@ class Scan:
     @cached_property
     def doubts(self):
         """Return what is strange about the case as a whole, a list of str."""
-        found = find_doubts(self.volumes, self.segmentation)
+        found = find_doubts(self.volumes, self.brain_mask, self.segmentation)
         oriented = self.header["qform_code"] or self.header["sform_code"]
         return found if oriented else [*found, nifti.NO_ORIENTATION]
 
@@ -528,7 +528,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
                 for modality in wanted if volume else ():
                     images.append(_channel(case, volume[0], modality))
                     note(case, path, check_image, images[-1], path, thorough=True)
-        if voxels and len(rows) == n_before:
+        if images and len(rows) == n_before:
             scan = Scan(case, images, truth and truth[0], first[1])
             advice, folder = "Look at the case, or leave it out", str(path.parent)
             rows += [(case.id, folder, doubt, advice) for doubt in scan.doubts]

@@ -345,13 +345,15 @@ def background_problem(volume):
     return f"{share:.1%} of its voxels are exactly 0, in BraTS scans 80 %: {found}"
 
 
-def find_doubts(volumes, segmentation=None):
+def find_doubts(volumes, brain, segmentation=None):
     """Say what is strange about the volumes of a scan, taken together.
 
     Parameters
     ----------
     volumes : sequence of (X, Y, Z) array
         Its modalities, raw intensities.
+    brain : (X, Y, Z) bool array
+        Their `brain_mask`.
     segmentation : (X, Y, Z) integer array, optional
         Its label map.
 
@@ -363,10 +365,12 @@ def find_doubts(volumes, segmentation=None):
     """
     found = [problem for problem in map(background_problem, volumes) if problem][:1]
     pairs = itertools.combinations(volumes, 2)
-    if any(a is not b and np.array_equal(a, b) for a, b in pairs):
+    part = (slice(None, None, 8),) * 3  # differs nearly always: the rest is spared
+    pairs = [(a, b) for a, b in pairs if a is not b and (a[part] == b[part]).all()]
+    if any(np.array_equal(*pair) for pair in pairs):
         found.append("two of its modalities are the same image")
-    if segmentation is not None and len(volumes):
-        off = np.count_nonzero((segmentation != 0) & ~brain_mask(volumes))
+    if segmentation is not None:
+        off = np.count_nonzero(segmentation * ~brain)
         if off > MOST_OFF_BRAIN * np.count_nonzero(segmentation):
             found.append(f"{off} labelled voxels lie outside the brain")
     return found
