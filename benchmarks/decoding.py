@@ -2,9 +2,12 @@
 
     BRATS_REAL_CASES=folder:another python benchmarks/decoding.py
     BRATS_REAL_CASES=folder:another python benchmarks/decoding.py --kept folder
+    ... benchmarks/decoding.py --kept folder --name "no share-10-0" --share 0.35
 
 Every scan of the folds of real.py is predicted once, by the phantom weights or by the
 network of its fold that `real.py --keep folder` has kept, and decoded in several ways.
+With `--share`, its weights are averaged with the start's as `train(start_share=)` does
+after the last epoch, the only one that real.py validates: the result is the same.
 A row for each scan and decoding goes to benchmarks/results/decoding.csv; the means are
 printed, what is best without the scan that is scored, and what each gains or loses
 against the phantom weights as they are. `--print` only prints what is in the table.
@@ -58,37 +61,42 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kept", type=Path, help="folder of `real.py --keep`")
     parser.add_argument("--name", default="from phantoms-10-0", help="of its files")
+    parser.add_argument("--share", type=float, default=0.0, help="of the start")
     parser.add_argument("--print", action="store_true", help="nothing is predicted")
     options = parser.parse_args()
     network, rows = options.name if options.kept else "phantom", []
+    share, start = options.share, load_model("phantom").model.get_weights()
+    name = f"{network}, share {share}" if share else network
     data = project_root(Path(__file__).parent) / "data/real"
     for fold in () if options.print else real.fold_folders(data):
         path = "phantom"
         if options.kept:
             path = options.kept / fold.name / f"{network}.keras"
         trained = load_model(path)
+        pairs = zip(trained.model.get_weights(), start, strict=True)
+        trained.model.set_weights([(1 - share) * w + share * w0 for w, w0 in pairs])
         for case in seed_recipe.split_cases(fold)[1]:
-            rows += score(network, trained, case)
+            rows += score(name, trained, case)
     former = pd.read_csv(RESULTS, keep_default_na=False) if RESULTS.exists() else None
     if rows:
         table = pd.DataFrame(rows).filter(regex="^(?!sens|spec|mean_iou)").round(4)
-        others = [] if former is None else [former[former["network"] != network]]
+        others = [] if former is None else [former[former["network"] != name]]
         with atomic_write(RESULTS) as temporary:
             pd.concat([*others, table]).to_csv(temporary, index=False)
     else:
-        table = former[former["network"] == network].copy()
+        table = former[former["network"] == name].copy()
     keys = ["thresholds", "min_island"]
     print(table.groupby(keys, sort=False).mean(numeric_only=True).round(3).to_string())
     table["decoding"] = table["thresholds"] + " " + table["min_island"].astype(str)
-    print(f"{network}, decoded as is best for the other scans:")
+    print(f"{name}, decoded as is best for the other scans:")
     print_means(score_left_out(table))
     stored = "/".join(map(str, PHANTOM_DECODING["thresholds"]))
     every = pd.read_csv(RESULTS).set_index("case")
     mine = (every["network"] == "phantom") & (every["thresholds"] == stored)
     stored = every[mine & (every["min_island"] == PHANTOM_DECODING["min_island"])]
-    for name, part in table.groupby("decoding", sort=False):
+    for decoding, part in table.groupby("decoding", sort=False):
         scores = part.set_index("case").filter(regex="dice|hd95")
-        print(f"{network}, {name}:")
+        print(f"{name}, {decoding}:")
         print_means(scores)
         print("minus the phantom weights as they are decoded by default:")
         print_means(scores - stored[scores.columns])
