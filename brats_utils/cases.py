@@ -190,7 +190,7 @@ def _group_files(root):
     for path in (Path(folder, name) for folder, names in walk(root) for name in names):
         if not path.name.lower().endswith((".nii", ".nii.gz")):
             continue
-        if not str(path).isprintable():
+        if str(path) != str(path).encode(errors="replace").decode():
             name = ascii(path.relative_to(root).as_posix())
             problem = f"the name {name} holds characters that no text file can"
             raise BratsDataError(problem, file=root, advice="Rename it, in UTF-8")

@@ -1,7 +1,6 @@
 """Label values, tumour regions, their names and colours: stated here."""
 
 import contextlib
-import operator
 import re
 
 import numpy as np
@@ -96,11 +95,13 @@ def label_table(labels):
     """
     with contextlib.suppress(AttributeError, TypeError, ValueError):
         if isinstance(labels, dict):
-            pairs = [(operator.index(v), operator.index(x)) for v, x in labels.items()]
+            pairs = list(labels.items())
         elif labels in CONVENTIONS:
             pairs = list(zip(labels, LABELS, strict=True))
         else:
             pairs = [pair.split(":") for pair in labels.split()]
+        if any(float(x) != int(x) for pair in pairs for x in pair):
+            raise ValueError
         table = {0: 0, **{int(value): int(label) for value, label in pairs}}
         good = len(table) > 1 and table[0] == 0 and 0 <= min(table) <= max(table) <= 255
         if good and set(table.values()) <= set(LABELS):

@@ -341,7 +341,7 @@ def check_loss(loss, model):
     """
     outputs, last = model.output_shape[-1], model.outputs[0]._keras_history.operation
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
-    if getattr(last, "activation", None) is keras.activations.linear:
+    if hasattr(last, "kernel") and last.activation is keras.activations.linear:
         expected = "'softmax' or 'sigmoid': probabilities"
         raise ValueError(f"the last layer has no activation; expected {expected}")
     truth, function = np.arange(4).reshape(1, 4, 1, 1, 1), keras.losses.get(loss)

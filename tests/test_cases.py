@@ -731,6 +731,11 @@ def test_A22_a_name_that_is_not_utf_8_is_refused_before_anything(tmp_path):
     str(e.value).encode()  # can be printed
 
 
+def test_A21_any_space_may_be_in_a_name(tmp_path):
+    write_case(tmp_path / "\u8133\u3000a\u00a0b", "one")
+    assert len(find_cases(tmp_path, labels={"1": 1, 2: 2, 4.0: 4})) == 1
+
+
 def test_R2_only_the_modalities_asked_for_are_required(toy_set, tmp_path):
     next(toy_set.rglob("*001_t1.nii")).unlink()
     assert len(find_cases(toy_set)) == 5

@@ -8,6 +8,7 @@ from keras import ops
 from brats_utils.losses import (
     RegionDice,
     batch_dice_cross_entropy_loss,
+    check_loss,
     dice_cross_entropy_loss,
     dice_focal_loss,
     dice_loss,
@@ -180,3 +181,10 @@ def test_region_dice_is_a_mean_over_samples():
 def test_an_unknown_region_is_rejected():
     with pytest.raises(ValueError, match="region is 'WM', expected WT, TC or ET"):
         RegionDice("WM")
+
+
+def test_a_last_layer_that_only_changes_the_type_is_no_missing_activation():
+    inputs = keras.Input((None, None, None, 3))
+    outputs = keras.layers.Conv3D(4, 1, activation="softmax")(inputs)
+    outputs = keras.layers.Activation("linear", dtype="float32")(outputs)
+    check_loss("sparse_categorical_crossentropy", keras.Model(inputs, outputs))
