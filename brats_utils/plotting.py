@@ -285,9 +285,9 @@ def plot_slices(
         index = _best_slice_of(overlays, volumes[0].shape, axis)
     indices = np.broadcast_to(index, n)
     sides = [sides] * n if isinstance(sides, bool | str) else sides
-    last = min(volume.shape[axis] for volume in volumes) - 1
-    fits = indices.dtype.kind == "i" and 0 <= indices.min() <= indices.max() <= last
-    check_option("index", index, lambda _: fits, f"a slice from 0 to {last}")
+    last = np.array([volume.shape[axis] for volume in volumes]) - 1
+    fits = indices.dtype.kind == "i" and ((indices >= 0) & (indices <= last)).all()
+    check_option("index", index, lambda _: fits, f"a slice from 0 to {last.min()}")
     frames = _find_frames(volumes, boxes)
     axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
     for i, each in enumerate(axes):

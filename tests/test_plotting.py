@@ -295,6 +295,14 @@ def test_browse_cases_begins_with_the_worst_and_keeps_one_case(
     assert [image() is None for _, image in loaded] == [True, False]
 
 
+def test_each_volume_has_its_own_slice():
+    volumes = [np.ones((9, 9, 9)), np.ones((4, 4, 4))]
+    axes = plot_slices(volumes, index=[8, 3])
+    assert len(axes) == 2
+    with pytest.raises(ValueError, match="index is .8, 4., expected a slice from 0"):
+        plot_slices(volumes, index=[8, 4])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
