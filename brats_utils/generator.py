@@ -371,7 +371,8 @@ def check_pair(train_data, val_data, input_shape, factor):
     channels, others = train_data.modalities, val_data.modalities
     expected = f"{channels}, as in train_data"
     files.check_option("modalities of val_data", others, channels.__eq__, expected)
-    for what in ("case", "patient"):
+    one_set = train_data.settings.get("raw") == val_data.settings.get("raw")
+    for what in ("case", "patient") if one_set else ("case",):
         sides = [[r.get(what) for r in d.rows.values()] for d in (train_data, val_data)]
         if shared := sorted({*filter(None, sides[0])} & {*sides[1]}):
             problem = f"train_data and val_data share {len(shared)} {what}s"

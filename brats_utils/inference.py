@@ -488,6 +488,8 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
                 state = nifti.file_states(case.images.values())
                 known = output.manifest["cases"].get(case.id) == state
                 if not known or files.find_changed(output.path, noted):
+                    output.manifest["files"] |= dict.fromkeys(names[case.id])
+                    output.save()  # killed after it is replaced, it is not another's
                     _predict_file(models, case, output, names[case.id], options)
                     output.note_case(case.id, state)
             except (ValueError, FileNotFoundError) as error:

@@ -251,7 +251,8 @@ def check_unedited(folder, files):
     ValueError
         Names the file.
     """
-    for path in (Path(folder, name) for name in find_changed(folder, files)):
+    complete = {name: noted for name, noted in files.items() if noted}
+    for path in (Path(folder, name) for name in find_changed(folder, complete)):
         with contextlib.suppress(BratsDataError):
             read_volume(path)
             problem = f"{path} was changed after it was predicted"

@@ -27,7 +27,7 @@ _DATED = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
 _TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
 # Columns that name patients, and not where they were scanned.
 _OF_PATIENTS = re.compile(
-    r"(?i)(?!.*(site|instit)).*(subject|patient|person|participant|case|mrn).*"
+    r"(?i)(?!.*(site|instit|sex|gender|weight|surviv|(?<![a-z])age)).*(subject|patient|person|participant|case|mrn).*"
     r"|(?!.*(site|instit|cent|hospital|scan)).*(?<![a-z])(?:ids?|name)(?![a-z]).*"
 )
 _PERSON = re.compile(r"(?i).*(patient|person|participant|mrn)")
@@ -123,7 +123,9 @@ def read_csv(path):
             raise csv.Error("it is empty, or holds other data")
         separator = max(",;\t", key=lines[0].count)
         names = [n.strip() for n in next(csv.reader(lines, delimiter=separator))]
-        if twice := [name for name in names if name and names.count(name) > 1]:
+        if twice := [
+            name for name in names if names.count(name) > 1 and _OF_PATIENTS.match(name)
+        ]:
             raise csv.Error(f"it has two columns named {twice[0]}")
         rows = [*csv.DictReader(lines, delimiter=separator, restval="", restkey="more")]
     except csv.Error as error:
@@ -140,8 +142,9 @@ def _link(links, ids, path):
     ]
     columns = [c for c in (rows or [{}])[0] if _OF_PATIENTS.match(c)]
     for column in filter(_PERSON.match, columns):
-        blank = [r for r in rows if not r[column] and any(map(r.get, columns))]
-        if blank and len(blank) < len(rows):
+        ours = [r for r in rows if any(r[c].lower() in ids for c in columns)]
+        blank = [r for r in ours if not r[column]]
+        if blank and len(blank) < len(ours):
             named = next(filter(None, map(blank[0].get, columns)))
             problem = f"{path} leaves {column} empty for {named} (were cells merged?)"
             raise ValueError(f"{problem}: write the patient in each row, NA if unknown")

@@ -179,7 +179,8 @@ def check_outliers(volume, path):
         Names the file.
     """
     mean, sd = nonzero_statistics(volume)
-    furthest = max(volume.max() - mean, mean - volume.min()) / sd
+    values = volume[volume != 0]
+    furthest = max(values.max() - mean, mean - values.min()) / sd
     if furthest > MOST_SD:
         problem = f"a voxel lies {furthest:.0f} SD from the brain's mean"
         advice = "Correct it: it squeezes all others together"

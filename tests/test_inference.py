@@ -11,6 +11,7 @@ import pytest
 from conftest import AFFINE, SHAPE, toy_volumes, tree, write_case
 from keras import layers
 
+from brats_utils import files
 from brats_utils.cases import BratsDataError, find_cases, load_case
 from brats_utils.evaluation import score_cases, tune_decoding, tune_model
 from brats_utils.inference import (
@@ -611,6 +612,37 @@ def test_H1_a_label_map_corrected_by_hand_is_kept_and_not_scored(tmp_path, cases
     path.rename(tmp_path / path.name)
     predict_cases(oracle(), cases, out)
     assert len(score_cases(out, cases)) == len(cases)
+
+
+def test_E1_killed_before_a_file_is_noted_the_prediction_resumes(tmp_path, cases):
+    out = tmp_path / "out"
+    predict_cases(oracle(), cases, out)
+    before = tree(out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["files"]["case1.nii.gz"] = None
+    del manifest["cases"]["case1"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    predict_cases(oracle(), cases, out)
+    assert tree(out) == before
+
+
+def test_E1_a_prediction_killed_while_it_replaces_another_resumes(
+    tmp_path, cases, monkeypatch
+):
+    predict_cases(sided_model(), cases, tmp_path / "out")
+    note = files.OutputFolder.note_case
+    monkeypatch.setattr(files.OutputFolder, "note_case", None)  # fails, is not saved
+    monkeypatch.setattr(files.OutputFolder, "__exit__", lambda self, *a: release(self))
+    with pytest.raises(TypeError):
+        predict_cases(oracle(), cases, tmp_path / "out")
+    monkeypatch.undo()
+    assert files.OutputFolder.note_case is note
+    predict_cases(oracle(), cases, tmp_path / "out")
+    assert len(score_cases(tmp_path / "out", cases)) == 3
+
+
+def release(output):
+    output._lock.release()
 
 
 @pytest.mark.parametrize("output", [3, 4])

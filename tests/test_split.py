@@ -451,6 +451,16 @@ def test_I2_tables_that_leave_a_patient_open_are_refused(tmp_path, rows, problem
         find_patients(find_cases(tmp_path, labels="0124"), tmp_path)
 
 
+def test_I2_gaps_and_columns_that_say_nothing_of_our_patients(tmp_path):
+    for number in range(3):
+        write_case(tmp_path, f"H{number}", seed=number)
+    rows = ["case_id,patient,Patient sex,Patient age,note,note"]
+    rows += ["H0,A,M,5,,x", "H1,A,F,,,y", "H2,B,M,5,,x", "Z9,,M,,,", ",,,,,end"]
+    (tmp_path / "name_mapping.csv").write_text("\n".join(rows))
+    patients, _ = find_patients(find_cases(tmp_path, labels="0124"), tmp_path)
+    assert patients["H0"] == patients["H1"] != patients["H2"]
+
+
 def test_R1_shares_and_seeds_of_other_kinds(toy_set, tmp_path):
     prepared, _ = prepared_toys(toy_set, tmp_path)
     ids = split_dataset(prepared, tmp_path / "split", ratio=(0.5, 0.5))
