@@ -2,7 +2,7 @@
 
     BRATS_REAL_CASES=folder:another python benchmarks/decoding.py
     BRATS_REAL_CASES=folder:another python benchmarks/decoding.py --kept folder
-    ... benchmarks/decoding.py --kept folder --name "no share-10-0" --share 0.35
+    ... decoding.py --kept folder --name "from phantoms, rate 1e-3-10-0" --share 0.35
 
 Every scan of the folds of real.py is predicted once, by the phantom weights or by the
 network of its fold that `real.py --keep folder` has kept, and decoded in several ways.
