@@ -161,9 +161,12 @@ def _place(path, sets):
         if key:
             folder = named.parent
             case_id = case_id or folder.name
-            if labels.VISIT.fullmatch(case_id):  # P1/20190301/flair.nii
-                patient = folder.parent if case_id == folder.name else folder
-                case_id = f"{patient.name}_{case_id}"
+            above = [f.name for f in folder.absolute().parents]
+            names = [folder.name, *above] if case_id != folder.name else above
+            first = case_id
+            while labels.VISIT.fullmatch(first) and names:  # P1/20190301/flair.nii
+                first = names.pop(0)
+                case_id = f"{first}_{case_id}"
             return (folder, case_id), (key,)
     root = path.parent.parent
     match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
@@ -378,8 +381,8 @@ def rename_odd_segmentation(root):
 
 def _paths(case, modalities):
     """Return each file of a case: {path: the modalities asked for; [] for labels}."""
-    in_order, known = not isinstance(modalities, set), {*ALL_MODALITIES}.issuperset
-    expected = f"some of {ALL_MODALITIES}"
+    in_order = not isinstance(modalities, set | frozenset)
+    known, expected = {*ALL_MODALITIES}.issuperset, f"some of {ALL_MODALITIES}"
     check_option("modalities", modalities, lambda m: in_order and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)

@@ -519,7 +519,7 @@ class OutputFolder:
             if self.final.is_relative_to(source) or source.is_relative_to(self.final):
                 problem = f"the output {self.final} and the input {source} overlap"
                 raise ValueError(f"{problem}; choose another output folder")
-        here = self.final == Path.cwd() or self.final in Path.cwd().parents
+        here = beside and self.final in (Path.cwd(), *Path.cwd().parents)
         if beside and (here or os.path.ismount(self.final)):
             what = "the current folder or one above it" if here else "a mounted disk"
             problem = f"the output {self.final} is {what}, which cannot be replaced"

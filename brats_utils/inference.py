@@ -340,8 +340,8 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     if not np.isfinite(found).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
     if found.min() < -0.01 or found.max() > 1.01:
-        problem = f"the model's outputs go from {found.min():.3g} to {found.max():.3g}"
-        raise ValueError(f"{problem}, expected probabilities: end it with a softmax")
+        problem = f"outputs go from {found.min():.3g} to {found.max():.3g}, expected "
+        raise ValueError(f"{case.id}: {problem}probabilities: end it with a softmax")
     outside = ~scan.brain_mask[box]
     found[outside, -3:] = 0  # no tumour outside the brain, nor doubt
     spread[outside] = 0

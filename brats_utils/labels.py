@@ -31,9 +31,8 @@ _KEY = "|".join(f"(?P<{key}>{names})" for key, names in _FILES.items())
 _NAME = re.compile(rf"(?:(.+?)[-_])?(?:{_KEY})\.nii(?:\.gz)?", re.I)
 # A name that only says when a scan was made: the patient is its folder.
 _DAY = r"(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12]\d|3[01])"
-VISIT = re.compile(
-    rf"(?:week|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+|(?:19|20)\d\d-?{_DAY}", re.I
-)
+_TIME = r"(?:week|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+(?:-\d+)?"
+VISIT = re.compile(rf"{_TIME}|(?:19|20)\d\d-?{_DAY}", re.I)
 # How files write background, core, oedema and enhancing tumour, in this order.
 CONVENTIONS = ("0124", "0123", "0213")
 TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"

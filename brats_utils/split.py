@@ -79,7 +79,8 @@ def find_patients(cases, raw):
 def _links(names):
     """Return names of scans, and the patients they belong to."""
     found = [p.fullmatch(name) for name in names for p in (_VISIT, _DATED)]
-    return {*names} | {match[1] for match in found if match and match[1]}
+    patients = {match[1] for match in found if match} - {*names}
+    return {*names} | (_links(patients) if patients else set())
 
 
 def _mapping_tables(cases, raw):

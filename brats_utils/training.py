@@ -297,6 +297,13 @@ def _check_options(**options):
         raise ValueError("epochs is None, expected epochs or minutes to train for")
 
 
+def _check_fit(model, train_data, val_data, loss):
+    """Raise unless a model, its data and its loss fit, before the first step."""
+    check_model(model)
+    losses.check_loss(loss, model)
+    check_pair(train_data, val_data, model.input_shape, size_factor(model))
+
+
 def plan_epochs(rows, minutes, epochs=None):
     """Return how many epochs fit into a time, from the duration of those done.
 
@@ -445,8 +452,9 @@ def train(
         file, the folder of a run, or "phantom", the weights that come with this
         package. Channels, filters, depth and stride must be the same.
     start_share : float
-        Average the weights with those of `start`, by this share, before they are
-        validated and kept: a short training on few cases then forgets less.
+        The weights that are validated and kept are an average with this share of the
+        first ones and the rest of the trained ones. A short training on few cases then
+        forgets less of what the start had learned. 0 without a `start`.
     max_minutes : float, optional
         Stop after the epoch in which this time is up; the same call then resumes. The
         learning rate stays planned for `epochs`, so give as many as the time allows.
@@ -487,12 +495,11 @@ def train(
     times = {"epochs": epochs, "minutes": minutes, "validation_freq": validation_freq}
     others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
     _check_options(**settings, **times, **others, verbose=verbose)
-    most = 0.99 if start is not None else 0
-    fits = files.number(0, most)[0]
-    files.check_option("start_share", start_share, fits, "0 without a start")
-    check_model(model)
-    losses.check_loss(loss, model)
-    check_pair(train_data, val_data, model.input_shape, size_factor(model))
+    if start is None:
+        files.check_option(
+            "start_share", start_share, lambda s: s == 0, "0 without a start"
+        )
+    _check_fit(model, train_data, val_data, loss)
     description = _describe_run(model, train_data, val_data, loss, **settings)
     if start is not None:
         description["start"], first = start_from(start, model, train_data, val_data)

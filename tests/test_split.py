@@ -431,6 +431,28 @@ def test_I2_visits_of_one_name_in_the_folders_of_patients(tmp_path):
             path.rename(folder.parent / path.name.removeprefix("x_"))
     found, _ = find_patients(find_cases(tmp_path, labels="0124"), tmp_path)
     both = ("P1", "P2")
+    names = [
+        "deep/week-000-1",
+        "deep/week-000-2",
+        "Q/ses-01/20190301",
+        "R/ses-01/20190301",
+        "Q/ses-02/20200301",
+        "S/week_1",
+    ]
+    for number, name in enumerate(names):
+        folder = write_case(tmp_path / "others" / name, "x", seed=9 + number)
+        for path in folder.iterdir():
+            path.rename(folder.parent / path.name.removeprefix("x_"))
+    cases = find_cases(tmp_path / "others", labels="0124")
+    patients, _ = find_patients(cases, tmp_path / "others")
+    assert patients == {
+        "Q_ses-01_20190301": "Q",
+        "Q_ses-02_20200301": "Q",
+        "R_ses-01_20190301": "R",
+        "S_week_1": "S",
+        "deep_week-000-1": "deep",
+        "deep_week-000-2": "deep",
+    }
     assert found == {f"{p}_visit{n}": p for p in both for n in (1, 2)}
 
 
