@@ -195,7 +195,7 @@ def _group_files(root):
             continue
         if str(path) != str(path).encode(errors="replace").decode():
             name = ascii(path.relative_to(root).as_posix())
-            problem = f"the name {name} holds characters that no text file can"
+            problem = f"the name {name} is not valid UTF-8"
             raise BratsDataError(problem, file=root, advice="Rename it, in UTF-8")
         place, keys = _place(path, sets)
         for key in keys:

@@ -83,6 +83,7 @@ def _compile(model, loss, learning_rate, average, steps):
 
 def _describe_run(model, train_data, val_data, loss, **settings):
     """Return what a run is made of: all that must be equal when it is resumed."""
+    settings["start_share"] = settings["start_share"] or None  # earlier runs note none
     description = {
         "modalities": train_data.modalities,
         "normalisation": NORMALISATION,
@@ -176,6 +177,13 @@ class Run:
             if state.exists():
                 os.replace(state, former)
         self.output.save()
+
+    def check_best(self):
+        """Raise if the best model is not the one that this run wrote."""
+        output = self.output
+        if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
+            problem = f"{BEST} in {output.path} is not the one that this run wrote"
+            raise ValueError(f"{problem}. {ANOTHER_RUN}")
 
     def _read_state(self):
         """Return (variables, record) of the newest valid state; None without any."""
@@ -288,13 +296,20 @@ class Checkpoint(keras.callbacks.Callback):
         self.bar.update()
 
 
-def _check_options(**options):
+def _check_options(start, **options):
     """Raise if an option of `train` is not possible."""
     for name, value in options.items():
         if value is not None or name not in OPTIONAL:
             files.check_option(name, value, *POSSIBLE[name])
     if options["epochs"] is None and options["minutes"] is None:
         raise ValueError("epochs is None, expected epochs or minutes to train for")
+    if start is None and (share := options["start_share"]):
+        raise ValueError(f"start_share is {share}, expected 0 without a start")
+
+
+def _start(start, *model_and_data):
+    """Start from other weights, if any; return their checksum, and what was copied."""
+    return (None, ()) if start is None else start_from(start, *model_and_data)
 
 
 def _check_fit(model, train_data, val_data, loss):
@@ -386,6 +401,7 @@ def _follow_plan(
             if model.stop_training:
                 break
         plan = plan_epochs(run.rows, minutes, epochs)
+    run.check_best()
 
 
 def train(
@@ -489,32 +505,23 @@ def train(
     et al., 2022, arXiv:2109.01903 (averaged with the start).
     """
     settings = {"learning_rate": learning_rate, "average": average}
-    settings["deep_supervision"] = deep = deep_supervision
-    settings |= {"start_share": start_share} if start_share else {}
-    first = ()
+    settings |= {"deep_supervision": deep_supervision, "start_share": start_share}
     times = {"epochs": epochs, "minutes": minutes, "validation_freq": validation_freq}
     others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
-    _check_options(**settings, **times, **others, verbose=verbose)
-    if start is None:
-        files.check_option(
-            "start_share", start_share, lambda s: s == 0, "0 without a start"
-        )
+    _check_options(start, **settings, **times, **others, verbose=verbose)
     _check_fit(model, train_data, val_data, loss)
     description = _describe_run(model, train_data, val_data, loss, **settings)
-    if start is not None:
-        description["start"], first = start_from(start, model, train_data, val_data)
+    description["start"], first = _start(start, model, train_data, val_data)
     lend = functools.partial(losses.averaged_weights, start=first, share=start_share)
+    deep = deep_supervision
     trained = losses.supervise_deeply(model, deep) if deep else model
     compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
-    inputs = [train_data.folder.parent, val_data.folder.parent]
+    data = train_data, val_data
+    inputs = [each.folder.parent for each in data]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        run = Run(output, description)
-        checkpoint = Checkpoint(run, train_data, val_data, lend, verbose)
+        checkpoint = Checkpoint(Run(output, description), *data, lend, verbose)
         others = [TimeLimit(np.inf if max_minutes is None else max_minutes), *callbacks]
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, others, **times)
-        if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
-            problem = f"{BEST} in {run_dir} is not the one that this run wrote"
-            raise ValueError(f"{problem}. {ANOTHER_RUN}")
     model.set_weights(read_model(Path(run_dir) / BEST)[0].get_weights())
-    return pd.DataFrame(run.rows)
+    return pd.DataFrame(checkpoint.run.rows)
