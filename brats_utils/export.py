@@ -200,7 +200,7 @@ def calibrate_int8(trained, train_data, val_data):
         As `to_openvino` does; or if the data do not fit the model.
     """
     model = trained.model
-    generator.check_pair(train_data, val_data, model.input_shape, size_factor(model))
+    generator.check_pair(train_data, val_data, model, size_factor(model))
     trained.description.pop("int8", None)
     plain, ranges = to_openvino(trained).model, _find_ranges(model, train_data)
     models = {"float32": plain, "int8": _make_model(model, ranges)}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import threading
+import weakref
 import zlib
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import numpy as np
 
 from brats_utils import files
 from brats_utils.augment import augment as augment_patch
+from brats_utils.split import name_images
 from brats_utils.volumes import check_shape, pad, standardise
 
 # npy headers are parsed by `ast`, which is not thread-safe in some Pythons 3.11
 # (python/cpython#106905).
 PARSING = threading.Lock()
+SEEN = weakref.WeakKeyDictionary()  # images that models were trained on: {model: names}
 PREPARE_AGAIN = "Run notebooks/01_prepare.ipynb again"
 POSSIBLE = dict.fromkeys(("batch_size", "patches_per_case"), files.whole(1))
 POSSIBLE |= dict.fromkeys(("seed", "workers", "max_queue_size"), files.whole(0))
@@ -157,6 +160,16 @@ class BratsGenerator(keras.utils.PyDataset):
         names = "batch_size patch_shape tumour_share augment seed patches_per_case"
         options = {n: getattr(self, n) for n in (*names.split(), "full_batches")}
         return {"volumes": volumes.hexdigest(), **options}
+
+    def name_images(self):
+        """Return the names of all images of the cases, as `split.name_images` does."""
+        return set().union(*map(name_images, self.rows.values()))
+
+    def find_cases(self, images, case_ids=()):
+        """Return which cases have one of these images or, if there are none, ids."""
+        known = {i for i in case_ids if not images}
+        found = self.rows.items()
+        return [i for i, row in found if i in known or images & name_images(row)]
 
     def check_fit(self, input_shape, factor):
         """Raise unless all samples fit a model.
@@ -350,14 +363,16 @@ class BratsGenerator(keras.utils.PyDataset):
         return change(image, labels, rng) if change else (image, labels)
 
 
-def check_pair(train_data, val_data, input_shape, factor):
+def check_pair(train_data, val_data, model, factor):
     """Raise unless two generators fit a model and each other.
 
     Parameters
     ----------
     train_data, val_data : BratsGenerator
         To train and to validate with.
-    input_shape, factor
+    model : keras.Model
+        Not trained on a case of `val_data` in this session, see `SEEN`.
+    factor : int
         As in `BratsGenerator.check_fit`.
 
     Raises
@@ -367,7 +382,7 @@ def check_pair(train_data, val_data, input_shape, factor):
     """
     for name, data in (("train_data", train_data), ("val_data", val_data)):
         files.check_option(name, data, lambda d: d.check_fit, "a BratsGenerator")
-        data.check_fit(input_shape, factor)
+        data.check_fit(model.input_shape, factor)
     channels, others = train_data.modalities, val_data.modalities
     expected = f"{channels}, as in train_data"
     files.check_option("modalities of val_data", others, channels.__eq__, expected)
@@ -377,3 +392,9 @@ def check_pair(train_data, val_data, input_shape, factor):
         if shared := sorted({*filter(None, sides[0])} & {*sides[1]}):
             problem = f"train_data and val_data share {len(shared)} {what}s"
             raise ValueError(f"{problem}: {shared[:5]}; validate with others")
+    if copies := val_data.find_cases(train_data.name_images()):
+        problem = f"train_data and val_data share images of {len(copies)} cases"
+        raise ValueError(f"{problem}: {copies[:5]}; validate with others")
+    if known := val_data.find_cases(SEEN.get(model, set())):
+        problem = f"this model was trained on {len(known)} cases of val_data"
+        raise ValueError(f"{problem}: {known[:5]}. Make a new one with unet")

@@ -325,7 +325,7 @@ def build_losses(model):
 
 
 def check_loss(loss, model):
-    """Raise unless a model gives probabilities, and a loss rates the truth best.
+    """Raise unless a model gives probabilities, and its loss rates the truth best.
 
     Parameters
     ----------
@@ -339,6 +339,7 @@ def check_loss(loss, model):
     ValueError
         Says what the loss does instead, or that the model has other outputs.
     """
+    check_model(model)
     outputs, last = model.output_shape[-1], model.outputs[0]._keras_history.operation
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
     if hasattr(last, "kernel") and last.activation is keras.activations.linear:

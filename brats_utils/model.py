@@ -554,7 +554,8 @@ def start_from(start, model, train_data, val_data):
     if described and [*described["modalities"]] != [*train_data.modalities]:
         problem = f"start={start!r} takes {described['modalities']}, train_data has "
         raise ValueError(f"{problem}{train_data.modalities}. {NO_START}")
-    if seen := sorted({*described.get("train_cases", ())} & {*val_data.case_ids}):
+    images, case_ids = map(described.get, ("train_images", "train_cases"))
+    if seen := val_data.find_cases({*(images or ())}, case_ids or ()):
         problem = f"start={start!r} was trained on {len(seen)} cases of val_data"
         raise ValueError(f"{problem}: {seen[:5]}; validate with others. {NO_START}")
     theirs, ours = _facts(source), _facts(model)

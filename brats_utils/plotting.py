@@ -128,6 +128,14 @@ def _best_slice_of(overlays, shape, axis):
     return best_slice(filled[0], axis) if filled else shape[axis] // 2
 
 
+def _check_slices(index, sizes):
+    """Return the slice of each volume; raise if one of them has no such slice."""
+    indices, last = np.broadcast_to(index, len(sizes)), np.array(sizes) - 1
+    fits = indices.dtype.kind == "i" and ((indices >= 0) & (indices <= last)).all()
+    check_option("index", index, lambda _: fits, f"a slice from 0 to {last.min()}")
+    return indices
+
+
 def _in_plane(values, axis):
     """Return the two values, of three, that belong to the axes of a plane."""
     return [value for a, value in enumerate(values) if a != axis]
@@ -283,11 +291,8 @@ def plot_slices(
             raise ValueError(f"expected labels of {scan.shape}, got {o.volume.shape}")
     if index is None:
         index = _best_slice_of(overlays, volumes[0].shape, axis)
-    indices = np.broadcast_to(index, n)
+    indices = _check_slices(index, [volume.shape[axis] for volume in volumes])
     sides = [sides] * n if isinstance(sides, bool | str) else sides
-    last = np.array([volume.shape[axis] for volume in volumes]) - 1
-    fits = indices.dtype.kind == "i" and ((indices >= 0) & (indices <= last)).all()
-    check_option("index", index, lambda _: fits, f"a slice from 0 to {last.min()}")
     frames = _find_frames(volumes, boxes)
     axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
     for i, each in enumerate(axes):
@@ -418,9 +423,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
         The same limits for all.
     """
     box = bounding_box(np.any(segmentations, axis=0))
-    size_mm = [
-        n * max(1, s.stop - s.start) for n, s in zip(spacing_mm, box, strict=True)
-    ]
+    size_mm = spacing_mm * np.array([max(1, s.stop - s.start) for s in box])
     options = {"subplot_kw": {"projection": "3d"}, "layout": "constrained"}
     size = (4 * len(titles), 4.5)
     figure, axes = plt.subplots(1, len(titles), squeeze=False, figsize=size, **options)
@@ -433,20 +436,16 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
             colours += [(*to_rgb(colour), opacity)] * len(parts[-1])
         quads = np.concatenate(parts)
         if len(quads):
-            each.add_collection3d(
-                Poly3DCollection(quads, facecolors=colours, shade=True)
-            )
-        each.set(
-            title=title, xlabel="R – L, mm", ylabel="A – P, mm", zlabel="I – S, mm"
-        )
+            surfaces = Poly3DCollection(quads, facecolors=colours, shade=True)
+            each.add_collection3d(surfaces)
+        each.set(title=title, xlabel="R – L, mm", zlabel="I – S, mm")
+        each.set_ylabel("A – P, mm", labelpad=10)
         each.set(xlim=(0, size_mm[0]), ylim=(0, size_mm[1]), zlim=(0, size_mm[2]))
         each.set_box_aspect(size_mm, zoom=0.85)
-        each.locator_params(nbins=4)
+        each.locator_params(nbins=3)
         each.view_init(elev=15, azim=-70)
-    swatches = [
-        Patch(color=c, alpha=max(a, 0.3), label=n) for (n, c), a in solid.items()
-    ]
-    figure.legend(handles=swatches, loc="outside lower center", ncols=3, frameon=False)
+    keys = [Patch(color=c, alpha=max(a, 0.3), label=n) for (n, c), a in solid.items()]
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False)
     return axes[0]
 
 

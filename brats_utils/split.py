@@ -202,15 +202,28 @@ def _read_prepared(prepared):
     return {**manifest, "cases": cases}
 
 
+def name_images(row):
+    """Return a name for each image of a prepared case; equal images have equal names.
+
+    Parameters
+    ----------
+    row : dict
+        Of the report of `prepare_dataset`.
+
+    Returns
+    -------
+    names : set of str
+        Made of the mean and SD of the whole scan, so that the crop does not matter.
+    """
+    names = [n.removesuffix("_mean") for n in row if n.endswith("_raw_mean")]
+    return {f"{n} {row[n + '_mean']:.9g} {row[n + '_sd']:.9g}" for n in names}
+
+
 def _group_by_patient(cases):
     """Return lists of case ids that must be on one side, sorted."""
     links = {}
     for case_id, record in cases.items():
-        row = record["row"]
-        # Scans that share an image have the same mean and SD, whatever the crop.
-        names = [n.removesuffix("_mean") for n in row if n.endswith("_raw_mean")]
-        images = {f"{n} {row[n + '_mean']:.9g} {row[n + '_sd']:.9g}" for n in names}
-        links[case_id] = {f"patient {record['patient']}", *images}
+        links[case_id] = {f"patient {record['patient']}", *name_images(record["row"])}
     return [ids for ids, _ in unite(links)]
 
 

@@ -14,12 +14,11 @@ import pandas as pd
 from keras import ops
 
 from brats_utils import files, losses
-from brats_utils.generator import check_pair
+from brats_utils.generator import SEEN, check_pair
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.model import (
     BEST,
     advice_on_memory,
-    check_model,
     describe_model,
     has_gpu,
     read_model,
@@ -136,12 +135,12 @@ class Run:
         arrays, record = self._read_state() or (None, nothing)
         if arrays is None and (folder / BEST).exists():
             raise ValueError(f"{folder} holds {BEST}, but no state. {ANOTHER_RUN}")
-        differences = files.find_differences(record["description"], self.description)
-        if record["history"] and differences:
-            found = "; ".join(differences[:5])
+        differ = files.find_differences(record["description"], self.description)
+        if record["history"] and differ:
+            found = "; ".join(differ[:5])
             problem = f"{folder} holds a run with other settings: {found}"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
-        self.rows, self.is_new = record["history"], arrays is None or bool(differences)
+        self.rows, self.is_new = record["history"], arrays is None or bool(differ)
         if not self.is_new:
             for variable, array in zip(_variables(model), arrays, strict=True):
                 variable.assign(array)
@@ -243,10 +242,10 @@ class TimeLimit(keras.callbacks.Callback):
 class Checkpoint(keras.callbacks.Callback):
     """Set each epoch's draws; at its end save history, best model and state."""
 
-    def __init__(self, run, train_data, val_data, lend, verbose):
+    def __init__(self, output, description, train_data, val_data, lend, verbose):
         super().__init__()
         self.train_data, self.val_data = train_data, val_data
-        self.run, self.lend, self.began = run, lend, False
+        self.run, self.lend, self.began = Run(output, description), lend, False
         options = {"desc": "training", "unit": "epoch", "disable": not verbose}
         self.bar = files.progress_bar(**options)
 
@@ -286,6 +285,7 @@ class Checkpoint(keras.callbacks.Callback):
         # Until the first validation the newest model is the best there is.
         if score >= max(map(_mean_dice, rows)) or not (output.path / BEST).exists():
             said = {k: v for k, v in self.run.description.items() if k != "model"}
+            said["train_images"] = sorted(self.train_data.name_images())
             with self.lend(self.model), output.write(BEST) as temporary:
                 write_model(self.model, temporary, said)
         with output.write(HISTORY) as temporary:
@@ -314,9 +314,8 @@ def _start(start, *model_and_data):
 
 def _check_fit(model, train_data, val_data, loss):
     """Raise unless a model, its data and its loss fit, before the first step."""
-    check_model(model)
     losses.check_loss(loss, model)
-    check_pair(train_data, val_data, model.input_shape, size_factor(model))
+    check_pair(train_data, val_data, model, size_factor(model))
 
 
 def plan_epochs(rows, minutes, epochs=None):
@@ -510,17 +509,17 @@ def train(
     others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
     _check_options(start, **settings, **times, **others, verbose=verbose)
     _check_fit(model, train_data, val_data, loss)
-    description = _describe_run(model, train_data, val_data, loss, **settings)
-    description["start"], first = _start(start, model, train_data, val_data)
+    made_of = _describe_run(model, train_data, val_data, loss, **settings)
+    made_of["start"], first = _start(start, model, train_data, val_data)
     lend = functools.partial(losses.averaged_weights, start=first, share=start_share)
     deep = deep_supervision
     trained = losses.supervise_deeply(model, deep) if deep else model
     compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
-    data = train_data, val_data
-    inputs = [each.folder.parent for each in data]
+    inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        checkpoint = Checkpoint(Run(output, description), *data, lend, verbose)
+        checkpoint = Checkpoint(output, made_of, train_data, val_data, lend, verbose)
         others = [TimeLimit(np.inf if max_minutes is None else max_minutes), *callbacks]
+        SEEN.setdefault(model, set()).update(train_data.name_images())
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, others, **times)
     model.set_weights(read_model(Path(run_dir) / BEST)[0].get_weights())

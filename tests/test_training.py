@@ -1356,6 +1356,53 @@ def test_J3_a_start_that_knows_the_validation_cases_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def copy_of(split, tmp_path, *, seed):
+    """Return a split of cases with the ids of `split`, and other images or the same."""
+    for number in range(1, 5):
+        name = f"BraTS20_Training_{number:03}"
+        write_case(tmp_path / "raw", name, seed=number + seed)
+    crop = {"crop_shape": (16, 16, 8), "jobs": 1}
+    prepare_dataset(tmp_path / "raw", tmp_path / "prepared", **crop)
+    split_dataset(tmp_path / "prepared", tmp_path / "split", seed=1)
+    return tmp_path / "split"
+
+
+def test_J3_a_start_on_other_images_of_the_same_ids_is_taken(split, tmp_path, finished):
+    other = copy_of(split, tmp_path, seed=50)
+    ids = {p.stem for p in (other / "val/images").iterdir()}
+    assert ids <= {*load_model(finished[0]).description["train_cases"]}
+    run(other, tmp_path / "run", 1, start=finished[0])
+
+
+def test_J3_a_start_on_the_same_images_under_other_ids_is_refused(
+    split, tmp_path, finished
+):
+    for number in range(1, 5):
+        write_case(tmp_path / "raw", f"Copy_{number}", seed=number)
+    prepare_dataset(tmp_path / "raw", tmp_path / "p", crop_shape=(16, 24, 8), jobs=1)
+    split_dataset(tmp_path / "p", tmp_path / "copies", seed=1)
+    ours, _ = data(split)
+    copies = BratsGenerator(tmp_path / "copies/val", **PATCHES)
+    with pytest.raises(ValueError, match="share images of 1 cases: .'Copy_"):
+        run(split, tmp_path / "run", val_data=copies)
+    with pytest.raises(ValueError, match="start=.*trained on 1 cases of val_data"):
+        run(tmp_path / "copies", tmp_path / "run", start=finished[0])
+    assert not (tmp_path / "run").exists()
+
+
+def test_J3_a_model_that_was_trained_on_the_validation_cases_is_refused(
+    split, tmp_path
+):
+    model, *_, train_data, val_data = run(split, tmp_path / "fold0", 1)
+    run(split, tmp_path / "again", 1, model=model)  # on the same cases
+    swapped = {"train_data": val_data, "val_data": train_data}
+    with pytest.raises(
+        ValueError, match="this model was trained on 3 cases of val_data"
+    ):
+        run(split, tmp_path / "fold1", 1, model=model, **swapped)
+    assert not (tmp_path / "fold1").exists()
+
+
 @pytest.mark.parametrize(
     "loss", ["mse", "binary_crossentropy", "categorical_crossentropy", lambda y, p: -p]
 )
