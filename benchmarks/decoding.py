@@ -33,9 +33,10 @@ DECODINGS = [(None, share) for share in SHARES]  # the label with the highest on
 DECODINGS += [(thresholds, 0.5) for thresholds in THRESHOLDS]
 
 
-def score(network, trained, case):
+def score(network, trained, case, flips):
     """Return a row for each decoding of a scan."""
-    found, rows = predict_scan([trained], case, patch_shape=(96, 96, 96)), []
+    how = {"patch_shape": (96, 96, 96), "flips": flips}
+    found, rows = predict_scan([trained], case, **how), []
     truth, affine = load_labels(case.segmentation, case.labels)
     for thresholds, share in DECODINGS:
         options = {"thresholds": thresholds, "min_island": share}
@@ -62,11 +63,13 @@ def main():
     parser.add_argument("--kept", type=Path, help="folder of `real.py --keep`")
     parser.add_argument("--name", default="from phantoms-10-0", help="of its files")
     parser.add_argument("--share", type=float, default=0.0, help="of the start")
+    parser.add_argument("--flips", action="store_true", help="average 8 mirror images")
     parser.add_argument("--print", action="store_true", help="nothing is predicted")
     options = parser.parse_args()
     network, rows = options.name if options.kept else "phantom", []
     share, start = options.share, load_model("phantom").model.get_weights()
     name = f"{network}, share {share}" if share else network
+    name += ", flips" * options.flips
     data = project_root(Path(__file__).parent) / "data/real"
     for fold in () if options.print else real.fold_folders(data):
         path = "phantom"
@@ -76,7 +79,7 @@ def main():
         pairs = zip(trained.model.get_weights(), start, strict=True)
         trained.model.set_weights([(1 - share) * w + share * w0 for w, w0 in pairs])
         for case in seed_recipe.split_cases(fold)[1]:
-            rows += score(name, trained, case)
+            rows += score(name, trained, case, options.flips)
     former = pd.read_csv(RESULTS, keep_default_na=False) if RESULTS.exists() else None
     if rows:
         table = pd.DataFrame(rows).filter(regex="^(?!sens|spec|mean_iou)").round(4)

@@ -31,8 +31,8 @@ FRAME_MARGIN = np.array([-9.5, 8.5])  # voxels; pixel 0 begins at -0.5
 LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 # Labels, errors, boxes and regions have different colours, so that they are not mixed
 # up. Enhancing tumour has one colour, because the label and the region are the same.
-ERRORS = {"missed": "#CC79A7", "false positive": "#009E73", "wrong label": "#E69F00"}
-BOX_COLOUR = "#56B4E9"
+ERRORS = {"missed": "#CC79A7", "false positive": "#009E73", "wrong label": "#00E5FF"}
+BOX_COLOUR = "#FFFFFF"
 REGION_COLOURS = {"WT": "#332288", "TC": "#882255", "ET": COLOURS[4]}
 SD_LIMITS = (0.05, 0.5)  # less is not coloured; 0.5 is the largest SD of a probability
 
@@ -552,6 +552,7 @@ class _Browser:
         """Show a still picture, which a saved notebook keeps, and the widgets."""
         view = {"axis": self.plane.value, "spacing_mm": self.spacing_mm}
         figure = _plot_overlays(self.image, self.overlays, **view)[0].figure
+        figure.suptitle(self.case.label)  # of a single case it is empty
         plt.close(figure)
         display.display(figure)
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}

@@ -214,7 +214,7 @@ def test_of_the_cases_left_out_only_the_small_are_predicted(tmp_path, rows, expe
         "scans": {i: SimpleNamespace(segmentation=i) for i in ("one", "two", "six")},
         "inference": SimpleNamespace(predict_cases=lambda *args, **options: []),
         "evaluation": SimpleNamespace(score_cases=lambda folder, cases: scores),
-        **{"DATA": tmp_path, "recipe": SimpleNamespace(flips=False), "pd": pd},
+        **{"DATA": tmp_path, "config": SimpleNamespace(flips=False), "pd": pd},
         **{"trained": None, "out_dir": tmp_path},
     }
     exec(source, names)  # this one cell, where prediction would raise on "six"
@@ -234,7 +234,7 @@ def options_of_notebook_04(data, kind, gpu, monkeypatch, **settings):
     (source,) = (cell.source for cell in cells if '"LEARNING_RATE"' in cell.source)
     names = {"DATA": data, "GPU": gpu, "files": fakes, "pd": pd}
     exec(source, names)
-    return {"start": names["start"], **names["recipe"]}
+    return {"start": names["start"], **names["config"]}
 
 
 def test_options_follow_the_machine_and_the_data(tmp_path, monkeypatch):
