@@ -514,9 +514,8 @@ def _facts(model):
     convolutions = [layer for layer in model.layers if isinstance(layer, CONVOLUTIONS)]
     if not convolutions:
         return {"channels": model.input_shape[-1]}
-    first = convolutions[0]
+    first, stride = convolutions[0], convolutions[0].strides[0]
     facts = {"channels": model.input_shape[-1], "filters": first.kernel.shape[-1]}
-    stride = first.strides[0]
     depth = (size_factor(model) // stride).bit_length()
     return {**facts, "depth": depth, "stem_stride": stride}
 
@@ -602,6 +601,7 @@ def check_description(model, description, path):
         "orientation": (description.get("orientation"), "LPS"),
         "decoding": (type(description.get("decoding", {})), dict),
         "train_cases": (type(description.get("train_cases", [])), list),
+        "train_images": (type(description.get("train_images", [])), list),
         f"Keras (install keras=={version})": (major, keras.__version__.split(".")[0]),
     }
     other = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
