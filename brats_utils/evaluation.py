@@ -508,7 +508,7 @@ def tune_model(run_dir, cases, **options):
         raise ValueError(f"{trained.path} {problem}")
 
     seen = {case.id for case in cases} & {*trained.description.get("train_cases", ())}
-    _raise_for(sorted(seen), "were in the training; tune on others")
+    _raise_for(sorted(seen), "have ids that were in the training; tune on others")
 
     def predicted():
         for case in cases:

@@ -165,11 +165,11 @@ class BratsGenerator(keras.utils.PyDataset):
         """Return the names of all images of the cases, as `split.name_images` does."""
         return set().union(*map(name_images, self.rows.values()))
 
-    def find_cases(self, images, case_ids=()):
-        """Return which cases have one of these images or, if there are none, ids."""
-        known = {i for i in case_ids if not images}
-        found = self.rows.items()
-        return [i for i, row in found if i in known or images & name_images(row)]
+    def known_cases(self, images, case_ids=()):
+        """Return the cases with one of these images; by id where images are unknown."""
+        named = [(i, name_images(row)) for i, row in self.rows.items()]
+        by_id = {i for i, names in named if not (images and names)} & {*case_ids}
+        return [i for i, names in named if names & images or i in by_id]
 
     def check_fit(self, input_shape, factor):
         """Raise unless all samples fit a model.
@@ -378,7 +378,7 @@ def check_pair(train_data, val_data, model, factor):
     Raises
     ------
     ValueError
-        Says what differs, or which cases they share.
+        Says what differs, which cases they share, or which the model was trained on.
     """
     for name, data in (("train_data", train_data), ("val_data", val_data)):
         files.check_option(name, data, lambda d: d.check_fit, "a BratsGenerator")
@@ -392,9 +392,9 @@ def check_pair(train_data, val_data, model, factor):
         if shared := sorted({*filter(None, sides[0])} & {*sides[1]}):
             problem = f"train_data and val_data share {len(shared)} {what}s"
             raise ValueError(f"{problem}: {shared[:5]}; validate with others")
-    if copies := val_data.find_cases(train_data.name_images()):
+    if copies := val_data.known_cases(train_data.name_images()):
         problem = f"train_data and val_data share images of {len(copies)} cases"
         raise ValueError(f"{problem}: {copies[:5]}; validate with others")
-    if known := val_data.find_cases(SEEN.get(model, set())):
+    if known := val_data.known_cases(SEEN.get(model, set())):
         problem = f"this model was trained on {len(known)} cases of val_data"
         raise ValueError(f"{problem}: {known[:5]}. Make a new one with unet")

@@ -14,16 +14,8 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-from brats_utils.files import (
-    BOOL,
-    check_option,
-    check_path,
-    describe_file,
-    is_whole,
-    number,
-    read_arrays,
-    whole,
-)
+from brats_utils import files
+from brats_utils.generator import SEEN
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
@@ -57,13 +49,15 @@ def _check_input(input_shape, n_classes, factor):
     """Validate the arguments and return the spatial rank, 2 or 3."""
 
     def is_shape(shape):
-        sizes = [size is None or is_whole(size, 1) for size in shape[:-1]]
-        return len(shape) in (3, 4) and all(sizes) and is_whole(shape[-1], 1)
+        sizes = [size is None or files.is_whole(size, 1) for size in shape[:-1]]
+        return len(shape) in (3, 4) and all(sizes) and files.is_whole(shape[-1], 1)
 
     expected = "(X, Y, C) or (X, Y, Z, C), where only the number of channels C may not "
-    check_option("input_shape", input_shape, is_shape, f"{expected}be None")
+    files.check_option("input_shape", input_shape, is_shape, f"{expected}be None")
     classes = "4 (labels) or 3 (regions WT, TC, ET)"
-    check_option("n_classes", n_classes, lambda n: is_whole(n) and n in (3, 4), classes)
+    files.check_option(
+        "n_classes", n_classes, lambda n: files.is_whole(n) and n in (3, 4), classes
+    )
     _check_sizes(input_shape[:-1], factor)
     return len(input_shape) - 1
 
@@ -205,13 +199,15 @@ def unet(
     >>> unet((8, 8, 3), depth=2).output_shape, unet((8, 8, 8, 3), depth=2).output_shape
     ((None, 8, 8, 4), (None, 8, 8, 8, 4))
     """
-    check_option("filters", filters, *whole(1))
-    check_option("depth", depth, lambda n: is_whole(n, 1) and n < 10, "1 to 9")
-    check_option(
-        "stem_stride", stem_stride, lambda n: is_whole(n, 1) and n < 3, "1 or 2"
+    files.check_option("filters", filters, *files.whole(1))
+    files.check_option(
+        "depth", depth, lambda n: files.is_whole(n, 1) and n < 10, "1 to 9"
     )
-    check_option("normalisation", normalisation, *BOOL)
-    check_option("dropout", dropout, *number(0, 0.999))
+    files.check_option(
+        "stem_stride", stem_stride, lambda n: files.is_whole(n, 1) and n < 3, "1 or 2"
+    )
+    files.check_option("normalisation", normalisation, *files.BOOL)
+    files.check_option("dropout", dropout, *files.number(0, 0.999))
     rank = _check_input(input_shape, n_classes, stem_stride * 2 ** (depth - 1))
     image = keras.Input(input_shape, name="image")  # (B, X, Y, Z, C)
     widths = [(filters * 2**stage,) * 2 for stage in range(depth)]  # 16, 32, 64, ...
@@ -281,7 +277,7 @@ def check_model(model):
         If it is something else.
     """
     single = "a functional keras.Model with one input"
-    check_option("model", model, lambda m: len(m.inputs) == 1, single)
+    files.check_option("model", model, lambda m: len(m.inputs) == 1, single)
 
 
 def _output_shapes(model, tensors, input_shape):
@@ -373,10 +369,10 @@ def model_table(model, input_shape=None):
 
     def fits(shape):
         like = len(shape) == len(own) and shape[-1] == own[-1]
-        return like and all(is_whole(n, 1) for n in shape)
+        return like and all(files.is_whole(n, 1) for n in shape)
 
     expected = f"a shape like {own}: the model has open sizes, pass input_shape"
-    check_option("input_shape", shape, fits, expected)
+    files.check_option("input_shape", shape, fits, expected)
     shape = tuple(shape)
     _check_sizes(shape[:-1], size_factor(model))
     if None not in model.input_shape[1:] and shape != model.input_shape[1:]:
@@ -451,7 +447,7 @@ def write_model(model, path, description):
 
 def _read_phantom_weights():
     """Return the network that was trained on phantoms, and its description."""
-    weights, record = read_arrays(PHANTOM_WEIGHTS)
+    weights, record = files.read_arrays(PHANTOM_WEIGHTS)
     channels = len(record["description"]["modalities"])
     model = unet((None, None, None, channels), **record["network"])
     model.set_weights([half.astype(np.float32) for half in weights])
@@ -506,6 +502,7 @@ def read_model(path):
         raise ValueError(f"{problem} {keras.__version__}: {error}") from None
     if described:
         check_description(model, description, path)
+        SEEN[model] = {*description.get("train_images", ())}
     return model, description
 
 
@@ -547,14 +544,14 @@ def start_from(start, model, train_data, val_data):
     ValueError
         Says what differs.
     """
-    path = PHANTOM_WEIGHTS if start == "phantom" else check_path("start", start)
+    path = PHANTOM_WEIGHTS if start == "phantom" else files.check_path("start", start)
     path = path / BEST if path.is_dir() else path
     source, described = read_model(path)
     if described and [*described["modalities"]] != [*train_data.modalities]:
         problem = f"start={start!r} takes {described['modalities']}, train_data has "
         raise ValueError(f"{problem}{train_data.modalities}. {NO_START}")
-    images, case_ids = map(described.get, ("train_images", "train_cases"))
-    if seen := val_data.find_cases({*(images or ())}, case_ids or ()):
+    images = SEEN.get(source, set())
+    if seen := val_data.known_cases(images, described.get("train_cases", ())):
         problem = f"start={start!r} was trained on {len(seen)} cases of val_data"
         raise ValueError(f"{problem}: {seen[:5]}; validate with others. {NO_START}")
     theirs, ours = _facts(source), _facts(model)
@@ -571,7 +568,8 @@ def start_from(start, model, train_data, val_data):
         if [w.shape for w in old.weights] == [w.shape for w in new.weights]:
             new.set_weights(old.get_weights())
             copied += zip(new.weights, old.get_weights(), strict=True)
-    return describe_file(path)["sha256"], copied
+    SEEN.setdefault(model, set()).update(images)
+    return files.describe_file(path)["sha256"], copied
 
 
 def check_description(model, description, path):

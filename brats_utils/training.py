@@ -285,7 +285,7 @@ class Checkpoint(keras.callbacks.Callback):
         # Until the first validation the newest model is the best there is.
         if score >= max(map(_mean_dice, rows)) or not (output.path / BEST).exists():
             said = {k: v for k, v in self.run.description.items() if k != "model"}
-            said["train_images"] = sorted(self.train_data.name_images())
+            said["train_images"] = sorted(self.seen)
             with self.lend(self.model), output.write(BEST) as temporary:
                 write_model(self.model, temporary, said)
         with output.write(HISTORY) as temporary:
@@ -392,6 +392,7 @@ def _follow_plan(
         total, stop = former = plan
         compile_for(total * len(train_data))
         run.resume(model)
+        checkpoint.seen |= train_data.name_images()
         bar.n, bar.total = len(run.rows), total
         if len(run.rows) < stop:
             if not checkpoint.began:
@@ -495,7 +496,9 @@ def train(
     ValueError
         If `run_dir` holds a run of another model, of other data or other settings, or
         only damaged states, or something else; if a volume has changed since it was
-        prepared; if `start` does not fit; or if an option is out of range.
+        prepared; if `start` does not fit; if train and val data share cases, patients
+        or images; if `start`, or `model` in this session, was trained on a case of
+        `val_data`; or if an option is out of range.
 
     References
     ----------
@@ -519,7 +522,7 @@ def train(
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
         checkpoint = Checkpoint(output, made_of, train_data, val_data, lend, verbose)
         others = [TimeLimit(np.inf if max_minutes is None else max_minutes), *callbacks]
-        SEEN.setdefault(model, set()).update(train_data.name_images())
+        checkpoint.seen = SEEN.setdefault(model, set())
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, others, **times)
     model.set_weights(read_model(Path(run_dir) / BEST)[0].get_weights())

@@ -28,7 +28,13 @@ from brats_utils.files import OutputFolder
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import load_model, predict_case
 from brats_utils.losses import dice_cross_entropy_loss, dice_focal_loss
-from brats_utils.model import has_gpu, unet, unet_cicek2016, write_model
+from brats_utils.model import (
+    has_gpu,
+    read_model,
+    unet,
+    unet_cicek2016,
+    write_model,
+)
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
 from brats_utils.training import plan_epochs, train
@@ -1356,8 +1362,8 @@ def test_J3_a_start_that_knows_the_validation_cases_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def copy_of(split, tmp_path, *, seed):
-    """Return a split of cases with the ids of `split`, and other images or the same."""
+def other_images(tmp_path, *, seed):
+    """Return a split of cases with the ids of `split`, and other images."""
     for number in range(1, 5):
         name = f"BraTS20_Training_{number:03}"
         write_case(tmp_path / "raw", name, seed=number + seed)
@@ -1368,7 +1374,7 @@ def copy_of(split, tmp_path, *, seed):
 
 
 def test_J3_a_start_on_other_images_of_the_same_ids_is_taken(split, tmp_path, finished):
-    other = copy_of(split, tmp_path, seed=50)
+    other = other_images(tmp_path, seed=50)
     ids = {p.stem for p in (other / "val/images").iterdir()}
     assert ids <= {*load_model(finished[0]).description["train_cases"]}
     run(other, tmp_path / "run", 1, start=finished[0])
@@ -1401,6 +1407,49 @@ def test_J3_a_model_that_was_trained_on_the_validation_cases_is_refused(
     ):
         run(split, tmp_path / "fold1", 1, model=model, **swapped)
     assert not (tmp_path / "fold1").exists()
+
+
+def test_J3_a_model_of_a_call_that_was_refused_is_as_good_as_new(
+    split, tmp_path, finished
+):
+    model, (train_data, val_data) = tiny_unet(), data(split)
+    swapped = {"train_data": val_data, "val_data": train_data}
+    with pytest.raises(ValueError, match="other settings"):
+        run(split, finished[0], model=model, **swapped)
+    run(split, tmp_path / "run", 1, model=model)
+
+
+@pytest.mark.parametrize("levels", [0, 1])
+def test_J3_what_a_start_or_a_loaded_model_has_seen_is_not_forgotten(
+    split, tmp_path, finished, levels
+):
+    other = other_images(tmp_path, seed=50)
+    options = {"model": tiny_unet(depth=2), "deep_supervision": levels}
+    model = run(split, tmp_path / "a", 1, **options)[0]
+    run(other, tmp_path / "b", 1, model=model, deep_supervision=levels)
+    train_data, val_data = data(split)
+    swapped = {"train_data": val_data, "val_data": train_data}
+    for start in (tmp_path / "a", tmp_path / "b"):
+        call = {"model": tiny_unet(depth=2), "start": start, **swapped}
+        with pytest.raises(ValueError, match="start=.*trained on 3 cases of val_data"):
+            run(split, tmp_path / "c", **call)
+        with pytest.raises(ValueError, match="this model was trained on 3 cases"):
+            run(split, tmp_path / "c", model=load_model(start).model, **swapped)
+    started = run(other, tmp_path / "d", 1, start=finished[0])[0]
+    with pytest.raises(ValueError, match="this model was trained on 3 cases"):
+        run(split, tmp_path / "c", model=started, **swapped)
+
+
+def test_J3_without_the_names_of_its_images_a_start_is_known_by_ids(
+    split, tmp_path, finished
+):
+    model, description = read_model(finished[0] / "best.keras")
+    assert len(description.pop("train_images")) == 9  # three images of three cases
+    write_model(model, tmp_path / "old.keras", description)
+    ours, theirs = data(split)
+    swapped = {"train_data": theirs, "val_data": ours}
+    with pytest.raises(ValueError, match="start=.*trained on 3 cases of val_data"):
+        run(split, tmp_path / "run", start=tmp_path / "old.keras", **swapped)
 
 
 @pytest.mark.parametrize(
