@@ -79,6 +79,9 @@ def test_committed_with_pictures_clean_and_without_errors(path):
     outputs = [output for cell in code_of(notebook) for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     assert sum("image/png" in o.get("data", {}) for o in outputs) >= 2
+    for cell in code_of(notebook):
+        if re.search(r"^(plotting\.plot_|ax\b)", cell.source, re.M):
+            assert any("image/png" in o.get("data", {}) for o in cell.outputs)
     assert all(cell.execution_count is None for cell in code_of(notebook))
     assert path.stat().st_size < 1.5e6
     assert any("parameters" in c.metadata.get("tags", []) for c in code_of(notebook))
