@@ -1424,13 +1424,13 @@ def test_J3_what_a_start_or_a_loaded_model_has_seen_is_not_forgotten(
     split, tmp_path, finished, levels
 ):
     other = other_images(tmp_path, seed=50)
-    options = {"model": tiny_unet(depth=2), "deep_supervision": levels}
+    options = {"model": tiny_unet(depth=3), "deep_supervision": levels}
     model = run(split, tmp_path / "a", 1, **options)[0]
     run(other, tmp_path / "b", 1, model=model, deep_supervision=levels)
     train_data, val_data = data(split)
     swapped = {"train_data": val_data, "val_data": train_data}
     for start in (tmp_path / "a", tmp_path / "b"):
-        call = {"model": tiny_unet(depth=2), "start": start, **swapped}
+        call = {"model": tiny_unet(depth=3), "start": start, **swapped}
         with pytest.raises(ValueError, match="start=.*trained on 3 cases of val_data"):
             run(split, tmp_path / "c", **call)
         with pytest.raises(ValueError, match="this model was trained on 3 cases"):
