@@ -502,7 +502,7 @@ def read_model(path):
         raise ValueError(f"{problem} {keras.__version__}: {error}") from None
     if described:
         check_description(model, description, path)
-        SEEN[model] = {*description.get("train_images", ())}
+        SEEN[model] = {*map(str, description.get("train_images", ()))}
     return model, description
 
 
