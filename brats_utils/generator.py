@@ -168,7 +168,7 @@ class BratsGenerator(keras.utils.PyDataset):
     def known_cases(self, images, case_ids=()):
         """Return the cases with one of these images; by id where images are unknown."""
         named = [(i, name_images(row)) for i, row in self.rows.items()]
-        by_id = {i for i, names in named if not (images and names)} & {*map(str, case_ids)}
+        by_id = {i for i, names in named if not (images and names)} & {*case_ids}
         return [i for i, names in named if names & images or i in by_id]
 
     def check_fit(self, input_shape, factor):

@@ -550,8 +550,8 @@ def start_from(start, model, train_data, val_data):
     if described and [*described["modalities"]] != [*train_data.modalities]:
         problem = f"start={start!r} takes {described['modalities']}, train_data has "
         raise ValueError(f"{problem}{train_data.modalities}. {NO_START}")
-    images = SEEN.get(source, set())
-    if seen := val_data.known_cases(images, described.get("train_cases", ())):
+    images, case_ids = SEEN.get(source, set()), described.get("train_cases", ())
+    if seen := val_data.known_cases(images, map(str, case_ids)):
         problem = f"start={start!r} was trained on {len(seen)} cases of val_data"
         raise ValueError(f"{problem}: {seen[:5]}; validate with others. {NO_START}")
     theirs, ours = _facts(source), _facts(model)

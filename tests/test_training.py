@@ -1446,6 +1446,10 @@ def test_J3_without_the_names_of_its_images_a_start_is_known_by_ids(
     model, description = read_model(finished[0] / "best.keras")
     assert len(description.pop("train_images")) == 9  # three images of three cases
     write_model(model, tmp_path / "old.keras", description)
+    odd = {**description, "train_images": [["flair"]], "train_cases": [{}]}
+    write_model(model, tmp_path / "odd.keras", odd)
+    load_model(tmp_path / "odd.keras")
+    run(split, tmp_path / "new", 1, start=tmp_path / "odd.keras")
     ours, theirs = data(split)
     swapped = {"train_data": theirs, "val_data": ours}
     with pytest.raises(ValueError, match="start=.*trained on 3 cases of val_data"):
