@@ -11,10 +11,12 @@ from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
 from brats_utils import files
+from brats_utils.cases import read_scan
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.nifti import file_states, load_labels, to_lps
 from brats_utils.nifti import spacing_mm as spacing_of
-from brats_utils.volumes import bounding_box, dice
+from brats_utils.split import name_images
+from brats_utils.volumes import bounding_box, dice, nonzero_statistics
 
 THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)
 MIN_ISLAND = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -475,6 +477,18 @@ def store_description(trained):
             new.writestr(DESCRIPTION, json.dumps(trained.description, indent=1))
 
 
+def _was_seen(case, description):
+    """Return whether a model was trained on a case; by id if it lists no images."""
+    images, row = {*map(str, description.get("train_images", ()))}, {}
+    if not images:
+        return case.id in description.get("train_cases", ())
+    modalities = description.get("modalities", ())
+    scan = read_scan(case, modalities, labelled=False)
+    for name, volume in zip(modalities, scan.volumes, strict=True):
+        row[f"{name}_raw_mean"], row[f"{name}_raw_sd"] = nonzero_statistics(volume)
+    return bool(name_images(row) & images)
+
+
 def tune_model(run_dir, cases, **options):
     """Tune the decoding of a trained model on validation cases, and store it with it.
 
@@ -507,8 +521,8 @@ def tune_model(run_dir, cases, **options):
         problem = "is no .keras file with a description, to store a decoding in"
         raise ValueError(f"{trained.path} {problem}")
 
-    seen = {case.id for case in cases} & {*trained.description.get("train_cases", ())}
-    _raise_for(sorted(seen), "have ids that were in the training; tune on others")
+    seen = [case.id for case in cases if _was_seen(case, trained.description)]
+    _raise_for(sorted(seen), "were in the training; tune on others")
 
     def predicted():
         for case in cases:

@@ -440,6 +440,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
             each.add_collection3d(surfaces)
         each.set(title=title, xlabel="R – L, mm", zlabel="I – S, mm")
         each.set_ylabel("A – P, mm", labelpad=10)
+        each.zaxis.labelpad = 8
         each.set(xlim=(0, size_mm[0]), ylim=(0, size_mm[1]), zlim=(0, size_mm[2]))
         each.set_box_aspect(size_mm, zoom=0.85)
         each.locator_params(nbins=3)
@@ -591,7 +592,8 @@ def browse_cases(scores, load, **view):
     Parameters
     ----------
     scores : pandas.Series
-        A score for each case id, higher is better: mean Dice, for example.
+        A score for each case id, higher is better: mean Dice, for example. Its name, if
+        it has one, is shown.
     load : callable
         Takes a case id and returns what `browse` takes: image, segmentation, prediction
         and, if there is one, spread, in LPS order.
@@ -600,6 +602,6 @@ def browse_cases(scores, load, **view):
     """
     expected = "a pandas.Series of a score for each case id"
     check_option("scores", scores, lambda s: len(s.sort_values()), expected)
-    ranking = scores.sort_values()
-    cases = [(f"{case_id}: {score:.2f}", case_id) for case_id, score in ranking.items()]
+    ranking, unit = scores.sort_values(), scores.name or ""
+    cases = [(f"{i}: {score:.2f} {unit}".strip(), i) for i, score in ranking.items()]
     _Browser(load, cases, **view).show()

@@ -3,6 +3,7 @@
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 
 import keras
 import nibabel as nib
@@ -24,6 +25,8 @@ from brats_utils.inference import (
 from brats_utils.labels import REGIONS
 from brats_utils.model import size_factor, unet, write_model
 from brats_utils.nifti import load_labels, read_volume, save_volume, to_lps
+from brats_utils.prepare import prepare_case
+from brats_utils.split import name_images
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = {
@@ -864,6 +867,17 @@ def test_a_decoding_is_not_tuned_on_the_cases_of_the_training(tmp_path, cases):
     with pytest.raises(ValueError, match="were in the training; tune on others: case1"):
         tune_model(path, cases)
     assert path.read_bytes() == before
+
+
+def test_cases_of_the_training_are_known_by_their_images(tmp_path, cases):
+    row = prepare_case(cases[0], tmp_path / "one", crop_shape=None, min_labelled=0)
+    known = {"train_cases": ["case1"], "train_images": sorted(name_images(row))}
+    path = tmp_path / "model.keras"
+    write_model(oracle(), path, {**DESCRIPTION, **known})
+    copied = replace(cases[0], id="copied")
+    with pytest.raises(ValueError, match="were in the training; tune on others: copi"):
+        tune_model(path, [copied])
+    tune_model(path, [cases[1]])  # of another set, where ids are the same
 
 
 def test_the_phantom_weights_predict_without_another_file(tmp_path):

@@ -198,32 +198,6 @@ def test_a_wrong_folder_is_an_error_and_never_replaced_by_phantoms(tmp_path):
     assert not (tmp_path / "phantom").exists()
 
 
-@pytest.mark.notebooks
-@pytest.mark.parametrize(
-    "rows, expected",
-    [
-        (("one,True,", "two,False,labelled below 1", "six,False,not valid"), ["two"]),
-        (("one,True,", "two,True,", "six,False,no segmentation"), []),
-    ],
-)
-def test_of_the_cases_left_out_only_the_small_are_predicted(tmp_path, rows, expected):
-    (tmp_path / "prepared").mkdir()
-    table = "\n".join(("case,kept,reason", *rows))
-    (tmp_path / "prepared" / "cases.csv").write_text(table)
-    cells = code_of(nbformat.read(NOTEBOOKS[3], as_version=4))
-    (source,) = (cell.source for cell in cells if "dropped = [" in cell.source)
-    scores = pd.DataFrame({"case": ["two"], "dice_WT": [1.0]})
-    names = {
-        "scans": {i: SimpleNamespace(segmentation=i) for i in ("one", "two", "six")},
-        "inference": SimpleNamespace(predict_cases=lambda *args, **options: []),
-        "evaluation": SimpleNamespace(score_cases=lambda folder, cases: scores),
-        **{"DATA": tmp_path, "config": SimpleNamespace(flips=False), "pd": pd},
-        **{"trained": None, "out_dir": tmp_path},
-    }
-    exec(source, names)  # this one cell, where prediction would raise on "six"
-    assert [case.segmentation for case in names["dropped"]] == expected
-
-
 def options_of_notebook_04(data, kind, gpu, monkeypatch, **settings):
     """Run the one cell that chooses the options, for a set of scans of this kind."""
     for name in ("START", "AUGMENT", "DEPTH", "LEARNING_RATE", "FLIPS"):

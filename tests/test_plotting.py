@@ -267,7 +267,7 @@ def test_a_browser_goes_to_the_slice_with_most_tumour(toy, displayed, browsers):
 def test_browse_cases_begins_with_the_worst_and_keeps_one_case(
     toy, displayed, browsers
 ):
-    scores = pd.Series({"good": 0.9, "bad": 0.1, "fair": 0.5})
+    scores = pd.Series({"good": 0.9, "bad": 0.1, "fair": 0.5}, name="Dice")
     loaded = []
 
     def load(case_id):
@@ -282,7 +282,9 @@ def test_browse_cases_begins_with_the_worst_and_keeps_one_case(
     (browser,) = browsers
     chooser = browser.box.children[1].children[0]
     assert chooser.options == (
-        *(("bad: 0.10", "bad"), ("fair: 0.50", "fair"), ("good: 0.90", "good")),
+        ("bad: 0.10 Dice", "bad"),
+        ("fair: 0.50 Dice", "fair"),
+        ("good: 0.90 Dice", "good"),
     )
     assert [case_id for case_id, _ in loaded] == ["bad"] and len(displayed[0].axes) == 4
     displayed.clear()  # the still picture shows views of the first case
