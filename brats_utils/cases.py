@@ -18,6 +18,7 @@ from brats_utils.volumes import brain_mask, check_image, find_doubts
 # Of the Decathlon and of nnU-Net: folder, name, id of the case, number of the channel.
 _IN_FOLDERS = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(\.gz)?)")
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
+_ID = re.compile(r"[^/\\\0]*[^/\\\0\s][^/\\\0]*")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Case:
         """Take paths written as text, too."""
         paths = {name: Path(path) for name, path in (self.images or {}).items()}
         object.__setattr__(self, "images", paths)
-        if self.segmentation is not None:
-            object.__setattr__(self, "segmentation", Path(self.segmentation))
+        segmentation = self.segmentation and Path(self.segmentation)
+        object.__setattr__(self, "segmentation", segmentation)
 
     @property
     def channels(self):
@@ -67,15 +68,19 @@ def check_case(case):
     ValueError
         If it is something else.
     """
-    expected = "a Case with an id and images, as find_cases returns it"
-    check_option("case", case, lambda c: c.id.strip() and c.images, expected)
+    expected = "a Case with an id, without / and \\, and images, as of find_cases"
+    check_option("case", case, lambda c: _ID.fullmatch(c.id) and c.images, expected)
 
 
 def check_distinct(cases):
-    """Raise unless all are cases, and no two have the same id.
+    """Return cases as a list; raise unless all are, and no two have the same id.
 
     Parameters
     ----------
+    cases : iterable of Case
+
+    Returns
+    -------
     cases : list of Case
 
     Raises
@@ -83,7 +88,8 @@ def check_distinct(cases):
     ValueError
         Names the id, and where both are.
     """
-    seen = {}
+    check_option("cases", cases, iter, "a list of Case")
+    seen, cases = {}, [*cases]
     for case in cases:
         check_case(case)
         folder = next(iter(case.images.values())).parent
@@ -91,6 +97,7 @@ def check_distinct(cases):
             problem = f"cases is a list with {case.id} twice, in {other} and {folder}"
             raise ValueError(f"{problem}; expected each id once")
         seen[case.id.lower()] = folder
+    return cases
 
 
 @dataclass(frozen=True)
@@ -145,9 +152,9 @@ def _read_description(path):
     try:
         channels = labels.read_channel_names(described)
         table = labels.read_label_names(described.get("labels") or {})
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise BratsDataError(f"not as nnU-Net writes it: {error}", file=path) from None
-    code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
+        code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise BratsDataError(f"not as nnU-Net writes it: {e}", file=path) from None
     return channels, ("dataset.json", code) if described.get("labels") else ()
 
 
@@ -205,12 +212,13 @@ def _group_files(root):
                 where = {"case": place[1], "file": path.parent}
                 raise BratsDataError(problem, **where, advice="Keep one of them")
         leftovers += [] if keys else [path]
-    # UPENN-GBM has its label maps in a folder of their own; others without images are
-    # not those of a case, such as `<id>_brain_segm`.
+    # Label maps may have a folder of their own, as in UPENN-GBM; others without images
+    # are not those of a case, such as `<id>_brain_segm`.
     for folder, case_id in [place for place in groups if [*groups[place]] == ["seg"]]:
         path = groups.pop((folder, case_id))["seg"]
-        same = [p for p in groups if p[1] == case_id and "seg" not in groups[p]]
-        if {"images_segm", "labelsTr"} & {*path.parts} and len(same) == 1:
+        same = [p for p in groups if p[1].lower() == case_id.lower()]
+        same = [p for p in same if "seg" not in groups[p]]
+        if labels.FOLDERS & {*path.as_posix().lower().split("/")} and len(same) == 1:
             groups[same[0]]["seg"] = path
         else:
             leftovers.append(path)
@@ -241,8 +249,7 @@ def _check_complete(root, groups, leftovers, modalities):
     if not groups:
         here = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
         problem = f"no BraTS case (<id>_flair.nii, ...) in {root}; it holds: {here}"
-        advice = "Pass the folder that holds the case folders, or one above it"
-        raise BratsDataError(problem, advice=advice)
+        raise BratsDataError(problem, advice="Pass their folder, or one above it")
     problems, seen = [], {}
     for (folder, case_id), files in groups.items():
         strange = [p.name for p in leftovers if p.parent == folder]
@@ -252,8 +259,7 @@ def _check_complete(root, groups, leftovers, modalities):
         if (other := seen.setdefault(case_id.lower(), folder)) != folder:
             problems.append(f"{case_id} appears twice: {other} and {folder}")
     if problems:
-        advice = "Add what is missing, or take those folders out"
-        raise BratsDataError("; ".join(problems), advice=advice)
+        raise BratsDataError("; ".join(problems), advice="Add it, or take those out")
 
 
 def find_cases(root, *, labels="auto", modalities=MODALITIES):
@@ -294,9 +300,9 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     """
     check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
     labels = labels if labels == "auto" else label_code(labels)
-    if not check_path("root", root).is_dir():
+    if not (root := check_path("root", root)).is_dir():
         advice = "Check the path; see data/README.md"
-        if Path(root).is_file():
+        if root.is_file():
             advice = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
         raise BratsDataError(f"there is no folder {root}", advice=advice)
     groups, leftovers, sets = _group_files(root)
@@ -318,18 +324,19 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
 
 def _decide_labels(groups, sets):
     """Return {(folder, id): label code} by descriptions, ids and label maps."""
-    names = {p: sets.get(p[0], ((), ()))[1] for p in groups}
-    for place, said in names.items():
-        by_id = labels.naming(place[1])
-        names[place] = by_id if not said or "=" in said[1] and by_id[1] else said
+    names = {}
+    for place, files in groups.items():
+        roots = place[0], files["seg"].parent.parent if "seg" in files else None
+        said = next((sets[root][1] for root in roots if root in sets), ())
+        names[place] = said or labels.naming(place[1])
     with ThreadPoolExecutor(2) as pool:
         drawn = [files.get("seg") for files in groups.values()]
         found = pool.map(nifti.threes_and_fours, drawn)
         values = dict(zip(groups, found, strict=True))
     unknown = set().union(*(values[p] for p in groups if not names[p][1]))
     usual = "0123" if unknown == {3} else "0124"
-    drawn = any("seg" in groups[p] for p in groups if not names[p][1])
-    if drawn and not unknown & {4}:  # nothing says it
+    drawn = ["seg" in files for p, files in groups.items() if not names[p][1]]
+    if any(drawn) and not unknown & {4}:  # nothing says it
         text = "label 3 and no label 4" if unknown else "neither label 3 nor label 4"
         text += " in this set: 1 is read as core, 2 as oedema, 3 as enhancing tumour; "
         warnings.warn(f"{text}pass labels= to find_cases if they are not", stacklevel=3)
@@ -381,9 +388,8 @@ def rename_odd_segmentation(root):
 
 def _paths(case, modalities):
     """Return each file of a case: {path: the modalities asked for; [] for labels}."""
-    in_order = not isinstance(modalities, set | frozenset)
     known, expected = {*ALL_MODALITIES}.issuperset, f"some of {ALL_MODALITIES}"
-    check_option("modalities", modalities, lambda m: in_order and known(m), expected)
+    check_option("modalities", modalities, lambda m: len(m) > -1 and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
     paths = {}
@@ -501,9 +507,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
     import pandas as pd
 
     check_option("voxels", voxels, *BOOL)
-    check_option("cases", cases, iter, "a list of Case")
-    rows, cases = [], [*cases]
-    check_distinct(cases)
+    rows, cases = [], check_distinct(cases)
 
     def note(case, path, check, *arguments, **options):
         try:

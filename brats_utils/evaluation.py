@@ -317,12 +317,15 @@ def _raise_for(case_ids, problem):
 
 
 def _check_labelled(cases):
-    """Raise unless there are cases, all with a segmentation."""
+    """Return the cases; raise unless there are some, all with a segmentation."""
     expected = "one Case or more, as find_cases returns them"
+    files.check_option("cases", cases, iter, expected)
+    cases = [*cases]
     files.check_option("cases", cases, lambda c: [case.id for case in c], expected)
     _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
     ids = [case.id.lower() for case in cases]
     files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
+    return cases
 
 
 def _find_prediction(folder, case):
@@ -366,7 +369,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         If cases have no segmentation or no prediction (all of them are named), or a
         prediction does not lie on the grid of its case.
     """
-    _check_labelled(cases)
+    cases = _check_labelled(cases)
     folder = files.check_path("predictions_dir", predictions_dir)
     found = [(case, _find_prediction(folder, case)) for case in cases]
     missing = [case.id for case, path in found if path is None]
@@ -456,6 +459,14 @@ def tune_decoding(cases):
     return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
 
 
+def _check_file(trained):
+    """Raise unless a model is of a file in which a description can be stored."""
+    path = trained.path
+    if not trained.description or path is None or path.suffix != ".keras":
+        problem = "is no .keras file with a description, to store a decoding in"
+        raise ValueError(f"{path} {problem}")
+
+
 def store_description(trained):
     """Store a changed description in the model's file.
 
@@ -463,9 +474,16 @@ def store_description(trained):
     ----------
     trained : TrainedModel
         From `load_model`, its description changed.
+
+    Raises
+    ------
+    ValueError
+        If it has no description, or is not of a `.keras` file: the weights of the
+        package stay as they are.
     """
     from brats_utils.model import BEST, DESCRIPTION
 
+    _check_file(trained)
     path = trained.path
     own = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
     run = files.OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
@@ -514,13 +532,10 @@ def tune_model(run_dir, cases, **options):
     """
     from brats_utils.inference import check_options, load_model, predict_scan
 
-    _check_labelled(cases)
+    cases = _check_labelled(cases)
     trained = load_model(run_dir)
     check_options([trained], options, ("modalities", "flips", "patch_shape"))
-    if not trained.description or trained.path.suffix != ".keras":
-        problem = "is no .keras file with a description, to store a decoding in"
-        raise ValueError(f"{trained.path} {problem}")
-
+    _check_file(trained)
     seen = [case.id for case in cases if _was_seen(case, trained.description)]
     _raise_for(sorted(seen), "were in the training; tune on others")
 

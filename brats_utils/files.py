@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-BOOL = (lambda x: type(x) is bool), "True or False"  # for `check_option`
+BOOL = (lambda x: isinstance(x, bool | np.bool_)), "True or False"  # for `check_option`
 MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
 FLAGS = dict.fromkeys(("yes", "true", "on", "1"), True)
 FLAGS |= dict.fromkeys(("no", "false", "off", "0"), False)
@@ -117,8 +117,10 @@ def check_option(name, value, fits, expected):
     ValueError
         Names the option, its value and what is possible.
     """
-    with contextlib.suppress(AttributeError, LookupError, TypeError, ValueError):
-        if fits(value):
+    errors = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
+    with contextlib.suppress(*errors):
+        in_order = not isinstance(value, set | frozenset | dict)
+        if in_order and fits(value):
             return
     raise ValueError(f"{name} is {value!r}, expected {expected}")
 
@@ -142,7 +144,10 @@ def check_path(name, path):
         Names the argument and its value.
     """
     check_option(name, path, lambda p: isinstance(p, str | os.PathLike), "a path")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise ValueError(f"{name} is {path!r}: {error}") from None
 
 
 def is_whole(value, least=0):

@@ -144,7 +144,7 @@ class BratsGenerator(keras.utils.PyDataset):
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from None
         self.settings = manifest["made_from"]["settings"]
         self.modalities = tuple(self.settings["modalities"])
-        self.patch_shape = None if patch_shape is None else tuple(patch_shape)
+        self.patch_shape = None if patch_shape is None else (*map(int, patch_shape),)
         self._cache = {} if cache else None
         self.epoch, self._within_epoch = 0, False
 

@@ -262,8 +262,8 @@ def check_options(models, options, possible=OPTIONS):
     described = [m.description.get("modalities") or names for m in models]
     same = all([*names] == [*each] for each in described)
     check("modalities", described, lambda _: same, "the same for all models")
-    outputs = {each.model.output_shape[-1] for each in models}
-    check("the models' outputs", outputs, ({3}, {4}).__contains__, "all 3, or all 4")
+    outputs = sorted({each.model.output_shape[-1] for each in models})
+    check("the models' outputs", outputs, ([3], [4]).__contains__, "all 3, or all 4")
     patch_shape = given["patch_shape"]
     if patch_shape is None:
         patch_shape = models[0].description.get("patch_shape")
@@ -465,10 +465,9 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     """
     models, failed = _as_trained(model), []
     check_options(models, {**options, "uncertainty": uncertainty})
-    files.check_option("cases", cases, iter, "a list of Case")
+    cases = check_distinct(cases)
+    files.check_option("cases", cases, len, "one Case or more")
     models = _choose_engine(models, options.pop("engine", "keras"))
-    cases = list(cases)
-    check_distinct(cases)
     made_from = {"options": options, "uncertainty": uncertainty}
     made_from["models"] = [_fingerprint(trained) for trained in models]
     made_from = json.loads(json.dumps(made_from, default=lambda x: x.tolist()))
@@ -478,31 +477,33 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     sources = {path.parent for case in cases for path in case.images.values()}
     with files.OutputFolder(out_dir, "predictions", inputs=sources) as output:
         nifti.check_unedited(output.path, output.manifest["files"])
-        if output.manifest["made_from"] != made_from:
-            output.manifest["cases"] = {}
-        output.begin(made_from)
         output.claim(name for each in names.values() for name in each)
         for case in files.progress_bar(cases, desc="predicting", unit="case"):
             noted = {name: output.manifest["files"][name] for name in names[case.id]}
             try:
                 state = nifti.file_states(case.images.values())
-                known = output.manifest["cases"].get(case.id) == state
+                same = output.manifest["made_from"] == made_from
+                known = same and output.manifest["cases"].get(case.id) == state
                 if not known or files.find_changed(output.path, noted):
+                    found = _predict_maps(models, case, **options)
+                    if not same:  # now, when there is something to replace
+                        output.manifest["cases"] = {}
+                    output.remove({f"uncertainty/{case.id}.nii.gz"} - {*noted})
                     output.manifest["files"] |= dict.fromkeys(names[case.id])
-                    output.save()  # killed after it is replaced, it is not another's
-                    _predict_file(models, case, output, names[case.id], options)
+                    # Saved first: killed after it is replaced, it is not another's.
+                    output.begin(made_from)
+                    _write_maps(output, names[case.id], *found)
                     output.note_case(case.id, state)
             except (ValueError, FileNotFoundError) as error:
                 failed.append(str(error))
     if failed:
         problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
         raise BratsDataError(problem + " | ".join(failed))
-    return [Path(out_dir) / names[case.id][0] for case in cases]
+    return [output.path / names[case.id][0] for case in cases]
 
 
-def _predict_file(models, case, output, names, options):
-    """Predict a case and write its label map, and its uncertainty if it has a name."""
-    found, spread, header = _predict_maps(models, case, **options)
+def _write_maps(output, names, found, spread, header):
+    """Write the label map of a case, and its uncertainty if it has a name."""
     with output.write(names[0]) as temporary:
         nifti.write_segmentation(found, header, temporary)
     for name in names[1:]:

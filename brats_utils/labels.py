@@ -21,18 +21,20 @@ MODALITIES = ("flair", "t1ce", "t2")
 ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
 # What each file is called in the public sets, after the id of the case.
 _FILES = {
-    "flair": "(?:brain_)?(?:flair|t2f|t2_flair)",
+    "flair": "(?:brain_)?(?:flair|t2f|t2[-_]?flair)",
     "t1": "(?:brain_)?(?:t1|t1n|t1w)",
-    "t1ce": "(?:brain_)?(?:t1ce|t1gd|t1c)",
+    "t1ce": "(?:brain_)?(?:t1ce|t1[-_]?gd|t1c|ce-[a-z]+_t1w)",
     "t2": "(?:brain_)?(?:t2|t2w)",
     "seg": "(?:final_)?(?:segm?|tumor_segmentation|glistrboost_manuallycorrected)",
 }
+FOLDERS = {"images_segm", "labelstr", "labels", "masks", "segmentations"}  # of seg
 _KEY = "|".join(f"(?P<{key}>{names})" for key, names in _FILES.items())
-_NAME = re.compile(rf"(?:(.+?)[-_])?(?:{_KEY})\.nii(?:\.gz)?", re.I)
+_NAME = re.compile(rf"(?:(.+?)[-_])??(?:{_KEY})\.nii(?:\.gz)?", re.I)
 # A name that only says when a scan was made: the patient is its folder.
-_DAY = r"(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12]\d|3[01])"
+_DAY = r"(?:0[1-9]|1[0-2])[-._]?(?:0[1-9]|[12]\d|3[01])"
+_DATE = rf"(?:19|20)\d\d[-._]?{_DAY}|{_DAY}-(?:19|20)\d\d(?:-.*)?"  # the last: NBIA's
 _TIME = r"(?:week|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+(?:-\d+)?"
-VISIT = re.compile(rf"{_TIME}|(?:19|20)\d\d-?{_DAY}", re.I)
+VISIT = re.compile(rf"{_TIME}|{_DATE}|anat|pre|post|baseline|follow-?up[-_ ]?\d*", re.I)
 # How files write background, core, oedema and enhancing tumour, in this order.
 CONVENTIONS = ("0124", "0123", "0213")
 TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"
@@ -40,18 +42,18 @@ TOLD_PED = "labels={1: 4, 2: 1, 3: 1, 4: 2} counts cysts as core"
 # Which set a case id belongs to: (set, convention). Where the id does not settle the
 # convention, the second item is the `labels=` to suggest in the error.
 NAMINGS = {
-    r"brats(1[789]|20|2021)_|tcga-\w\w-\w{4}": ("BraTS 2017-2021", "0124"),
-    r"upenn-gbm-|ucsf-pdgm-": ("UPENN-GBM and UCSF-PDGM", "0124"),
-    r"brats-gli-\d+-1\d\d": ("BraTS 2024, after treatment: 4 is a cavity", TOLD_GLI),
-    r"brats-ped": ("BraTS-PED: 1 ET, 2 NET, 3 cyst, 4 oedema", TOLD_PED),
-    r"brats-(gli|ssa|men|met|goat)-": ("BraTS 2023", "0123"),
-    r"brats_\d{3}": ("the Decathlon's Task01", "0213"),
+    r"brats[-_]?(1[789]|20|2021)_|tcga-\w\w-\w{4}": ("BraTS 2017-2021", "0124"),
+    r"upenn[-_]gbm[-_]|ucsf[-_]pdgm[-_]": ("UPENN-GBM and UCSF-PDGM", "0124"),
+    r"brats[-_]gli[-_]\d+[-_]1\d\d": ("BraTS 2024, treated: 4 is a cavity", TOLD_GLI),
+    r"brats[-_]ped": ("BraTS-PED: 1 ET, 2 NET, 3 cyst, 4 oedema", TOLD_PED),
+    r"brats[-_](gli|ssa|men|met|goat)[-_]": ("BraTS 2023", "0123"),
+    r"brats_\d{3}$": ("the Decathlon's Task01", "0213"),
 }
 # The labels that the names in a `dataset.json` mean; the first that fits counts.
 _MEANINGS = {
     "background|^0$": 0,
     "o?edema|^ed$|snfh|hyper.?intens": 2,
-    "no[nt].?enhanc|necro|^ncr|^net$": 1,
+    r"(?<![a-z])(no[nt]?|un)[\W_]*(contrast[\W_]*)?enhanc|necro|^ncr|^net$": 1,
     "^(?!.*without).*enhanc|^et$": 4,
 }
 
@@ -69,7 +71,8 @@ def naming(case_id):
         The set of that naming, and one of `CONVENTIONS` or, if its labels cannot be
         told by the name, what to pass; empty if the naming is not known.
     """
-    fits = (n for p, n in NAMINGS.items() if re.match(p, case_id, re.I))
+    parts = "(?i)(?:^|[-_])(?:"  # `train_BraTS-GLI-...` is of that set, too
+    fits = (name for p, name in NAMINGS.items() if re.search(f"{parts}{p})", case_id))
     return next(fits, ("the rest of this set", ""))
 
 
@@ -92,7 +95,7 @@ def label_table(labels):
     ValueError
         If it is something else.
     """
-    with contextlib.suppress(AttributeError, TypeError, ValueError):
+    with contextlib.suppress(AttributeError, OverflowError, TypeError, ValueError):
         if isinstance(labels, dict):
             pairs = list(labels.items())
         elif labels in CONVENTIONS:
@@ -208,15 +211,20 @@ def read_label_names(names):
     """
     pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in names.items()]
     if any(isinstance(values, list) for _, values in pairs):
-        regions = [set(np.ravel(v).tolist()) for _, v in pairs if v != 0]
-        depths = {v: sum(v in r for r in regions) for v in set().union(*regions)}
-        nested = sorted(depths.values()) == [1, 2, 3]
+        regions = {str(name): {*np.ravel(v).tolist()} for name, v in pairs if v != 0}
+        all_values = set().union(*regions.values())
+        depths = {v: sum(v in r for r in regions.values()) for v in all_values}
+        outermost = sorted(regions, key=lambda name: -len(regions[name]))
+        nested = sorted(depths.values()) == [1, 2, 3] and len(regions) == 3
+        names = zip(("whole|^wt", "core|^tc", "enhanc|^et"), outermost, strict=False)
+        nested = nested and all(re.search(p, name, re.I) for p, name in names)
         return {v: (2, 1, 4)[d - 1] for v, d in depths.items()} if nested else {}
     table = {}
     for name, value in pairs:
         fits = (x for p, x in _MEANINGS.items() if re.search(p, str(name), re.I))
         table[int(value)] = next(fits, None)
-    return {} if None in table.values() else table
+    doubtful = None in table.values() or [*table.values()].count(4) > 1
+    return {} if doubtful else table
 
 
 def relabel(values, table):

@@ -25,6 +25,7 @@ of being inside or outside a region (K = 3). Each term is 0 for a perfect predic
 import contextlib
 import functools
 import inspect
+import json
 import warnings
 
 import keras
@@ -325,6 +326,28 @@ def build_losses(model):
     model.compute_metrics(None, labels, outputs)
 
 
+def check_can_be_loaded(model):
+    """Raise unless a model can be made again from its configuration, as loading does.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Raises
+    ------
+    ValueError
+        Says what Keras refuses, in safe mode: a layer that it does not know, a Lambda.
+    """
+    described = keras.saving.serialize_keras_object(model)
+    described.pop("compile_config", None)
+    try:
+        keras.saving.deserialize_keras_object(described, safe_mode=True)
+    except Exception as error:  # whatever a layer's own code raises
+        problem = f"model could be trained, but not be loaded again: {str(error)[:300]}"
+        advice = "expected Keras's layers, or such as keras.saving can register"
+        raise ValueError(f"{problem}; {advice}") from None
+
+
 def check_loss(loss, model):
     """Raise unless a model gives probabilities, and its loss rates the truth best.
 
@@ -346,6 +369,7 @@ def check_loss(loss, model):
     if hasattr(last, "kernel") and last.activation is keras.activations.linear:
         expected = "'softmax' or 'sigmoid': probabilities"
         raise ValueError(f"the last layer has no activation; expected {expected}")
+    check_can_be_loaded(model)
     truth, function = np.arange(4).reshape(1, 4, 1, 1, 1), keras.losses.get(loss)
     table = np.eye(4) if outputs == len(LABELS) else IN_REGION
     perfect = table[truth[..., 0]].astype("float32")
@@ -387,6 +411,30 @@ def averaged_weights(model, start=(), share=0.0):
     model.set_weights(own)
 
 
+def describe(description):
+    """Return what a run is made of as JSON holds it, see `describe_object`.
+
+    Parameters
+    ----------
+    description : dict
+
+    Returns
+    -------
+    description : dict
+        Of text, numbers, lists and dicts.
+
+    Raises
+    ------
+    ValueError
+        If a loss or another object has an attribute that cannot be described.
+    """
+    try:
+        return json.loads(json.dumps(description, default=describe_object))
+    except (RecursionError, TypeError, ValueError) as error:
+        problem = f"loss is {description.get('loss')!r}, expected attributes that JSON"
+        raise ValueError(f"{problem} can hold: {error}") from None
+
+
 def describe_object(value):
     """Return what distinguishes a loss or another object: a `default` for JSON.
 
@@ -408,14 +456,22 @@ def describe_object(value):
         return [value.func, value.args, value.keywords]
     if inspect.ismethod(value):
         return [value.__self__, value.__func__]
+    if isinstance(value, set | frozenset | range):
+        return [type(value).__name__, *sorted(map(repr, value))]
     state = getattr(value, "__dict__", None)
+    if slots := getattr(type(value), "__slots__", ()):
+        names = [slots] if isinstance(slots, str) else slots
+        state = {n: getattr(value, n, None) for n in names} | (state or {})
+    # What a function has kept of the one that made it.
+    cells = [c.cell_contents for c in getattr(value, "__closure__", None) or ()]
+    cells = [content for content in cells if not callable(content)]
     name = getattr(value, "__qualname__", None)
     place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
     if state is None or (name and not place.startswith(("keras.", "brats_utils."))):
         text = f"{place}: a change in its code is not noticed when a run is resumed"
         warnings.warn(text, stacklevel=2)
     if name or state is None:
-        return place
+        return [place, *cells] if cells else place
     config = value.get_config() if hasattr(value, "get_config") else {}
     config.pop("name", None)  # Keras numbers it
     if isinstance(value, keras.losses.Loss):

@@ -393,7 +393,7 @@ def threes_and_fours(path):
     with contextlib.suppress(BratsDataError):
         if path is not None:
             volume = read_volume(path)[0]
-            return {value for value in (3, 4) if (volume == value).any()}
+            return {value for value in (3, 4) if (abs(volume - value) < 1e-3).any()}
     return set()
 
 

@@ -1,6 +1,7 @@
 """From scans to npy volumes: scale, stack, crop, keep or drop, save."""
 
 import errno
+import lzma
 import os
 import stat
 import zipfile
@@ -435,7 +436,7 @@ def extract(archive, folder, *, max_gb=100):
             output.claim(names)
             zipped.extractall(output.path)
             output.put_in_place()
-    except (EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
         is_zip = str(archive).lower().endswith(".zip")
         advice = "download it again" if is_zip else "unpack it with tar or 7-Zip"
         raise ValueError(f"{archive}: {error}; {advice}") from None

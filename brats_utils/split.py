@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import splitfolders
@@ -20,19 +21,25 @@ from brats_utils.nifti import BratsDataError, walk
 KINDS, SIDES = ("images", "masks"), ("train", "val")
 # A patient's id, before the number or the date of the visit.
 _VISIT = re.compile(
-    r"(?i)(brats1[789]_[^_]+_[^_]+|brats-\w+-\d+|upenn-gbm-\d+|ucs[fd]-p\w+-\d+"
-    r"|tcga-\w\w-\w{4}|sub-[^_]+)[-_].+"
+    r"(?i)((?:.+[-_])?(?:brats1[789]_[^_]+_[^_]+|brats[-_][a-z]+[-_]\d+"
+    r"|upenn[-_]gbm[-_]\d+|ucs[fd][-_]p[a-z]+[-_]\d+|tcga-\w\w-\w{4})|sub-[^_]+(?=_))[-_].+"
 )
 _DATED = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
 _TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
-# Columns that name patients, and not where they were scanned.
+# Columns that name patients, and not what is known about them.
+_NUMBER = "(?:ids?|identifiers?|n[or]|num|numbers?|names?|codes?|keys?|uid|pseudonyms?)"
 _OF_PATIENTS = re.compile(
-    r"(?i)(?!.*(site|instit|sex|gender|weight|surviv|(?<![a-z])age)).*(subject|patient|person|participant|case|mrn).*"
-    r"|(?!.*(site|instit|cent|hospital|scan)).*(?<![a-z])(?:ids?|name)(?![a-z]).*"
+    r"(?i)(?!.*(site|instit|sex|gender|weight|surviv|(?<![a-z])age))"
+    rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_NUMBER}[\W_]*)*(\(.*)?"
+    r"|(?!.*(site|instit|cent|hospital|scan|session|study|device|collect|cohort|visit"
+    r"|rater|reader|series|protocol|data.?set|trial|group|file)).*"
+    r"(?<![a-z])(?:ids?|name)(?![a-z]).*|(?i:brats)\W?_?(?:20)?\d\d"
 )
 _PERSON = re.compile(r"(?i).*(patient|person|participant|mrn)")
 _SEED = "a whole number from 0 to 2**32 - 1"
-_EMPTY = ("", "na", "n/a", "nan", "none", "-")
+_EMPTY = re.compile(
+    r"(?i)[\W_]*(n/?a|nv|nan|nat|null|none|unknown|not available)?[\W_]*"
+)
 
 
 def find_patients(cases, raw):
@@ -61,7 +68,9 @@ def find_patients(cases, raw):
     ValueError
         If a table cannot be read, or names none of the cases.
     """
-    ids = {case.id.lower(): case.id for case in cases}
+    # 001 is 1 in a spreadsheet.
+    ids = {case.id.lstrip("0"): case.id for case in cases if case.id.isdigit()}
+    ids |= {case.id.lower(): case.id for case in cases}
     links = {case.id: _links([case.id]) for case in cases}
     tables = _mapping_tables(cases, Path(raw))
     matched = [(path.name, _link(links, ids, path)) for path in tables]
@@ -72,7 +81,7 @@ def find_patients(cases, raw):
         name = min(names, key=lambda n: (len(n), n), default=case_ids[0])
         patients |= dict.fromkeys(case_ids, name)
     several = sum(len(case_ids) > 1 for case_ids, _ in groups)
-    told = f"of {len(ids)} ids matched, {several} patients with several scans"
+    told = f"of {len(cases)} ids matched, {several} patients with several scans"
     return patients, [f"{name}: {n} {told}" for name, n in matched]
 
 
@@ -90,7 +99,8 @@ def _mapping_tables(cases, raw):
     for path in {path for case in cases for path in case.images.values()}:
         folders |= {*path.absolute().parents[1:3], *path.resolve().parents[1:3]}
     tables = (table for folder in folders for table in folder.glob("*.*"))
-    return sorted({t.resolve() for t in tables if _TABLE.fullmatch(t.name)})
+    tables = (t for t in tables if _TABLE.fullmatch(t.name) and t.is_file())
+    return sorted({table.resolve() for table in tables})
 
 
 def read_csv(path):
@@ -117,18 +127,21 @@ def read_csv(path):
         text = data.decode("utf-16" if data[:1] in (b"\xff", b"\xfe") else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
-    lines = [line for line in text.splitlines() if line.strip()]
+    lines = [line for line in re.split("\r\n|\r|\n", text) if line.strip()]
     lines = lines[1:] if lines and lines[0].startswith("sep=") else lines  # of Excel
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty, or holds other data")
         separator = max(",;\t", key=lines[0].count)
         names = [n.strip() for n in next(csv.reader(lines, delimiter=separator))]
-        if twice := [
-            name for name in names if names.count(name) > 1 and _OF_PATIENTS.match(name)
-        ]:
+        twice = [name for name in names if names.count(name) > 1]
+        if twice := [*filter(_OF_PATIENTS.fullmatch, twice)]:
             raise csv.Error(f"it has two columns named {twice[0]}")
         rows = [*csv.DictReader(lines, delimiter=separator, restval="", restkey="more")]
+        if long := [row for row in rows if any(row.get("more", ()))]:
+            raise csv.Error(f"a row has more cells than the first: {long[0]}")
+        if "" in names[1:] and any(row.get("") for row in rows):
+            raise csv.Error(f"columns without names hold cells; is {names[0]} a title?")
     except csv.Error as error:
         problem = f"{path} is not a text table: {error}"
         raise ValueError(f"{problem}; save it as csv, or remove it") from None
@@ -141,7 +154,13 @@ def _link(links, ids, path):
         {k: re.sub(r"^(\d+)\.0+$", r"\1", v) for k, v in row.items()}
         for row in read_csv(path)
     ]
-    columns = [c for c in (rows or [{}])[0] if _OF_PATIENTS.match(c)]
+    # "NA" may be a case's id in the set's own column, and means nothing in others.
+    hits = {c: sum(row[c].lower() in ids for row in rows) for c in (rows or [{}])[0]}
+    own = max(hits, key=hits.get, default=None)
+    columns = [c for c in hits if c == own or _OF_PATIENTS.fullmatch(c)]
+    if columns == [own] and hits[own]:
+        text = f"{path} has the ids in {own!r} and no column of patients that is known"
+        warnings.warn(f"{text}: if there is one, call it patient_id", stacklevel=3)
     for column in filter(_PERSON.match, columns):
         ours = [r for r in rows if any(r[c].lower() in ids for c in columns)]
         blank = [r for r in ours if not r[column]]
@@ -149,12 +168,11 @@ def _link(links, ids, path):
             named = next(filter(None, map(blank[0].get, columns)))
             problem = f"{path} leaves {column} empty for {named} (were cells merged?)"
             raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
-    # "NA" may be a case's id in the set's own column, and means nothing in others.
-    hits = {c: sum(row[c].lower() in ids for row in rows) for c in columns}
-    own = max(hits, key=hits.get, default=None)
     matched = set()
     for row in rows:
-        names = [row[c] for c in columns if c == own or row[c].lower() not in _EMPTY]
+        named = {c: row[c] for c in columns if c == own or not _EMPTY.fullmatch(row[c])}
+        # Patient 1 of one column is not number 1 of another.
+        names = [f"{c} {n}" * (c != own and n.isdigit()) or n for c, n in named.items()]
         same = {ids[name.lower()] for name in names if name.lower() in ids}
         for case_id in same:
             links[case_id] |= _links(names)

@@ -99,7 +99,7 @@ def _describe_run(model, train_data, val_data, loss, **settings):
         "optimizer": {"class": "AdamW", **OPTIMIZER, **settings},
         "model": describe_model(model),
     }
-    return json.loads(json.dumps(description, default=losses.describe_object))
+    return losses.describe(description)
 
 
 class Run:
@@ -525,5 +525,5 @@ def train(
         checkpoint.seen = SEEN.setdefault(model, set())
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, others, **times)
-    model.set_weights(read_model(Path(run_dir) / BEST)[0].get_weights())
+    model.set_weights(read_model(output.path / BEST)[0].get_weights())
     return pd.DataFrame(checkpoint.run.rows)

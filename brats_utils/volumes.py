@@ -16,6 +16,7 @@ LEAST_GREY_LEVELS = 64  # a stored brain with fewer shows next to nothing
 MOST_SD = 200  # of a voxel from the mean; 18 in eleven real scans
 MOST_OFF_BRAIN = 0.05  # share of the labelled voxels; none in eleven real scans
 LEAST_BACKGROUND = 0.05  # share of voxels that are exactly 0; BraTS scans have 0.8
+SURELY_BACKGROUND = 0.5  # with less, zeros may be padding around what is not stripped
 
 
 def nonzero_statistics(volume):
@@ -122,7 +123,8 @@ def scale_to_store(volume, box, shape, method):
     Raises
     ------
     ValueError
-        If the stored values are not finite, or show too few grey levels.
+        If a voxel lies too far from all others, or the stored values are not finite or
+        show too few grey levels.
     """
     offset, divisor = _offset_and_divisor(volume, method)
     mean, sd = nonzero_statistics(volume)
@@ -130,6 +132,7 @@ def scale_to_store(volume, box, shape, method):
     zero = 0.0 if method == "zscore" else (0 - offset) / divisor
     crop = pad(_apply(volume[box], offset, divisor, method), shape, zero)
     stored = crop.astype(np.float16)
+    check_outliers(volume, statistics=(mean, sd))
     check_grey_levels(volume, stored)
     statistics = {"mean": (mean - offset) / divisor, "sd": sd / divisor, "zero": zero}
     return stored, {**statistics, "raw_mean": mean, "raw_sd": sd}
@@ -163,26 +166,27 @@ def check_grey_levels(volume, stored=None):
         raise ValueError(f"{problem}{extreme:g}")
 
 
-def check_outliers(volume, path):
+def check_outliers(volume, path=None, *, statistics=None):
     """Raise if a voxel of a scan is so bright or dark that it squeezes all others.
 
     Parameters
     ----------
     volume : (X, Y, Z) array
         Raw intensities of one modality.
-    path : path
+    path : path, optional
         Its file, for the message.
+    statistics : (2,) tuple of float, optional
+        Its `nonzero_statistics`, if they are known.
 
     Raises
     ------
     BratsDataError
-        Names the file.
+        Says how far it lies from the mean.
     """
-    mean, sd = nonzero_statistics(volume)
-    values = volume[volume != 0]
-    furthest = max(values.max() - mean, mean - values.min()) / sd
-    if furthest > MOST_SD:
-        problem = f"a voxel lies {furthest:.0f} SD from the brain's mean"
+    mean, sd = statistics or nonzero_statistics(volume)
+    furthest = max(float(volume.max()) - mean, mean - float(volume.min()))
+    if furthest > MOST_SD * sd > 0:
+        problem = f"a voxel lies {furthest / sd:.0f} SD from the brain's mean"
         advice = "Correct it: it squeezes all others together"
         raise BratsDataError(problem, file=path, advice=advice)
 
@@ -328,14 +332,19 @@ def background_problem(volume):
     Returns
     -------
     problem : str
-        Empty if at least 5 % of the voxels are exactly 0.
+        Empty if at least half of the voxels are exactly 0; or 5 %, if no other value is
+        as frequent, nor values near 0 are.
     """
     share = 1 - np.count_nonzero(volume) / volume.size
-    if share >= LEAST_BACKGROUND:
+    if share >= SURELY_BACKGROUND:
         return ""
     some = np.asarray(volume[::3, ::3, ::3], np.float64).ravel()
-    values, counts = np.unique(some, return_counts=True)
-    nearly_zero = np.mean(abs(some) < 0.02 * np.percentile(abs(some), 99))
+    values, counts = np.unique(some[some != 0], return_counts=True)
+    least = 0.02 * np.percentile(abs(some), 99)
+    nearly_zero = np.mean((abs(some) < least) & (some != 0))
+    others = max(counts.max() / some.size, nearly_zero)
+    if share >= LEAST_BACKGROUND and others < LEAST_BACKGROUND:
+        return ""
     mask = "set all voxels outside the brain to exactly 0 (apply the brain mask)"
     if counts.max() > LEAST_BACKGROUND * some.size:
         found = f"the background is {values[counts.argmax()]:g}: it was scaled; {mask}"

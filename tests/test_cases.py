@@ -256,10 +256,13 @@ def test_I1_a_description_decides_what_the_decathlons_labels_mean(phantoms, tmp_
         ({"background": 0, "NCR": 1, "ED": 2, "ET": 3}, "0123"),
         ({"background": 0, "WT": [1, 2, 3], "TC": [2, 3], "ET": 3}, "0213"),
         ({"background": 0, "WT": [1, 2, 3], "TC": [1, 3], "ET": [3]}, "0123"),
-        ({"0": "background", "1": "cavity"}, "0213"),  # not understood: by the ids
     ):
         path.write_text(json.dumps({**described, "labels": names}))
         assert find_cases(tmp_path)[0].labels == code
+    names = {"0": "background", "1": "cavity"}  # not understood: nor do the ids decide
+    path.write_text(json.dumps({**described, "labels": names}))
+    with pytest.raises(BratsDataError, match="what its labels mean is not certain"):
+        find_cases(tmp_path)
     for wrong in (
         "[1]",
         "{",
@@ -905,3 +908,68 @@ def test_B02_two_values_of_an_unknown_set_are_said_aloud(tmp_path):
         UserWarning, match="neither label 3 nor label 4.*1 is read as core"
     ):
         find_cases(tmp_path)
+
+
+def test_R2_label_maps_in_a_folder_of_their_own(tmp_path):
+    for number in range(2):
+        folder = write_case(tmp_path / "images", f"P{number}", seed=number)
+        (tmp_path / "masks").mkdir(exist_ok=True)
+        old = folder / f"P{number}_seg.nii"
+        old.rename(tmp_path / "masks" / f"p{number}_seg.nii")
+    assert [c.segmentation.name for c in find_cases(tmp_path)] == [
+        "p0_seg.nii",
+        "p1_seg.nii",
+    ]
+
+
+def test_I1_a_description_counts_for_label_maps_beside_named_images(tmp_path):
+    write_case(tmp_path / "imagesTr", "H0", seg_name=None)
+    _, segmentation = toy_volumes(0, SHAPE)
+    (tmp_path / "labelsTr").mkdir()
+    stored = np.array([0, 2, 1, 0, 3], np.uint8)[segmentation]
+    image = nib.Nifti1Image(stored, AFFINE)
+    nib.save(image, tmp_path / "labelsTr" / "H0.nii")
+    names = {"0": "background", "1": "edema", "2": "necrosis", "3": "enhancing tumor"}
+    described = {
+        "labels": names,
+        "channel_names": {"0": "FLAIR", "1": "T1CE", "2": "T2"},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
+    [case] = find_cases(tmp_path)
+    assert case.labels == "0213"
+    np.testing.assert_array_equal(load_case(case)[1], segmentation)
+
+
+def test_R1_a_scaled_label_map_says_three_or_four_too(tmp_path):
+    folder = write_case(tmp_path, "x", seg_name=None)
+    _, segmentation = toy_volumes(0, SHAPE)
+    stored = np.where(segmentation == 4, 3, segmentation)
+    path = folder / "x_seg.nii"
+    nib.save(nib.Nifti1Image((stored * 3).astype("u1"), AFFINE), path)
+    raw = bytearray(path.read_bytes())
+    raw[112:116] = np.float32(1 / 3).tobytes()  # scl_slope
+    path.write_bytes(raw)
+    with pytest.warns(UserWarning, match="label 3 and no label 4"):
+        [case] = find_cases(tmp_path)
+    np.testing.assert_array_equal(load_case(case)[1], segmentation)
+
+
+def test_J4_an_id_is_no_path():
+    with pytest.raises(ValueError, match="case is"):
+        check_cases([Case("site/001", {"flair": "x.nii"})])
+
+
+def test_J4_modalities_are_read_in_order(tmp_path):
+    write_case(tmp_path, "x")
+    [case] = find_cases(tmp_path)
+    for wrong in ((m for m in ("flair", "t2")), {"flair"}, "flair"):
+        with pytest.raises(ValueError, match="modalities is"):
+            load_case(case, wrong)
+
+
+def test_a_home_folder_may_be_named_by_a_tilde(tmp_path, monkeypatch):
+    write_case(tmp_path / "raw", "x")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert [case.id for case in find_cases("~/raw")] == ["x"]
+    with pytest.raises(ValueError, match="root is '~nobody-here/x'"):
+        find_cases("~nobody-here/x")

@@ -14,7 +14,12 @@ from keras import layers
 
 from brats_utils import files
 from brats_utils.cases import BratsDataError, find_cases, load_case
-from brats_utils.evaluation import score_cases, tune_decoding, tune_model
+from brats_utils.evaluation import (
+    score_cases,
+    store_description,
+    tune_decoding,
+    tune_model,
+)
 from brats_utils.inference import (
     decode_probabilities,
     load_model,
@@ -925,3 +930,54 @@ def test_J1_a_hot_voxel_is_refused_in_prediction_too(tmp_path, value):
     (case,) = find_cases(tmp_path)
     with pytest.raises(BratsDataError, match="Training_001_t1ce.*voxel lies .* SD"):
         predict_case("phantom", case)
+
+
+def test_H2_a_call_that_predicts_nothing_leaves_the_former_result(tmp_path, cases):
+    out = tmp_path / "out"
+    (tmp_path / "a").mkdir()
+    first, second = oracle(), sided_model()
+    predict_cases(first, cases, out, patch_shape=(8, 8, 8))
+    expected = tree(out)
+    damaged = tmp_path / "x_flair.nii"
+    damaged.write_bytes(b"x")
+    bad = replace(cases[0], images={**cases[0].images, "flair": damaged})
+    for wrong in ([], iter(()), [bad]):
+        with pytest.raises(ValueError):
+            predict_cases(second, wrong, out, patch_shape=(8, 8, 8))
+        assert tree(out) == expected
+        assert len(score_cases(out, cases)) == 3
+    (out / "case9.nii.gz").write_bytes(b"mine")
+    expected = tree(out)
+    with pytest.raises(ValueError, match="files of others"):
+        other = replace(cases[0], id="case9")
+        predict_cases(second, [other], out, patch_shape=(8, 8, 8))
+    assert tree(out) == expected
+
+
+def test_H5_an_uncertainty_of_another_model_does_not_remain(tmp_path, cases):
+    out = tmp_path / "out"
+    predict_cases(oracle(), cases, out, patch_shape=(8, 8, 8), uncertainty=True)
+    assert list((out / "uncertainty").iterdir())
+    predict_cases(sided_model(), cases, out, patch_shape=(8, 8, 8))
+    assert not (out / "uncertainty").exists()
+
+
+def test_H1_a_description_is_stored_in_keras_files_only(tmp_path):
+    trained = load_model("phantom")
+    before = trained.path.read_bytes()
+    for path in (trained.path, None):
+        with pytest.raises(ValueError, match="no .keras file"):
+            store_description(replace(trained, path=path))
+    assert trained.path.read_bytes() == before
+
+
+def test_J4_cases_may_come_from_a_generator(tmp_path, cases):
+    out = tmp_path / "out"
+    paths = predict_cases(oracle(), (c for c in cases), out, patch_shape=(8, 8, 8))
+    assert len(paths) == len(score_cases(out, (c for c in cases))) == 3
+
+
+def test_a_tilde_in_the_output_is_the_home_folder(tmp_path, cases, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in predict_cases(oracle(), cases, "~/out", patch_shape=(8, 8, 8)):
+        assert path.exists()

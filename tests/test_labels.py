@@ -8,6 +8,9 @@ from brats_utils.labels import (
     REGIONS,
     decode_labels,
     encode_labels,
+    label_table,
+    naming,
+    parse_name,
     read_label_names,
     region_volumes_ml,
 )
@@ -65,3 +68,65 @@ def test_I1_names_of_labels_since_2023_and_negations():
     plain = {"background": 0, "not enhancing": 1, "edema": 2, "enhancing": 3}
     assert read_label_names(plain) == {0: 0, 1: 1, 2: 2, 3: 4}
     assert read_label_names({"background": 0, "tumour without enhancement": 1}) == {}
+
+
+@pytest.mark.parametrize(
+    "names, table",
+    [
+        (
+            {"non-contrast-enhancing tumor core": 1, "edema": 2, "enhancing tumor": 3},
+            {1: 1, 2: 2, 3: 4},
+        ),
+        ({"unenhancing core": 1, "edema": 2, "enhancing": 3}, {1: 1, 2: 2, 3: 4}),
+        ({"enhancing part": 1, "edema": 2, "enhancing rim": 3}, {}),
+        ({"whole tumor": [1, 2, 3], "tumor core": [2, 3], "ET": 3}, {1: 2, 2: 1, 3: 4}),
+        ({"WT": [1, 2, 3], "TC": [2, 3], "necrosis": [3]}, {}),
+        ({"brain": [1, 2, 3], "whole tumor": [2, 3], "tumor core": [3]}, {}),
+    ],
+)
+def test_I1_names_that_are_not_understood_are_not_guessed(names, table):
+    found = read_label_names({"background": 0, **names})
+    assert {v: x for v, x in found.items() if v} == table
+
+
+@pytest.mark.parametrize(
+    "case_id, convention",
+    [
+        ("BraTS_2021_00001", "0124"),
+        ("train_UPENN-GBM-00001_11", "0124"),
+        ("BRATS_001", "0213"),
+        ("BraTS-GLI-00001-000", "0123"),
+        ("patient_7", ""),
+    ],
+)
+def test_I1_the_sets_are_known_by_all_of_the_id(case_id, convention):
+    assert naming(case_id)[1] == convention
+
+
+@pytest.mark.parametrize(
+    "case_id",
+    ["sub-BraTS-GLI-02000-100", "BraTS_GLI_02000_100", "x_BraTS-PED-1-0"],
+)
+def test_I1_a_prefix_does_not_hide_an_uncertain_set(case_id):
+    assert "labels=" in naming(case_id)[1]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("P0_T2-FLAIR.nii.gz", ("P0", "flair")),
+        ("T2_FLAIR.nii.gz", ("", "flair")),
+        ("brain_flair.nii", ("", "flair")),
+        ("brain_001_flair.nii", ("brain_001", "flair")),
+        ("sub-1_ce-gadolinium_T1w.nii.gz", ("sub-1", "t1ce")),
+        ("sub-1_T1w.nii.gz", ("sub-1", "t1")),
+        ("P0_T1-Gd.nii", ("P0", "t1ce")),
+    ],
+)
+def test_R2_more_names_of_images(name, expected):
+    assert parse_name(name) == expected
+
+
+def test_J4_labels_out_of_range_are_a_plain_error():
+    with pytest.raises(ValueError, match="labels is"):
+        label_table({1: float("inf")})

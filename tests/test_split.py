@@ -516,3 +516,97 @@ def test_I2_columns_that_are_not_of_patients_unite_nobody(tmp_path, column):
     (tmp_path / "name_mapping.csv").write_text("\n".join(rows))
     patients, _ = find_patients(find_cases(tmp_path, labels="0124"), tmp_path)
     assert len({*patients.values()}) == 3
+
+
+def patients_of(folder, ids, header, *rows):
+    """Return the groups that a mapping table makes of cases."""
+    (folder / "mapping.csv").write_text("\n".join((header, *rows)), encoding="cp1252")
+    patients, _ = find_patients([Case(i, {}) for i in ids], folder)
+    return len({*patients.values()})
+
+
+IDS = [f"BraTS20_Training_{n:03}" for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    "header, rows, told",
+    [
+        (
+            "Name mapping of BraTS,",
+            ["BraTS_2020_subject_ID,TCGA_ID", "{0},T-0"],
+            "a title",
+        ),
+        ("BraTS_2020_subject_ID,TCGA_ID", ["0,{0},T-0", "1,{1},T-0"], "more cells"),
+    ],
+)
+def test_I2_a_table_that_is_misread_is_an_error(tmp_path, header, rows, told):
+    rows = [row.format(*IDS) for row in rows]
+    with pytest.raises(ValueError, match=rf"mapping.csv.*{told}"):
+        patients_of(tmp_path, IDS, header, *rows)
+
+
+@pytest.mark.parametrize("header", ["case_id,PID", "case_id;Pat.-Nr.", "IDs of scans"])
+def test_I2_a_table_without_a_known_column_of_patients_is_said(tmp_path, header):
+    separator = "".join(c for c in header if c in ",;")
+    rows = [f"{i}{separator}" for i in IDS]
+    with pytest.warns(UserWarning, match="no column of patients.*patient_id"):
+        assert patients_of(tmp_path, IDS, header, *rows) == 4
+
+
+def test_I2_a_line_ends_only_where_a_line_ends(tmp_path):
+    rows = [f"{i},resected… twice,T-{n // 2}" for n, i in enumerate(IDS)]
+    header = "BraTS_2020_subject_ID,Note,TCGA_TCIA_subject_ID"
+    assert patients_of(tmp_path, IDS, header, *rows) == 2
+
+
+@pytest.mark.parametrize(
+    "header", ["BraTS2021,BraTS2020,Site No (1 to 23)", "scan,patient,Site No"]
+)
+def test_I2_the_column_of_the_ids_is_found_by_its_ids(tmp_path, header):
+    ids = [f"BraTS2021_{n:05}" for n in range(4)]
+    rows = [f"{i},{IDS[n // 2]},1" for n, i in enumerate(ids)]
+    assert patients_of(tmp_path, ids, header, *rows) == 2
+
+
+@pytest.mark.parametrize(
+    "column, values",
+    [
+        *((name, "aaaa") for name in ("session_id", "Device ID", "Cohort Name")),
+        *((name, "aabb") for name in ("Patient diagnosis", "Subject group", "visit")),
+        *(("subject_id", [text] * 4) for text in ("#N/A", "NULL", "unknown", "?")),
+        ("subject_no", "2340"),  # other numbers than the patient's
+    ],
+)
+def test_I2_what_names_no_patient_unites_nobody(tmp_path, column, values):
+    rows = [f"{i},{n + 1},{values[n]}" for n, i in enumerate(IDS)]
+    assert patients_of(tmp_path, IDS, f"case_id,patient_id,{column}", *rows) == 4
+
+
+def test_I2_numbers_that_a_spreadsheet_shortened_are_ids(tmp_path):
+    rows = [f"{n},P{n // 2}" for n in range(1, 5)]
+    ids = [f"{n:03}" for n in range(1, 5)]
+    assert patients_of(tmp_path, ids, "id,patient", *rows) == 3
+
+
+@pytest.mark.parametrize(
+    "first, second, patients",
+    [
+        ("W39_1998.09.19", "W39_1999.01.02", 1),
+        ("lee_2019_03_01", "lee_2020_03_01", 1),
+        ("P1_01-31-2004-NA-MR", "P1_02-01-2005-NA-MR", 1),
+        ("P1_pre", "P1_post", 1),
+        ("P1_baseline", "P1_follow-up2", 1),
+        ("train_UPENN-GBM-00001_11", "train_UPENN-GBM-00001_21", 1),
+        ("BraTS_GLI_02000_100", "BraTS_GLI_02000_101", 1),
+        ("sub-GBM-01", "sub-GBM-02", 2),
+        ("sub-GBM-01_ses-1", "sub-GBM-01_ses-2", 1),
+    ],
+)
+def test_I2_more_names_of_visits(tmp_path, first, second, patients):
+    found, _ = find_patients([Case(first, {}), Case(second, {})], tmp_path)
+    assert len({*found.values()}) == patients
+
+
+def test_R4_a_folder_named_like_a_mapping_is_none(tmp_path):
+    (tmp_path / "name_mapping.csv").mkdir()
+    assert find_patients([Case("a", {})], tmp_path) == ({"a": "a"}, [])

@@ -27,7 +27,11 @@ from brats_utils.evaluation import tune_model
 from brats_utils.files import OutputFolder
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import load_model, predict_case
-from brats_utils.losses import dice_cross_entropy_loss, dice_focal_loss
+from brats_utils.losses import (
+    describe_object,
+    dice_cross_entropy_loss,
+    dice_focal_loss,
+)
 from brats_utils.model import (
     has_gpu,
     read_model,
@@ -1468,3 +1472,61 @@ def test_J4_a_loss_that_does_not_fit_is_refused(split, tmp_path, loss):
 def test_J4_the_losses_of_keras_that_fit_are_taken(split, tmp_path):
     for loss in ("sparse_categorical_crossentropy", dice_focal_loss):
         run(split, tmp_path / str(loss)[:9], 1, loss=loss)
+
+
+def test_a_run_in_the_home_folder_ends_like_any_other(split, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _, history, *_ = run(split, "~/run", epochs=1)
+    assert len(history) == 1
+    assert (tmp_path / "run" / "best.keras").exists()
+
+
+def test_J3_a_model_that_cannot_be_loaded_is_refused_before_the_first_step(
+    split, tmp_path
+):
+    class Twice(keras.layers.Layer):
+        def call(self, x):
+            return 2 * x
+
+    model = tiny_unet()
+    for layer in (keras.layers.Lambda(lambda x: 2 * x), Twice()):
+        broken = keras.Model(
+            model.input, model.layers[-1](layer(model.layers[-2].output))
+        )
+        with pytest.raises(
+            ValueError, match="model could be trained, but not be loaded"
+        ):
+            run(split, tmp_path / "run", epochs=1, model=broken)
+        assert not (tmp_path / "run").exists()
+
+
+def test_I5_what_a_function_or_a_slot_holds_is_compared_on_resume():
+    class Weighted:
+        __slots__ = ("weight",)
+
+        def __init__(self, weight):
+            self.weight = weight
+
+        def __call__(self, y, p):
+            return self.weight
+
+    def make(weight):
+        return lambda y, p: weight
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for make_loss in (Weighted, make, lambda w: partial(make(w))):
+            one, same, other = (
+                json.dumps(make_loss(w), default=describe_object)
+                for w in (1.0, 1.0, 9.0)
+            )
+            assert one == same != other
+        one, other = (
+            json.dumps(s, default=describe_object) for s in ({1, 2}, {1, 2, 3})
+        )
+        assert one != other
+
+
+def test_J4_numpy_sizes_are_sizes(split, tmp_path):
+    sizes = np.array(data(split)[0].patch_shape)
+    assert BratsGenerator(split / "train", patch_shape=sizes).patch_shape == (*sizes,)

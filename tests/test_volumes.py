@@ -6,6 +6,7 @@ from conftest import toy_volumes
 from sklearn.preprocessing import MinMaxScaler
 
 from brats_utils.volumes import (
+    background_problem,
     bounding_box,
     brain_mask,
     check_grey_levels,
@@ -177,3 +178,26 @@ def test_surface_quads_enclose_the_mask_and_face_outwards():
     assert volume(quads) == pytest.approx(mask.sum())
     assert 0 < volume(surface_quads(mask)) < mask.sum()  # the edges are rounded off
     assert surface_quads(np.zeros((2, 2, 2), bool)).shape == (0, 4, 3)
+
+
+def test_J2_zeros_around_it_do_not_make_a_background_of_noise():
+    rng = np.random.default_rng(0)
+    volume = np.zeros((80, 40, 40))
+    volume[20:60, 10:30, 10:30] = rng.uniform(50, 150, (40, 20, 20))
+    assert background_problem(volume) == ""
+    noisy = np.where(volume == 0, rng.uniform(1e-4, 1e-3, volume.shape), volume)
+    shifted = volume - 5
+    for other in (noisy, shifted):
+        other[:5] = 0  # 6 % of the voxels
+        assert "apply the brain mask" in background_problem(other)
+
+
+def test_J1_one_hot_voxel_is_refused_when_a_scan_is_stored():
+    volume = np.zeros((64, 64, 64), np.float32)
+    rng = np.random.default_rng(0)
+    volume[8:56, 8:56, 8:56] = rng.uniform(50, 200, (48, 48, 48))
+    box = (slice(None),) * 3
+    scale_to_store(volume, box, None, "minmax")
+    volume[40, 40, 30] = 1e7
+    with pytest.raises(ValueError, match="SD from the brain's mean"):
+        scale_to_store(volume, box, None, "minmax")
