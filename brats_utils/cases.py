@@ -214,11 +214,11 @@ def _group_files(root):
         leftovers += [] if keys else [path]
     # Label maps may have a folder of their own, as in UPENN-GBM; others without images
     # are not those of a case, such as `<id>_brain_segm`.
-    for folder, case_id in [place for place in groups if [*groups[place]] == ["seg"]]:
-        path = groups.pop((folder, case_id))["seg"]
-        same = [p for p in groups if p[1].lower() == case_id.lower()]
-        same = [p for p in same if "seg" not in groups[p]]
-        if labels.FOLDERS & {*path.as_posix().lower().split("/")} and len(same) == 1:
+    for place in [place for place in groups if [*groups[place]] == ["seg"]]:
+        path, case_id = groups.pop(place)["seg"], place[1].lower()
+        same = [p for p in groups if p[1].lower() == case_id and "seg" not in groups[p]]
+        above = map(str.lower, path.relative_to(root).parts)
+        if labels.FOLDERS & {*above} and len(same) == 1:
             groups[same[0]]["seg"] = path
         else:
             leftovers.append(path)

@@ -109,6 +109,7 @@ def check_option(name, value, fits, expected):
     value : object
     fits : callable
         Takes the value, returns whether it is valid; an error means that it is not.
+        Sets and dictionaries, which have no order, never are.
     expected : str
         The possible values, in words.
 

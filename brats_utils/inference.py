@@ -437,9 +437,9 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     """Predict many cases and write each as `<case id>.nii.gz`.
 
     Cases that the same model has predicted there with the same options are not
-    predicted again. What another model predicted is replaced, and until then
-    `score_cases` refuses it. A case that cannot be predicted does not stop the others:
-    all such cases are listed by one error at the end.
+    predicted again. What another model predicted is replaced; once a map is, the others
+    of that model are refused by `score_cases`. A case that cannot be predicted does not
+    stop the others: all such cases are listed by one error at the end.
 
     Parameters
     ----------
@@ -471,9 +471,8 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     made_from = {"options": options, "uncertainty": uncertainty}
     made_from["models"] = [_fingerprint(trained) for trained in models]
     made_from = json.loads(json.dumps(made_from, default=lambda x: x.tolist()))
-    names = {case.id: [f"{case.id}.nii.gz"] for case in cases}
-    for case_id in names if uncertainty else ():
-        names[case_id].append(f"uncertainty/{case_id}.nii.gz")
+    parts = ["", "uncertainty/"] if uncertainty else [""]
+    names = {case.id: [f"{part}{case.id}.nii.gz" for part in parts] for case in cases}
     sources = {path.parent for case in cases for path in case.images.values()}
     with files.OutputFolder(out_dir, "predictions", inputs=sources) as output:
         nifti.check_unedited(output.path, output.manifest["files"])
@@ -488,7 +487,8 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
                     found = _predict_maps(models, case, **options)
                     if not same:  # now, when there is something to replace
                         output.manifest["cases"] = {}
-                    output.remove({f"uncertainty/{case.id}.nii.gz"} - {*noted})
+                    if not same and not uncertainty:
+                        output.remove(n for n in output.manifest["files"] if "/" in n)
                     output.manifest["files"] |= dict.fromkeys(names[case.id])
                     # Saved first: killed after it is replaced, it is not another's.
                     output.begin(made_from)

@@ -47,13 +47,13 @@ NAMINGS = {
     r"brats[-_]gli[-_]\d+[-_]1\d\d": ("BraTS 2024, treated: 4 is a cavity", TOLD_GLI),
     r"brats[-_]ped": ("BraTS-PED: 1 ET, 2 NET, 3 cyst, 4 oedema", TOLD_PED),
     r"brats[-_](gli|ssa|men|met|goat)[-_]": ("BraTS 2023", "0123"),
-    r"brats_\d{3}$": ("the Decathlon's Task01", "0213"),
+    r"(?<!.)brats_\d{3}$": ("the Decathlon's Task01", "0213"),
 }
 # The labels that the names in a `dataset.json` mean; the first that fits counts.
 _MEANINGS = {
     "background|^0$": 0,
     "o?edema|^ed$|snfh|hyper.?intens": 2,
-    r"(?<![a-z])(no[nt]?|un)[\W_]*(contrast[\W_]*)?enhanc|necro|^ncr|^net$": 1,
+    r"(?<![a-z])(no[nt]?|un)[\W_]*(contrast[\W_]*)?enhanc|necro|^ncr|^netc?$": 1,
     "^(?!.*without).*enhanc|^et$": 4,
 }
 
@@ -216,7 +216,12 @@ def read_label_names(names):
         depths = {v: sum(v in r for r in regions.values()) for v in all_values}
         outermost = sorted(regions, key=lambda name: -len(regions[name]))
         nested = sorted(depths.values()) == [1, 2, 3] and len(regions) == 3
-        names = zip(("whole|^wt", "core|^tc", "enhanc|^et"), outermost, strict=False)
+        parts = (
+            "whole|complete|(^|[\\W_])wt",
+            "core|(^|[\\W_])tc",
+            "enhanc|(^|[\\W_])et",
+        )
+        names = zip(parts, outermost, strict=False)
         nested = nested and all(re.search(p, name, re.I) for p, name in names)
         return {v: (2, 1, 4)[d - 1] for v, d in depths.items()} if nested else {}
     table = {}

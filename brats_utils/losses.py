@@ -26,6 +26,8 @@ import contextlib
 import functools
 import inspect
 import json
+import random
+import types
 import warnings
 
 import keras
@@ -340,12 +342,16 @@ def check_can_be_loaded(model):
     """
     described = keras.saving.serialize_keras_object(model)
     described.pop("compile_config", None)
+    state = random.getstate()  # of it Keras draws the seeds of first weights
     try:
         keras.saving.deserialize_keras_object(described, safe_mode=True)
     except Exception as error:  # whatever a layer's own code raises
-        problem = f"model could be trained, but not be loaded again: {str(error)[:300]}"
+        reason = str(error).split("Exception encountered:")[-1].strip()[:300]
+        problem = f"model could be trained, but not be loaded again: {reason}"
         advice = "expected Keras's layers, or such as keras.saving can register"
         raise ValueError(f"{problem}; {advice}") from None
+    finally:
+        random.setstate(state)
 
 
 def check_loss(loss, model):
@@ -435,6 +441,19 @@ def describe(description):
         raise ValueError(f"{problem} can hold: {error}") from None
 
 
+def _kept(function):
+    """Return the numbers and texts that a function keeps of the one that made it."""
+    kept = []
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):  # it is empty
+            content = cell.cell_contents
+            code = types.FunctionType | types.ModuleType | type
+            if not isinstance(content, code):
+                json.dumps(content, default=describe_object)
+                kept.append(content)
+    return kept
+
+
 def describe_object(value):
     """Return what distinguishes a loss or another object: a `default` for JSON.
 
@@ -459,12 +478,11 @@ def describe_object(value):
     if isinstance(value, set | frozenset | range):
         return [type(value).__name__, *sorted(map(repr, value))]
     state = getattr(value, "__dict__", None)
-    if slots := getattr(type(value), "__slots__", ()):
-        names = [slots] if isinstance(slots, str) else slots
-        state = {n: getattr(value, n, None) for n in names} | (state or {})
-    # What a function has kept of the one that made it.
-    cells = [c.cell_contents for c in getattr(value, "__closure__", None) or ()]
-    cells = [content for content in cells if not callable(content)]
+    for slots in [vars(base).get("__slots__", ()) for base in type(value).__mro__]:
+        names = [slots] if isinstance(slots, str) else [*slots]
+        held = {n: getattr(value, n, None) for n in names if not n.startswith("__")}
+        state = {**(state or {}), **held} if held else state
+    cells = _kept(value)
     name = getattr(value, "__qualname__", None)
     place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
     if state is None or (name and not place.startswith(("keras.", "brats_utils."))):

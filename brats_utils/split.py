@@ -21,18 +21,22 @@ from brats_utils.nifti import BratsDataError, walk
 KINDS, SIDES = ("images", "masks"), ("train", "val")
 # A patient's id, before the number or the date of the visit.
 _VISIT = re.compile(
-    r"(?i)((?:.+[-_])?(?:brats1[789]_[^_]+_[^_]+|brats[-_][a-z]+[-_]\d+"
+    r"(?i)((?:.+[-_])?(?:brats1[789]_[^_]+_[^_]+|brats-[a-z]+-\d+"
+    r"|brats_(?:gli|ssa|men|mets?|goat|peds?)_\d+"
     r"|upenn[-_]gbm[-_]\d+|ucs[fd][-_]p[a-z]+[-_]\d+|tcga-\w\w-\w{4})|sub-[^_]+(?=_))[-_].+"
 )
 _DATED = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
 _TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
 # Columns that name patients, and not what is known about them.
-_NUMBER = "(?:ids?|identifiers?|n[or]|num|numbers?|names?|codes?|keys?|uid|pseudonyms?)"
+_NUMBER = (
+    "(?:ids?|identi\\w*|n[or°]|num|numbers?|nummer|names?|codes?|keys?|uu?id|guid|barcode"
+    "|label|index|hash|ref(?:erence)?|pseudonyms?|folder|in|study)"
+)
 _OF_PATIENTS = re.compile(
     r"(?i)(?!.*(site|instit|sex|gender|weight|surviv|(?<![a-z])age))"
-    rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_NUMBER}[\W_]*)*(\(.*)?"
+    rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_NUMBER}[\W_]*)*\d*(\(.*)?"
     r"|(?!.*(site|instit|cent|hospital|scan|session|study|device|collect|cohort|visit"
-    r"|rater|reader|series|protocol|data.?set|trial|group|file)).*"
+    r"|rater|reader|series|protocol|data.?set|group|file)).*"
     r"(?<![a-z])(?:ids?|name)(?![a-z]).*|(?i:brats)\W?_?(?:20)?\d\d"
 )
 _PERSON = re.compile(r"(?i).*(patient|person|participant|mrn)")
@@ -69,7 +73,7 @@ def find_patients(cases, raw):
         If a table cannot be read, or names none of the cases.
     """
     # 001 is 1 in a spreadsheet.
-    ids = {case.id.lstrip("0"): case.id for case in cases if case.id.isdigit()}
+    ids = {c.id.lstrip("0") or "0": c.id for c in cases if c.id.isdigit()}
     ids |= {case.id.lower(): case.id for case in cases}
     links = {case.id: _links([case.id]) for case in cases}
     tables = _mapping_tables(cases, Path(raw))
@@ -155,9 +159,11 @@ def _link(links, ids, path):
         for row in read_csv(path)
     ]
     # "NA" may be a case's id in the set's own column, and means nothing in others.
-    hits = {c: sum(row[c].lower() in ids for row in rows) for c in (rows or [{}])[0]}
-    own = max(hits, key=hits.get, default=None)
-    columns = [c for c in hits if c == own or _OF_PATIENTS.fullmatch(c)]
+    names = {c: {r[c].lower() for r in rows} for c in (rows or [{}])[0]}
+    hits = {c: len({ids[n] for n in names[c] if n in ids}) for c in names}
+    known = [c for c in hits if _OF_PATIENTS.fullmatch(c)]
+    own = max([*known, *hits], key=hits.get, default=None)  # the known, if equal
+    columns = [c for c in hits if c == own or c in known]
     if columns == [own] and hits[own]:
         text = f"{path} has the ids in {own!r} and no column of patients that is known"
         warnings.warn(f"{text}: if there is one, call it patient_id", stacklevel=3)
@@ -168,11 +174,15 @@ def _link(links, ids, path):
             named = next(filter(None, map(blank[0].get, columns)))
             problem = f"{path} leaves {column} empty for {named} (were cells merged?)"
             raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
-    matched = set()
+    matched, full = set(), {case_id.lower() for case_id in ids.values()}
+    padded = any(name.startswith("0") and name.isdigit() for name in full)
     for row in rows:
         named = {c: row[c] for c in columns if c == own or not _EMPTY.fullmatch(row[c])}
-        # Patient 1 of one column is not number 1 of another.
-        names = [f"{c} {n}" * (c != own and n.isdigit()) or n for c, n in named.items()]
+        # Patient 1 of one column is not number 1 of another; 001 may be a case's id.
+        names = [
+            f"{c} {n}" * (c != own and n.isdigit() and not (padded and n in full)) or n
+            for c, n in named.items()
+        ]
         same = {ids[name.lower()] for name in names if name.lower() in ids}
         for case_id in same:
             links[case_id] |= _links(names)

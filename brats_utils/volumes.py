@@ -185,6 +185,9 @@ def check_outliers(volume, path=None, *, statistics=None):
     """
     mean, sd = statistics or nonzero_statistics(volume)
     furthest = max(float(volume.max()) - mean, mean - float(volume.min()))
+    if furthest > MOST_SD * sd:  # only then, since it takes longer: without background
+        values = volume[volume != 0]
+        furthest = max(float(values.max()) - mean, mean - float(values.min()))
     if furthest > MOST_SD * sd > 0:
         problem = f"a voxel lies {furthest / sd:.0f} SD from the brain's mean"
         advice = "Correct it: it squeezes all others together"
@@ -342,6 +345,8 @@ def background_problem(volume):
     values, counts = np.unique(some[some != 0], return_counts=True)
     least = 0.02 * np.percentile(abs(some), 99)
     nearly_zero = np.mean((abs(some) < least) & (some != 0))
+    if np.mean(some < -least) > LEAST_BACKGROUND:  # 0 is the middle of the brain here
+        nearly_zero = 0.0
     others = max(counts.max() / some.size, nearly_zero)
     if share >= LEAST_BACKGROUND and others < LEAST_BACKGROUND:
         return ""

@@ -97,6 +97,7 @@ def test_I1_names_that_are_not_understood_are_not_guessed(names, table):
         ("BRATS_001", "0213"),
         ("BraTS-GLI-00001-000", "0123"),
         ("patient_7", ""),
+        ("siteA_BraTS_001", ""),
     ],
 )
 def test_I1_the_sets_are_known_by_all_of_the_id(case_id, convention):

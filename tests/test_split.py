@@ -575,6 +575,7 @@ def test_I2_the_column_of_the_ids_is_found_by_its_ids(tmp_path, header):
         *((name, "aabb") for name in ("Patient diagnosis", "Subject group", "visit")),
         *(("subject_id", [text] * 4) for text in ("#N/A", "NULL", "unknown", "?")),
         ("subject_no", "2340"),  # other numbers than the patient's
+        ("WHO grade", "1111"),
     ],
 )
 def test_I2_what_names_no_patient_unites_nobody(tmp_path, column, values):
@@ -610,3 +611,35 @@ def test_I2_more_names_of_visits(tmp_path, first, second, patients):
 def test_R4_a_folder_named_like_a_mapping_is_none(tmp_path):
     (tmp_path / "name_mapping.csv").mkdir()
     assert find_patients([Case("a", {})], tmp_path) == ({"a": "a"}, [])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *("Subject", "PatientName", "Patient ID (anonymised)", "TCGA_TCIA_subject_ID"),
+        *("bcr_patient_barcode", "Patient UUID", "Subject Label", "PatientID_2021"),
+        *("BraTS_2019_subject_ID", "patient_ref", "MRN", "Local ID", "BraTS2021"),
+    ],
+)
+def test_I2_columns_of_patients_have_many_names(tmp_path, header):
+    rows = [f"{i},T{n // 2}" for n, i in enumerate(IDS)]
+    assert patients_of(tmp_path, IDS, f"case_id,{header}", *rows) == 2
+
+
+@pytest.mark.parametrize(
+    "ids, header, rows, patients",
+    [
+        (
+            "1234",
+            "case,patient,grade",
+            [f"{n},P{n // 2},{3 + n % 2}" for n in range(12)],
+            3,
+        ),
+        (["000", "001"], "id,patient,comment", ["0,A,", "1,A,", "2,B,", "3,B,"], 1),
+        (["001", "002", "003", "004"], "first_id,second_id", ["001,002", "003,004"], 2),
+        (["001", "002", "003"], "id,previous_id", ["001,NA", "002,001", "003,002"], 1),
+        (["001", "002", "003"], "id,same_patient", ["001,NA", "002,001", "003,NA"], 2),
+    ],
+)
+def test_I2_numbers_that_are_ids(tmp_path, ids, header, rows, patients):
+    assert patients_of(tmp_path, ids, header, *rows) == patients

@@ -10,6 +10,7 @@ from brats_utils.volumes import (
     bounding_box,
     brain_mask,
     check_grey_levels,
+    check_outliers,
     crop_box,
     dice,
     nonzero_statistics,
@@ -190,6 +191,20 @@ def test_J2_zeros_around_it_do_not_make_a_background_of_noise():
     for other in (noisy, shifted):
         other[:5] = 0  # 6 % of the voxels
         assert "apply the brain mask" in background_problem(other)
+
+
+def test_J2_zeros_within_a_standardised_brain_are_no_noise():
+    rng = np.random.default_rng(0)
+    volume = rng.normal(0, 1, (60, 60, 60))  # a crop: mean 0 over the brain
+    volume[:24] = 0
+    assert background_problem(volume) == ""
+
+
+def test_J1_a_high_offset_is_no_outlier():
+    volume = np.zeros((40, 40, 40), np.float32)
+    brain = np.random.default_rng(0).uniform(32668, 32868, (20, 20, 20))
+    volume[10:30, 10:30, 10:30] = brain
+    check_outliers(volume)
 
 
 def test_J1_one_hot_voxel_is_refused_when_a_scan_is_stored():
