@@ -101,26 +101,19 @@ def test_G02_can_fail():
     assert find_secrets("saved to /home/me/BraTS2020/data")
 
 
-def check_comparisons(notebook):
-    """Raise if a cell that compares by hand with the package found a difference."""
-    outputs = [output for cell in code_of(notebook) for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, PREDICT], ids=lambda path: path.stem)
+def test_what_is_done_by_hand_equals_the_package(path):
+    cells = code_of(nbformat.read(path, as_version=4))
+    text = "".join(o.get("text", "") for cell in cells for o in cell.outputs)
     for n, total in re.findall(r"(\d+) of (\d+) \w+ are the same", text):
         assert n == total
     assert not re.findall(r"(?:same|hand|equal)\b.*: False", text)
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, PREDICT], ids=lambda path: path.stem)
-def test_what_is_done_by_hand_equals_the_package(path):
-    check_comparisons(nbformat.read(path, as_version=4))
-
-
 @pytest.mark.notebooks
 def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path):
     for path in NOTEBOOKS:
-        notebook = execute(path, tmp_path, **TINY)
-        assert not warnings_in(notebook)
-        check_comparisons(notebook)
+        assert not warnings_in(execute(path, tmp_path, **TINY))
     (table,) = (tmp_path / "predictions").rglob("scores.csv")
     scores = pd.read_csv(table)
     assert {"case", "dice_WT", "hd95_ET", "mean_iou"} <= set(scores.columns)
