@@ -68,7 +68,7 @@ def check_case(case):
     ValueError
         If it is something else.
     """
-    expected = "a Case with an id, without / and \\, and images, as of find_cases"
+    expected = "a Case as find_cases returns it: images, and an id without / or \\"
     check_option("case", case, lambda c: _ID.fullmatch(c.id) and c.images, expected)
 
 
@@ -249,7 +249,7 @@ def _check_complete(root, groups, leftovers, modalities):
     if not groups:
         here = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
         problem = f"no BraTS case (<id>_flair.nii, ...) in {root}; it holds: {here}"
-        raise BratsDataError(problem, advice="Pass their folder, or one above it")
+        raise BratsDataError(problem, advice="Pass the folder that holds the cases")
     problems, seen = [], {}
     for (folder, case_id), files in groups.items():
         strange = [p.name for p in leftovers if p.parent == folder]
@@ -259,7 +259,7 @@ def _check_complete(root, groups, leftovers, modalities):
         if (other := seen.setdefault(case_id.lower(), folder)) != folder:
             problems.append(f"{case_id} appears twice: {other} and {folder}")
     if problems:
-        raise BratsDataError("; ".join(problems), advice="Add it, or take those out")
+        raise BratsDataError("; ".join(problems), advice="Complete or remove them")
 
 
 def find_cases(root, *, labels="auto", modalities=MODALITIES):

@@ -328,27 +328,17 @@ def build_losses(model):
     model.compute_metrics(None, labels, outputs)
 
 
-def check_can_be_loaded(model):
-    """Raise unless a model can be made again from its configuration, as loading does.
-
-    Parameters
-    ----------
-    model : keras.Model
-
-    Raises
-    ------
-    ValueError
-        Says what Keras refuses, in safe mode: a layer that it does not know, a Lambda.
-    """
+def _check_can_be_loaded(model):
+    """Raise unless Keras can make the model again, in safe mode, as loading does."""
     described = keras.saving.serialize_keras_object(model)
     described.pop("compile_config", None)
-    state = random.getstate()  # of it Keras draws the seeds of first weights
+    state = random.getstate()  # Keras draws the seeds of its initial weights from it
     try:
         keras.saving.deserialize_keras_object(described, safe_mode=True)
     except Exception as error:  # whatever a layer's own code raises
         reason = str(error).split("Exception encountered:")[-1].strip()[:300]
         problem = f"model could be trained, but not be loaded again: {reason}"
-        advice = "expected Keras's layers, or such as keras.saving can register"
+        advice = "use Keras's layers, or register yours with keras.saving"
         raise ValueError(f"{problem}; {advice}") from None
     finally:
         random.setstate(state)
@@ -375,7 +365,7 @@ def check_loss(loss, model):
     if hasattr(last, "kernel") and last.activation is keras.activations.linear:
         expected = "'softmax' or 'sigmoid': probabilities"
         raise ValueError(f"the last layer has no activation; expected {expected}")
-    check_can_be_loaded(model)
+    _check_can_be_loaded(model)
     truth, function = np.arange(4).reshape(1, 4, 1, 1, 1), keras.losses.get(loss)
     table = np.eye(4) if outputs == len(LABELS) else IN_REGION
     perfect = table[truth[..., 0]].astype("float32")

@@ -37,7 +37,7 @@ _OF_PATIENTS = re.compile(
     rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_NUMBER}[\W_]*)*\d*(\(.*)?"
     r"|(?!.*(site|instit|cent|hospital|scan|session|study|device|collect|cohort|visit"
     r"|rater|reader|series|protocol|data.?set|group|file)).*"
-    r"(?<![a-z])(?:ids?|name)(?![a-z]).*|(?i:brats)\W?_?(?:20)?\d\d"
+    r"(?<![a-z])ids?(?![a-z]).*|name|brats[\W_]?(?:20)?\d\d"  # not a doctor's name
 )
 _PERSON = re.compile(r"(?i).*(patient|person|participant|mrn)")
 _SEED = "a whole number from 0 to 2**32 - 1"

@@ -576,6 +576,7 @@ def test_I2_the_column_of_the_ids_is_found_by_its_ids(tmp_path, header):
         *(("subject_id", [text] * 4) for text in ("#N/A", "NULL", "unknown", "?")),
         ("subject_no", "2340"),  # other numbers than the patient's
         ("WHO grade", "1111"),
+        *((name, "aaaa") for name in ("Doctor name", "Tissue source name")),
     ],
 )
 def test_I2_what_names_no_patient_unites_nobody(tmp_path, column, values):
