@@ -45,9 +45,14 @@ class Case:
 
     def __post_init__(self):
         """Take paths written as text, too."""
-        paths = {name: Path(path) for name, path in (self.images or {}).items()}
+        images, expected = self.images or {}, "{modality: file}, with modalities "
+        known = lambda one: {*ALL_MODALITIES}.issuperset(one[0].keys())  # noqa: E731
+        check_option("images", [images], known, f"{expected}of {ALL_MODALITIES}")
+        paths = {m: check_path(f"images[{m!r}]", images[m]) for m in images}
         object.__setattr__(self, "images", paths)
-        segmentation = self.segmentation and Path(self.segmentation)
+        segmentation = self.segmentation
+        if segmentation is not None:
+            segmentation = check_path("segmentation", segmentation)
         object.__setattr__(self, "segmentation", segmentation)
 
     @property
@@ -184,6 +189,8 @@ def _place(path, sets):
     kind, name, case_id, number = match.groups()[:4]
     if kind == "labels":
         return (root, name), ("seg",)
+    if number and Path(root, f"labels{path.parent.name[-2:]}", path.name).exists():
+        case_id, number = name, None  # label maps have no channel's number
     channels = sets[root][0]
     if not channels and not number and labels.naming(case_id)[1] == "0213":
         channels = ALL_MODALITIES  # the order of Task01

@@ -331,7 +331,11 @@ def _check_labelled(cases):
 def _find_prediction(folder, case):
     """Return the predicted file of a case, None if there is none."""
     paths = [folder / f"{case.id}{suffix}" for suffix in (".nii.gz", ".nii")]
-    return next((path for path in paths if path.is_file()), None)
+    found = [path for path in paths if path.is_file()]
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise ValueError(f"{folder} holds two predictions, {names}: keep one of them")
+    return found[0] if found else None
 
 
 def _score_file(path, case, lesions):

@@ -300,8 +300,10 @@ def _check_decoding(thresholds, min_island, min_et_voxels):
 
     check, shares = files.check_option, "three numbers from 0 to 1"
     check("thresholds", thresholds, lambda t: t is None or are_shares(t), shares)
-    check("min_et_voxels", min_et_voxels or 0, *files.whole(0))
-    check("min_island", min_island or 0, *files.number(0, 1))
+    least = 0 if min_et_voxels is None else min_et_voxels
+    check("min_et_voxels", least, *files.whole(0))
+    share = 0 if min_island is None else min_island
+    check("min_island", share, *files.number(0, 1))
 
 
 def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):

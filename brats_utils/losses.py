@@ -52,13 +52,19 @@ def _look_up(table, labels):
     return ops.take(table, ops.cast(labels, "int32"), axis=0)
 
 
+def _check_outputs(y_pred):
+    """Return the number of outputs, 4 or 3; raise if it is another."""
+    n = y_pred.shape[-1]
+    if n not in (len(LABELS), len(ENCODED_REGIONS)):
+        raise ValueError(f"expected 4 outputs (labels 0..3) or 3 (WT, TC, ET), got {n}")
+    return n
+
+
 def _prepare(y_true, y_pred):
     """Return true and predicted maps, both (B, voxels, K) float32."""
-    n = y_pred.shape[-1]
-    tables = {len(LABELS): np.eye(len(LABELS)), len(ENCODED_REGIONS): IN_REGION}
-    if n not in tables:
-        raise ValueError(f"expected 4 outputs (labels 0..3) or 3 (WT, TC, ET), got {n}")
-    targets = _look_up(tables[n], ops.squeeze(y_true, axis=-1))
+    n = _check_outputs(y_pred)
+    table = np.eye(len(LABELS)) if n == len(LABELS) else IN_REGION
+    targets = _look_up(table, ops.squeeze(y_true, axis=-1))
     flat = (ops.shape(y_pred)[0], -1, n)
     return ops.reshape(targets, flat), ops.reshape(ops.cast(y_pred, "float32"), flat)
 
@@ -224,6 +230,7 @@ class RegionDice(keras.metrics.Mean):
         """Add a batch: y_true (B, ..., 1) labels, y_pred (B, ..., K) probabilities."""
         channel = list(ENCODED_REGIONS).index(self.region)
         in_region = IN_REGION[:, channel]
+        _check_outputs(y_pred)
         truth = _look_up(in_region, ops.squeeze(y_true, axis=-1))  # (B, ...)
         if y_pred.shape[-1] == len(LABELS):
             predicted = _look_up(in_region, ops.argmax(y_pred, axis=-1))

@@ -124,6 +124,12 @@ def prepare_case(
         if REPORT in output.former["files"]:
             problem = f"{out} holds a data set, which prepare_dataset changes whole"
             raise ValueError(f"{problem}; choose another folder")
+        others = output.manifest["cases"].keys() - {case.id}
+        # Which cases are kept may differ from case to case.
+        before = {**output.manifest["made_from"], "min_labelled": min_labelled}
+        if others and (differ := files.find_differences(before, options)):
+            problem = f"{out} holds cases with other options: {', '.join(differ)}"
+            raise ValueError(f"{problem}; choose another folder")
         output.begin(options)
         rows, bad = _prepare_all([case], output, options, jobs=1)
         if bad:

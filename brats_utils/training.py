@@ -153,6 +153,8 @@ class Run:
         model : keras.Model
             Its weights before the first step are a state to resume from, too.
         """
+        if (self.output.path / BEST).exists():
+            self.check_best(noted=False)
         self.output.begin(self.description)
         self.output.claim([BEST, HISTORY, STATE, FORMER])
         if self.is_new:
@@ -177,12 +179,22 @@ class Run:
                 os.replace(state, former)
         self.output.save()
 
-    def check_best(self):
-        """Raise if the best model is not the one that this run wrote."""
-        output = self.output
-        if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
-            problem = f"{BEST} in {output.path} is not the one that this run wrote"
-            raise ValueError(f"{problem}. {ANOTHER_RUN}")
+    def check_best(self, *, noted=True):
+        """Raise if the best model is not the one that this run wrote.
+
+        Parameters
+        ----------
+        noted : bool
+            False if a process may have been killed before it noted what it wrote: then
+            a model that says what the run would say is the run's own.
+        """
+        folder, manifest = self.output.path, self.output.manifest
+        if files.find_changed(folder, {BEST: manifest["files"].get(BEST)}):
+            said = {} if noted else read_model(folder / BEST)[1]
+            ours = {k: v for k, v in self.description.items() if k in said}
+            if not said or files.find_differences(said, {**said, **ours}):
+                problem = f"{BEST} in {folder} is not the one that this run wrote"
+                raise ValueError(f"{problem}. {ANOTHER_RUN}")
 
     def _read_state(self):
         """Return (variables, record) of the newest valid state; None without any."""

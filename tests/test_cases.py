@@ -973,3 +973,39 @@ def test_a_home_folder_may_be_named_by_a_tilde(tmp_path, monkeypatch):
     assert [case.id for case in find_cases("~/raw")] == ["x"]
     with pytest.raises(ValueError, match="root is '~nobody-here/x'"):
         find_cases("~nobody-here/x")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("images", 5),
+        ("images", "flair.nii"),
+        ("images", ["flair.nii"]),
+        ("images", {"FLAIR": "x.nii"}),
+        ("images", {"flair": 5}),
+        ("images", {"flair": None}),
+        ("segmentation", 5),
+        ("segmentation", []),
+    ],
+)
+def test_J4_a_case_is_made_of_paths(name, value):
+    given = {"images": {"flair": "x.nii"}, name: value}
+    with pytest.raises(ValueError, match=rf"^{name}.* is .*, expected "):
+        Case("x", **given)
+
+
+def test_a_number_that_label_maps_have_too_belongs_to_the_id(tmp_path):
+    """The images of nnU-Net end in the channel's number, label maps do not."""
+    volumes, segmentation = toy_volumes()
+    stacked = np.stack([volumes[m] for m in ("flair", "t1", "t1ce", "t2")], axis=-1)
+    (tmp_path / "imagesTr").mkdir()
+    (tmp_path / "labelsTr").mkdir()
+    names = {"modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}}
+    for number in ("0001", "0002"):
+        name = f"patient_{number}.nii.gz"
+        nib.save(nib.Nifti1Image(stacked, AFFINE), tmp_path / "imagesTr" / name)
+        nib.save(nib.Nifti1Image(segmentation, AFFINE), tmp_path / "labelsTr" / name)
+    (tmp_path / "dataset.json").write_text(json.dumps(names))
+    cases = find_cases(tmp_path, labels="0124")
+    assert [case.id for case in cases] == ["patient_0001", "patient_0002"]
+    np.testing.assert_array_equal(load_case(cases[0])[1], segmentation)

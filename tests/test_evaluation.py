@@ -294,3 +294,12 @@ def test_the_newer_scores_stand_beside_those_of_2020():
     assert scores["nsd_WT"] == 2 / 3  # two surfaces of the three
     with pytest.raises(ValueError, match="lesions is 2"):
         score_case(found, truth, lesions=2)
+
+
+def test_two_predictions_of_a_case_are_refused(tmp_path):
+    truth = np.zeros((6, 6, 6), np.uint8)
+    case = write_case(tmp_path, "toy", truth)
+    for suffix in (".nii", ".nii.gz"):
+        save_volume(truth, tmp_path / "predictions" / f"toy{suffix}", affine=AFFINE)
+    with pytest.raises(ValueError, match="two predictions, toy.nii.gz and toy.nii"):
+        score_cases(tmp_path / "predictions", [case])

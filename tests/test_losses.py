@@ -188,3 +188,11 @@ def test_a_last_layer_that_only_changes_the_type_is_no_missing_activation():
     outputs = keras.layers.Conv3D(4, 1, activation="softmax")(inputs)
     outputs = keras.layers.Activation("linear", dtype="float32")(outputs)
     check_loss("sparse_categorical_crossentropy", keras.Model(inputs, outputs))
+
+
+@pytest.mark.parametrize("n_outputs", [1, 2, 5])
+def test_J4_other_numbers_of_outputs_are_no_regions(n_outputs):
+    labels = np.zeros((1, 2, 2, 2, 1), np.uint8)
+    found = np.zeros((1, 2, 2, 2, n_outputs), np.float32)
+    with pytest.raises(ValueError, match=f"expected 4 outputs .*got {n_outputs}"):
+        RegionDice("ET").update_state(labels, found)

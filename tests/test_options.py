@@ -49,11 +49,14 @@ from brats_utils.model import (
 )
 from brats_utils.phantom import write_phantom
 from brats_utils.plotting import (
+    browse,
     browse_cases,
     plot_case,
     plot_history,
     plot_prediction,
     plot_slices,
+    plot_surfaces,
+    plot_uncertainty,
 )
 from brats_utils.prepare import (
     estimate_disk_gb,
@@ -217,8 +220,8 @@ OF_THE_NETWORK = [
             "uncertainty": EITHER,
             "patch_shape": (*SHAPE, (7, 8, 8)),
             "thresholds": ((0.5,), (0.5, 0.5, 2), 0.5, "abc", (NAN,) * 3, (True,) * 3),
-            "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
-            "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
+            "min_et_voxels": (-1, 1.5, "3", "", True, False, NAN, [2], []),
+            "min_island": (-0.1, 1.1, "0.1", "", True, False, NAN, [0.1], []),
             "modalities": (*MODALITIES, ("flair",), ("flair", "t1ce")),
             "engine": (None, 5, "onnx", ["keras"]),
         },
@@ -234,8 +237,8 @@ OF_THE_NETWORK = [
             "uncertainty": EITHER,
             "patch_shape": (*SHAPE, (7, 8, 8)),
             "thresholds": ((0.5,), (0.5, 0.5, 2), 0.5, "abc", (NAN,) * 3),
-            "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
-            "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
+            "min_et_voxels": (-1, 1.5, "3", "", True, False, NAN, [2], []),
+            "min_island": (-0.1, 1.1, "0.1", "", True, False, NAN, [0.1], []),
             "modalities": (*MODALITIES, ("flair",)),
             "flip": (True,),
             "tta": (8,),
@@ -258,8 +261,8 @@ OF_THE_NETWORK = [
         {
             "probabilities": (None, 5, "abc", np.zeros((2, 5)), [], [["a"] * 3]),
             "thresholds": ((0.5,), (0.5,) * 4, (0.5, 0.5, 2), 0.5, "abc", (NAN,) * 3),
-            "min_et_voxels": (-1, 1.5, "3", True, NAN, [2]),
-            "min_island": (-0.1, 1.1, "0.1", True, NAN, [0.1]),
+            "min_et_voxels": (-1, 1.5, "3", "", True, False, NAN, [2], []),
+            "min_island": (-0.1, 1.1, "0.1", "", True, False, NAN, [0.1], []),
         },
     ),
     (
@@ -440,6 +443,10 @@ OF_OTHER_MODULES = [
             "segmentation=labels": (5, "map", np.zeros((2, 2, 2))),
             "index": (99, -1, 1.5, "3", True),
             "axis": (3, -1, 1.5, "2", None, True),
+            "titles": (5, ["a"], "abc", [1, 2, 3], {"a", "b", "c"}),
+            "spacing_mm": (1, (1, 1), (0, 1, 1), "111", (NAN, 1, 1), None),
+            "sides": ("LR", 5, [True], [1, 2, 3], ["LRAPX"] * 3),
+            "axes": (5, [], "axes", [1, 2, 3]),
         },
     ),
     (
@@ -448,8 +455,52 @@ OF_OTHER_MODULES = [
         {"channel": (3, -1, 0.5, "flair", None), "index": (99, 1.5), "axis": (3, "z")},
     ),
     (plot_slices, [], {"volumes": (None, 5, "scan", [None], [np.zeros((2, 2))])}),
-    (browse_cases, [("load", len)], {"scores": (None, 5, "ids", np.zeros(3))}),
-    (plot_history, [], {"history": (None, 5, "history.csv", [1])}),
+    (
+        plot_slices,
+        [("volumes", [np.ones((4, 4, 4))])],
+        {
+            "segmentations": (5, "map", [5], [None, None], np.zeros((4, 4, 4))),
+            "overlays": (5, [5], [np.zeros((4, 4, 4))]),
+            "boxes": (5, [5], ["box"], [(slice(2), slice(2))], [(1, 2, 3)]),
+            "window": (5, (1,), (2, 1), "01", (NAN, 1)),
+        },
+    ),
+    (
+        plot_uncertainty,
+        ["image", "prediction", ("spread", np.zeros((24, 20, 16)))],
+        {"spread": ("map", 5, np.zeros((2, 2, 2)))},
+    ),
+    (
+        plot_surfaces,
+        [("segmentations", [np.ones((4, 4, 4), np.uint8)]), ("titles", ["a"])],
+        {
+            "segmentations": (None, 5, "map", [5], [np.zeros((2, 2))], []),
+            "titles": (None, 5, "a", ["a", "b"], []),
+            "spacing_mm": (1, (1, 1), (0, 1, 1), "111", None),
+            "step": (0, -1, 1.5, "2", None),
+        },
+    ),
+    (
+        browse,
+        ["image", "segmentation"],
+        {
+            "image": (None, 5, "scan"),
+            "segmentation=labels": (5, "map", np.zeros((2, 2, 2))),
+            "prediction=labels": (5, "map", np.zeros((2, 2, 2))),
+            "axis": (3, "z", None),
+            "spacing_mm": (1, (0, 1, 1), "111"),
+        },
+    ),
+    (
+        browse_cases,
+        [("scores", pd.Series([0.5], ["a"])), ("load", len)],
+        {"scores": (None, 5, "ids", np.zeros(3)), "load": (None, 5, "folder")},
+    ),
+    (
+        plot_history,
+        [("history", pd.DataFrame({"loss": [1.0]}))],
+        {"history": (None, 5, "history.csv", [1]), "axes": (5, [], [1, 2])},
+    ),
     (
         region_volumes_ml,
         ["segmentation", ("spacing_mm", (1, 1, 1))],

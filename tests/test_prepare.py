@@ -501,3 +501,19 @@ def test_R1_archives_of_other_kinds(tmp_path, name):
     advice = "download it again" if name.endswith("zip") else "tar or 7-Zip"
     with pytest.raises(ValueError, match=advice):
         extract(tmp_path / name, tmp_path / "out")
+
+
+def test_I3_one_folder_holds_cases_of_one_kind(toy_set, tmp_path):
+    first, second = find_cases(toy_set)[:2]
+    out, kept = tmp_path / "out", {"crop_shape": (16, 16, 8), "min_labelled": 0}
+    prepare_case(first, out, **kept)
+    prepare_case(second, out, **{**kept, "min_labelled": 0.001})
+    before = tree(out)
+    for other in (
+        {"modalities": ("t2", "flair", "t1ce")},
+        {"scaling": "zscore"},
+        {"crop_shape": (8, 8, 8)},
+    ):
+        with pytest.raises(ValueError, match=f"other options: {[*other][0]}"):
+            prepare_case(second, out, **{**kept, **other})
+        assert tree(out) == before
