@@ -55,7 +55,7 @@ def _check_pair(first, second, spacing_mm):
     if first.shape != second.shape or second.ndim != 3:
         found = f"got {first.shape} and {second.shape}"
         raise ValueError(f"expected a 3-D prediction and truth of one shape, {found}")
-    files.check_option("spacing_mm", spacing_mm, _are_sizes, "three numbers above 0")
+    files.check_option("spacing_mm", spacing_mm, *files.SIZES_MM)
     return first, second
 
 
@@ -207,11 +207,6 @@ def _mean_iou(prediction, truth, n_voxels):
     both, ours, theirs = counts
     union = ours + theirs - both
     return float(np.mean(both[union > 0] / union[union > 0]))
-
-
-def _are_sizes(sizes):
-    """Return whether these are three voxel sizes, in mm."""
-    return len(sizes) == 3 and all(files.is_number(x, 1e-9, 1e9) for x in sizes)
 
 
 def _score_lesions(prediction, truth, spacing_mm):

@@ -123,7 +123,7 @@ def check_option(name, value, fits, expected):
         in_order = not isinstance(value, set | frozenset | dict)
         if in_order and fits(value):
             return
-    raise ValueError(f"{name} is {value!r}, expected {expected}")
+    raise ValueError(f"{name} is {value!r:.300}, expected {expected}")
 
 
 def check_path(name, path):
@@ -209,6 +209,25 @@ def number(low, high):
     expected : str
     """
     return (lambda x: is_number(x, low, high)), f"a number from {low:g} to {high:g}"
+
+
+def are(n, fits):
+    """Return a function that says whether a list holds n items that fit.
+
+    Parameters
+    ----------
+    n : int
+    fits : callable
+        Takes an item.
+
+    Returns
+    -------
+    fit : callable
+    """
+    return lambda xs: not isinstance(xs, str) and len(xs) == n and all(map(fits, xs))
+
+
+SIZES_MM = are(3, lambda mm: is_number(mm, 1e-9, 1e9)), "three numbers above 0"
 
 
 def progress_bar(iterable=None, **options):

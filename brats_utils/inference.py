@@ -294,16 +294,13 @@ def _choose_decoding(trained, given):
 
 def _check_decoding(thresholds, min_island, min_et_voxels):
     """Raise if an option of decoding is not possible; None is the default."""
-
-    def are_shares(shares):
-        return len(shares) == 3 and all(files.is_number(x, 0, 1) for x in shares)
-
-    check, shares = files.check_option, "three numbers from 0 to 1"
-    check("thresholds", thresholds, lambda t: t is None or are_shares(t), shares)
+    check, share = files.check_option, files.number(0, 1)
+    shares = (0, 0, 0) if thresholds is None else thresholds
+    expected = "three numbers from 0 to 1"
+    check("thresholds", shares, files.are(3, share[0]), expected)
     least = 0 if min_et_voxels is None else min_et_voxels
     check("min_et_voxels", least, *files.whole(0))
-    share = 0 if min_island is None else min_island
-    check("min_island", share, *files.number(0, 1))
+    check("min_island", 0 if min_island is None else min_island, *share)
 
 
 def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):

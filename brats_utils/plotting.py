@@ -20,9 +20,9 @@ from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from brats_utils.cases import ALL_MODALITIES, MODALITIES
-from brats_utils.files import check_option, is_whole
+from brats_utils.files import SIZES_MM, are, check_option, is_whole, whole
 from brats_utils.labels import COLOURS, LABELS, REGION_NAMES, encode_labels
-from brats_utils.volumes import bounding_box, surface_quads
+from brats_utils.volumes import bounding_box, bounding_boxes, surface_quads
 
 PLANES = ("sagittal", "coronal", "axial")
 EDGES = ("APSI", "RLSI", "RLAP")  # left, right, top and bottom of each plane
@@ -34,6 +34,12 @@ LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 ERRORS = {"missed": "#CC79A7", "false positive": "#009E73", "wrong label": "#00E5FF"}
 BOX_COLOUR = "#FFFFFF"
 REGION_COLOURS = {"WT": "#332288", "TC": "#882255", "ET": COLOURS[4]}
+FITS = {  # what an item of these options of `plot_slices` may be
+    "titles": lambda title: isinstance(title, str),
+    "overlays": lambda o: o is None or isinstance(o, Overlay) or o.ndim == 3,
+    "boxes": lambda box: box is None or box[2].stop,
+    "sides": lambda letters: isinstance(letters, bool) or len(letters) == 4,
+}
 SD_LIMITS = (0.05, 0.5)  # less is not coloured; 0.5 is the largest SD of a probability
 
 
@@ -91,6 +97,7 @@ def _comparison(truth=None, prediction=None, spread=None):
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
         overlays["errors"] = Overlay(errors, ERRORS, 0.85)
     if spread is not None:
+        check_option("spread", spread, lambda s: s.ndim == 3, "an array (X, Y, Z)")
         overlays["uncertainty"] = Overlay(spread, {}, 1.0)
     return {"nothing": None} | {name: o for name, o in overlays.items() if o}
 
@@ -151,34 +158,25 @@ def _find_frames(volumes, boxes):
     for mask, box in zip(masks, boxes, strict=True):
         if box is not None:
             mask[box] = True
-    if len({mask.shape for mask in masks}) == 1:
-        masks = [np.logical_or.reduce(masks)] * len(masks)
-    parts = [bounding_box(m if m.any() else np.ones_like(m)) for m in masks]
+    parts = bounding_boxes(masks)
     return [np.array([(p.start, p.stop) for p in box]) + FRAME_MARGIN for box in parts]
 
 
-def _make_axes(axes, n, frame, axis, spacing_mm):
-    """Return the first n of the axes given, or a new row that fits the frame."""
+def _make_axes(axes, n, size):
+    """Return the first n of the axes given, or a new row of a size in inches."""
     if axes is None:
-        across, up = _in_plane(np.ptp(frame, axis=1) * spacing_mm, axis)
-        size = (n * PANEL_WIDTH_INCHES, PANEL_WIDTH_INCHES * up / across + 0.6)
         axes = plt.subplots(1, n, figsize=size, squeeze=False, layout="constrained")[1]
-    axes = np.ravel(axes)
-    if len(axes) < n:
-        raise ValueError(f"{n} pictures need {n} axes, got {len(axes)}")
-    return axes[:n]
-
-
-def _grey_window(volume):
-    """Return the values to draw black and white."""
-    some = np.asarray(volume[::2, ::2, ::2], np.float32)
-    some = some[some != 0]
-    return np.percentile(some, (1, 99)) if some.size else (0, 1)
+    axes = np.ravel(axes)[:n]
+    check_option("axes", axes, are(n, lambda a: a.imshow), f"{n} matplotlib axes")
+    return axes
 
 
 def _show_grey(axes, volume, index, axis, spacing_mm, frame, window):
     """Draw one slice in grey; the black of the axes where the volume is exactly 0."""
-    low, high = _grey_window(volume) if window is None else window
+    if window is None:  # the 1st to the 99th percentile
+        some = np.asarray(volume[::2, ::2, ::2], np.float32)
+        window = np.percentile(some[some != 0], (1, 99)) if some.any() else (0, 1)
+    low, high = window
     picture = np.ma.masked_equal(np.take(volume, index, axis).T, 0)
     style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
     across, up = _in_plane(spacing_mm, axis)
@@ -227,11 +225,24 @@ def _add_keys(axes, overlays):
         figure.legend(handles=[*swatches.values()], loc="outside lower center", **style)
 
 
+def _panels(n, titles, overlays, boxes, sides):
+    """Return four options of `plot_slices` with one item for each of n volumes."""
+    options = {
+        "titles": [""] * n if titles is None else titles,
+        "overlays": [None] * n if overlays is None else overlays,
+        "boxes": [None] * n if boxes is None else boxes,
+        "sides": [sides] * n if isinstance(sides, bool | str) else sides,
+    }
+    for name, items in options.items():
+        check_option(name, items, are(n, FITS[name]), f"one for each of {n} volumes")
+    layers = [o if isinstance(o, Overlay) else _overlay(o) for o in options["overlays"]]
+    return (options | {"overlays": layers}).values()
+
+
 def plot_slices(
     volumes,
     titles=None,
     *,
-    segmentations=None,
     overlays=None,
     boxes=None,
     index=None,
@@ -250,10 +261,9 @@ def plot_slices(
         the 99th percentile of its own non-zero voxels.
     titles : sequence of str, optional
         One for each volume.
-    segmentations : sequence of (X, Y, Z) integer array or None, optional
-        A BraTS label map (values 0, 1, 2, 4) to draw over each volume.
-    overlays : sequence of Overlay or None, optional
-        What to draw over each volume instead of `segmentations`.
+    overlays : sequence of (X, Y, Z) integer array, Overlay or None, optional
+        What to draw over each volume: a BraTS label map (values 0, 1, 2, 4), or
+        anything else as an `Overlay`.
     boxes : sequence of tuple of 3 slices or None, optional
         A box to outline in each volume, as `crop_box` returns it.
     index : int or sequence of int, optional
@@ -278,23 +288,26 @@ def plot_slices(
     Raises
     ------
     ValueError
-        If there are too few axes, a label map or overlay does not have the shape of its
-        volume, or a label map holds a value that is not a BraTS label.
+        If an option is not possible, an overlay does not have the shape of its volume,
+        or a label map holds a value that is not a BraTS label.
     """
     check_option("volumes", volumes, lambda v: {x.ndim for x in v} == {3}, "3-D arrays")
     n = len(volumes)
     check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
-    overlays = overlays or [_overlay(s) for s in segmentations or [None] * n]
-    boxes = boxes or [None] * n
+    check_option("spacing_mm", spacing_mm, *SIZES_MM)
+    expected = "None, or two numbers: what is black, and what is white"
+    check_option("window", window, lambda w: w is None or w[0] < w[1], expected)
+    titles, overlays, boxes, sides = _panels(n, titles, overlays, boxes, sides)
     for scan, o in zip(volumes, overlays, strict=True):
         if o is not None and o.volume.shape != scan.shape:
             raise ValueError(f"expected labels of {scan.shape}, got {o.volume.shape}")
     if index is None:
         index = _best_slice_of(overlays, volumes[0].shape, axis)
     indices = _check_slices(index, [volume.shape[axis] for volume in volumes])
-    sides = [sides] * n if isinstance(sides, bool | str) else sides
     frames = _find_frames(volumes, boxes)
-    axes = _make_axes(axes, n, frames[0], axis, spacing_mm)
+    across, up = _in_plane(np.ptp(frames[0], axis=1) * spacing_mm, axis)
+    size = (n * PANEL_WIDTH_INCHES, PANEL_WIDTH_INCHES * up / across + 0.6)
+    axes = _make_axes(axes, n, size)
     for i, each in enumerate(axes):
         _show_grey(each, volumes[i], indices[i], axis, spacing_mm, frames[i], window)
         if overlays[i] is not None:
@@ -302,7 +315,7 @@ def plot_slices(
         if boxes[i] is not None:
             _draw_box(each, boxes[i], axis)
         _mark(each, indices[i], axis, sides[i])
-        each.set_title(titles[i] if titles else "", fontsize="medium")
+        each.set_title(titles[i], fontsize="medium")
     _add_keys(axes, overlays)
     return axes
 
@@ -339,8 +352,8 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
         One for each channel.
     """
     scans = _channels(image)
-    overlays = [_overlay(segmentation)] * len(scans)
-    return plot_slices([*scans.values()], titles or [*scans], overlays=overlays, **view)
+    view["overlays"] = [segmentation] * len(scans)
+    return plot_slices([*scans.values()], titles or [*scans], **view)
 
 
 def _plot_overlays(image, overlays, channel=0, **view):
@@ -422,6 +435,11 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     axes : array of matplotlib 3D axes
         The same limits for all.
     """
+    check_option("spacing_mm", spacing_mm, *SIZES_MM)
+    check_option("step", step, *whole(1))
+    maps = segmentations
+    check_option("segmentations", maps, lambda m: np.ndim(m) == 4, "maps of one shape")
+    check_option("titles", titles, are(len(maps), FITS["titles"]), "one for each map")
     box = bounding_box(np.any(segmentations, axis=0))
     size_mm = spacing_mm * np.array([max(1, s.stop - s.start) for s in box])
     options = {"subplot_kw": {"projection": "3d"}, "layout": "constrained"}
@@ -436,11 +454,12 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
             colours += [(*to_rgb(colour), opacity)] * len(parts[-1])
         quads = np.concatenate(parts)
         if len(quads):
-            surfaces = Poly3DCollection(quads, facecolors=colours, shade=True)
-            each.add_collection3d(surfaces)
-        each.set(title=title, xlabel="R – L, mm", zlabel="I – S, mm")
-        each.set_ylabel("A – P, mm", labelpad=10)
-        each.zaxis.labelpad = 8
+            solids = Poly3DCollection(quads, facecolors=colours, shade=True)
+            each.add_collection3d(solids)
+        each.set(
+            title=title, xlabel="R – L, mm", ylabel="A – P, mm", zlabel="I – S, mm"
+        )
+        each.yaxis.labelpad, each.zaxis.labelpad = 10, 8
         each.set(xlim=(0, size_mm[0]), ylim=(0, size_mm[1]), zlim=(0, size_mm[2]))
         each.set_box_aspect(size_mm, zoom=0.85)
         each.locator_params(nbins=3)
@@ -466,11 +485,8 @@ def plot_history(history, axes=None):
     axes : array of 2 matplotlib axes
         Loss and Dice. Training is dashed, validation solid.
     """
-    if not hasattr(history, "columns"):
-        raise ValueError(f"history is {history!r}, expected the table of `train`")
-    if axes is None:
-        _, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    axes = np.ravel(axes)
+    check_option("history", history, lambda h: len(h.columns), "the table of `train`")
+    axes = _make_axes(axes, 2, (9, 3.2))
     curves = [(axes[0], "loss", "", "0.2")]
     for region, name in REGION_NAMES.items():
         curves.append((axes[1], f"dice_{region}", f"{name}, ", REGION_COLOURS[region]))
@@ -500,6 +516,10 @@ class _Browser:
         self.load, self.spacing_mm = load, spacing_mm
         self.case = widgets.Dropdown(description="case", options=cases)
         self.open_case()
+        view = {"axis": axis, "spacing_mm": spacing_mm}
+        self.still = _plot_overlays(self.image, self.overlays, **view)[0].figure
+        self.still.suptitle(self.case.label)  # of a single case it is empty
+        plt.close(self.still)
         planes = [(PLANES[a], a) for a in (2, 1, 0)]
         late = {"continuous_update": False}  # draw when the slider is released
         self.plane = widgets.ToggleButtons(options=planes, value=axis)
@@ -551,11 +571,7 @@ class _Browser:
 
     def show(self):
         """Show a still picture, which a saved notebook keeps, and the widgets."""
-        view = {"axis": self.plane.value, "spacing_mm": self.spacing_mm}
-        figure = _plot_overlays(self.image, self.overlays, **view)[0].figure
-        figure.suptitle(self.case.label)  # of a single case it is empty
-        plt.close(figure)
-        display.display(figure)
+        display.display(self.still)
         view = {"version_major": 2, "version_minor": 0, "model_id": self.box.model_id}
         text = "A slice browser is shown here while the notebook is running."
         bundle = {"application/vnd.jupyter.widget-view+json": view, "text/plain": text}
@@ -600,6 +616,7 @@ def browse_cases(scores, load, **view):
     **view
         `axis` and `spacing_mm`, as in `plot_slices`.
     """
+    check_option("load", load, callable, "a function of a case id")
     expected = "a pandas.Series of a score for each case id"
     check_option("scores", scores, lambda s: len(s.sort_values()), expected)
     ranking, unit = scores.sort_values(), scores.name or ""

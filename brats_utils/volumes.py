@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from scipy import ndimage
 
-from brats_utils.files import check_option, is_whole
+from brats_utils.files import are, check_option, whole
 from brats_utils.nifti import BratsDataError
 
 # The tutorial recipe's crop of a 240 x 240 x 155 scan, kept to compare with.
@@ -256,6 +256,23 @@ def bounding_box(mask):
     return tuple(box)
 
 
+def bounding_boxes(masks):
+    """Return the box of each mask; of all together if they have one shape.
+
+    Parameters
+    ----------
+    masks : list of bool array
+
+    Returns
+    -------
+    boxes : list of tuple of slices
+        Of the whole grid where no voxel is filled.
+    """
+    if len({mask.shape for mask in masks}) == 1:
+        masks = [np.logical_or.reduce(masks)] * len(masks)
+    return [bounding_box(m if m.any() else np.ones_like(m)) for m in masks]
+
+
 def surface_quads(mask, rounds=3):
     """Return the surface of a mask as quadrilaterals, smoothed, to draw it in 3D.
 
@@ -481,12 +498,9 @@ def check_shape(shape, name="crop_shape", least=1):
     ValueError
         If it is something else.
     """
-
-    def fits(s):
-        return s is None or (len(s) == 3 and all(is_whole(n, least) for n in s))
-
-    expected = f"three whole numbers of at least {least}, or None"
-    check_option(name, shape, fits, expected)
+    if shape is not None:
+        expected = f"three whole numbers of at least {least}, or None"
+        check_option(name, shape, are(3, whole(least)[0]), expected)
 
 
 def _plane_counts(mask):
