@@ -292,15 +292,14 @@ def _choose_decoding(trained, given):
     return decoding
 
 
-def _check_decoding(thresholds, min_island, min_et_voxels):
+def _check_decoding(**decoding):
     """Raise if an option of decoding is not possible; None is the default."""
+    given = {name: PLAIN[name] if x is None else x for name, x in decoding.items()}
     check, share = files.check_option, files.number(0, 1)
-    shares = (0, 0, 0) if thresholds is None else thresholds
-    expected = "three numbers from 0 to 1"
-    check("thresholds", shares, files.are(3, share[0]), expected)
-    least = 0 if min_et_voxels is None else min_et_voxels
-    check("min_et_voxels", least, *files.whole(0))
-    check("min_island", 0 if min_island is None else min_island, *share)
+    thresholds, expected = given["thresholds"], "three numbers from 0 to 1"
+    check("thresholds", thresholds, files.are(3, share[0]), expected)
+    check("min_island", given["min_island"], *share)
+    check("min_et_voxels", given["min_et_voxels"], *files.whole(0))
 
 
 def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):
@@ -581,7 +580,8 @@ def decode_probabilities(
     >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
     array([1, 2, 0], dtype=uint8)
     """
-    _check_decoding(thresholds, min_island, min_et_voxels)
+    islands = {"min_island": min_island, "min_et_voxels": min_et_voxels}
+    _check_decoding(thresholds=thresholds, **islands)
     if _check_probabilities(probabilities)[1] == 4 and thresholds is None:
         segmentation = labels.decode_labels(np.argmax(probabilities, axis=-1))
     else:

@@ -524,9 +524,9 @@ def start_from(start, model, train_data, val_data):
 
     Parameters
     ----------
-    start : path or "phantom"
+    start : path, "phantom" or None
         A `.keras` file, the folder of a run, or the weights of this package: a U-Net
-        with the same channels, filters, depth and stride.
+        with the same channels, filters, depth and stride. None changes nothing.
     model : keras.Model
         Its weights are changed.
     train_data, val_data : BratsGenerator
@@ -534,7 +534,7 @@ def start_from(start, model, train_data, val_data):
 
     Returns
     -------
-    sha256 : str
+    sha256 : str or None
         Of the file that was read.
     copied : list of (keras.Variable, array)
         The model's weights that were changed, and their values.
@@ -544,6 +544,8 @@ def start_from(start, model, train_data, val_data):
     ValueError
         Says what differs.
     """
+    if start is None:
+        return None, ()
     path = PHANTOM_WEIGHTS if start == "phantom" else files.check_path("start", start)
     path = path / BEST if path.is_dir() else path
     source, described = read_model(path)

@@ -186,13 +186,12 @@ class Run:
         ----------
         noted : bool
             False if a process may have been killed before it noted what it wrote: then
-            a model that says what the run would say is the run's own.
+            a model that was trained on the same data is the run's own.
         """
         folder, manifest = self.output.path, self.output.manifest
         if files.find_changed(folder, {BEST: manifest["files"].get(BEST)}):
             said = {} if noted else read_model(folder / BEST)[1]
-            ours = {k: v for k, v in self.description.items() if k in said}
-            if not said or files.find_differences(said, {**said, **ours}):
+            if said.get("train_data") != self.description["train_data"]:
                 problem = f"{BEST} in {folder} is not the one that this run wrote"
                 raise ValueError(f"{problem}. {ANOTHER_RUN}")
 
@@ -258,8 +257,9 @@ class Checkpoint(keras.callbacks.Callback):
         super().__init__()
         self.train_data, self.val_data = train_data, val_data
         self.run, self.lend, self.began = Run(output, description), lend, False
-        options = {"desc": "training", "unit": "epoch", "disable": not verbose}
-        self.bar = files.progress_bar(**options)
+        self.bar = files.progress_bar(
+            desc="training", unit="epoch", disable=not verbose
+        )
 
     def begin(self, model):
         """Check the volumes, and announce the files of the run."""
@@ -317,11 +317,6 @@ def _check_options(start, **options):
         raise ValueError("epochs is None, expected epochs or minutes to train for")
     if start is None and (share := options["start_share"]):
         raise ValueError(f"start_share is {share}, expected 0 without a start")
-
-
-def _start(start, *model_and_data):
-    """Start from other weights, if any; return their checksum, and what was copied."""
-    return (None, ()) if start is None else start_from(start, *model_and_data)
 
 
 def _check_fit(model, train_data, val_data, loss):
@@ -525,7 +520,7 @@ def train(
     _check_options(start, **settings, **times, **others, verbose=verbose)
     _check_fit(model, train_data, val_data, loss)
     made_of = _describe_run(model, train_data, val_data, loss, **settings)
-    made_of["start"], first = _start(start, model, train_data, val_data)
+    made_of["start"], first = start_from(start, model, train_data, val_data)
     lend = functools.partial(losses.averaged_weights, start=first, share=start_share)
     deep = deep_supervision
     trained = losses.supervise_deeply(model, deep) if deep else model
