@@ -459,8 +459,8 @@ OF_OTHER_MODULES = [
         plot_slices,
         [("volumes", [np.ones((4, 4, 4))])],
         {
-            "segmentations": (5, "map", [5], [None, None], np.zeros((4, 4, 4))),
-            "overlays": (5, [5], [np.zeros((4, 4, 4))]),
+            "overlays": (5, "map", [5], [None, None], [np.zeros((4, 4))]),
+            "overlays=labels": ([np.zeros((2, 2, 2))], [np.full((4, 4, 4), 3)]),
             "boxes": (5, [5], ["box"], [(slice(2), slice(2))], [(1, 2, 3)]),
             "window": (5, (1,), (2, 1), "01", (NAN, 1)),
         },
