@@ -93,6 +93,8 @@ def _comparison(truth=None, prediction=None, spread=None):
     """Return what can be drawn over a scan, by name, starting with nothing."""
     overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
     if all(overlays.values()):
+        same = np.shape(truth) == np.shape(prediction)
+        check_option("prediction", prediction, lambda _: same, "labels as the truth's")
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
         overlays["errors"] = Overlay(errors, ERRORS, 0.85)
@@ -296,7 +298,7 @@ def plot_slices(
     check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     expected = "None, or two numbers: what is black, and what is white"
-    check_option("window", window, lambda w: w is None or w[0] < w[1], expected)
+    check_option("window", window, lambda w: w is None or w[1] - w[0] > 0, expected)
     titles, overlays, boxes, sides = _panels(n, titles, overlays, boxes, sides)
     for scan, o in zip(volumes, overlays, strict=True):
         if o is not None and o.volume.shape != scan.shape:
@@ -352,7 +354,7 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
         One for each channel.
     """
     scans = _channels(image)
-    view["overlays"] = [segmentation] * len(scans)
+    view["overlays"] = [_overlay(segmentation)] * len(scans)
     return plot_slices([*scans.values()], titles or [*scans], **view)
 
 

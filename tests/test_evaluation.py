@@ -299,6 +299,7 @@ def test_the_newer_scores_stand_beside_those_of_2020():
 def test_two_predictions_of_a_case_are_refused(tmp_path):
     truth = np.zeros((6, 6, 6), np.uint8)
     case = write_case(tmp_path, "toy", truth)
+    (tmp_path / "predictions").mkdir()
     for suffix in (".nii", ".nii.gz"):
         save_volume(truth, tmp_path / "predictions" / f"toy{suffix}", affine=AFFINE)
     with pytest.raises(ValueError, match="two predictions, toy.nii.gz and toy.nii"):

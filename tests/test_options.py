@@ -468,7 +468,7 @@ OF_OTHER_MODULES = [
     (
         plot_uncertainty,
         ["image", "prediction", ("spread", np.zeros((24, 20, 16)))],
-        {"spread": ("map", 5, np.zeros((2, 2, 2)))},
+        {"spread=spread|labels": ("map", 5, np.zeros((2, 2, 2)))},
     ),
     (
         plot_surfaces,
@@ -486,7 +486,7 @@ OF_OTHER_MODULES = [
         {
             "image": (None, 5, "scan"),
             "segmentation=labels": (5, "map", np.zeros((2, 2, 2))),
-            "prediction=labels": (5, "map", np.zeros((2, 2, 2))),
+            "prediction=labels|prediction": (5, "map", np.zeros((2, 2, 2))),
             "axis": (3, "z", None),
             "spacing_mm": (1, (0, 1, 1), "111"),
         },

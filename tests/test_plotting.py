@@ -169,7 +169,7 @@ def test_plots_use_the_axes_given(toy):
     for row in axes:
         assert plot_prediction(*toy, toy[1], axes=row)[0] is row[0]
     assert len(figure.legends) == 1 and plt.get_fignums() == [figure.number]
-    with pytest.raises(ValueError, match="3 pictures need 3 axes, got 2"):
+    with pytest.raises(ValueError, match="expected 3 matplotlib axes"):
         plot_case(*toy, axes=axes[0, :2])
 
 
