@@ -50,8 +50,9 @@ def _nearest_mm(points, others):
     return KDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]
 
 
-def _check_pair(first, second, spacing_mm):
-    """Return two arrays; raise unless both are 3-D and of one shape."""
+def _as_pair(prediction, truth, spacing_mm, dtype=bool):
+    """Return both as arrays; raise unless they are 3-D and of one shape."""
+    first, second = np.asarray(prediction, dtype), np.asarray(truth, dtype)
     if first.shape != second.shape or second.ndim != 3:
         found = f"got {first.shape} and {second.shape}"
         raise ValueError(f"expected a 3-D prediction and truth of one shape, {found}")
@@ -93,9 +94,7 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     >>> hd95(mask, np.roll(mask, 3, axis=0), spacing_mm=(2, 1, 1))
     6.0
     """
-    masks = _check_pair(
-        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
-    )
+    masks = _as_pair(prediction, truth, spacing_mm)
     present = sum(mask.any() for mask in masks)
     if present < 2:
         return float(present * MISSED_REGION_MM)
@@ -125,9 +124,7 @@ def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
     1.0
     """
     files.check_option("tolerance_mm", tolerance_mm, *files.number(0, 1e9))
-    masks = _check_pair(
-        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
-    )
+    masks = _as_pair(prediction, truth, spacing_mm)
     present = sum(mask.any() for mask in masks)
     if present < 2:
         return float(present == 0)
@@ -156,9 +153,7 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
     ----------
     The rules of BraTS 2023, glioma.
     """
-    prediction, truth = _check_pair(
-        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
-    )
+    prediction, truth = _as_pair(prediction, truth, spacing_mm)
     dilated = ndimage.binary_dilation(truth, EDGES, iterations=GROWN)
     zones, n_lesions = ndimage.label(dilated, CORNERS)
     components, n_components = ndimage.label(prediction, CORNERS)
@@ -263,9 +258,8 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     >>> score_case([[[0, 4, 2, 1]]], truth)["dice_TC"]
     0.8
     """
-    prediction, truth = np.asarray(prediction), np.asarray(truth)
     files.check_option("lesions", lesions, *files.BOOL)
-    _check_pair(prediction, truth, spacing_mm)
+    prediction, truth = _as_pair(prediction, truth, spacing_mm, dtype=None)
     # All voxels outside the box are background in both maps. In C order, the masks of
     # arrays from files, which are in Fortran order, take a fraction of the time.
     box = bounding_box((prediction != 0) | (truth != 0))
