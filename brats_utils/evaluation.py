@@ -61,10 +61,16 @@ def _as_pair(prediction, truth, spacing_mm, dtype=bool):
 
 
 def _surface_distances(prediction, truth, spacing_mm):
-    """Return the distances of all voxels of two surfaces to the other one, (n,) mm."""
-    box = bounding_box(prediction | truth)
-    masks = prediction[box], truth[box]
-    ours, theirs = (_surface_mm(mask, spacing_mm) for mask in masks)
+    """Return the distances of all voxels of two surfaces to the other one, (n,) mm.
+
+    A single 0 if both masks are empty, a single infinity if one is.
+    """
+    masks = _as_pair(prediction, truth, spacing_mm)
+    n_present = sum(mask.any() for mask in masks)
+    if n_present < 2:
+        return np.array([np.inf if n_present else 0.0])
+    box = bounding_box(masks[0] | masks[1])
+    ours, theirs = (_surface_mm(mask[box], spacing_mm) for mask in masks)
     return np.concatenate([_nearest_mm(ours, theirs), _nearest_mm(theirs, ours)])
 
 
@@ -94,11 +100,9 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     >>> hd95(mask, np.roll(mask, 3, axis=0), spacing_mm=(2, 1, 1))
     6.0
     """
-    masks = _as_pair(prediction, truth, spacing_mm)
-    present = sum(mask.any() for mask in masks)
-    if present < 2:
-        return float(present * MISSED_REGION_MM)
-    return float(np.percentile(_surface_distances(*masks, spacing_mm), 95))
+    distances = _surface_distances(prediction, truth, spacing_mm)
+    distances[np.isinf(distances)] = MISSED_REGION_MM
+    return float(np.percentile(distances, 95))
 
 
 def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
@@ -124,11 +128,8 @@ def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
     1.0
     """
     files.check_option("tolerance_mm", tolerance_mm, *files.number(0, 1e9))
-    masks = _as_pair(prediction, truth, spacing_mm)
-    present = sum(mask.any() for mask in masks)
-    if present < 2:
-        return float(present == 0)
-    return float(np.mean(_surface_distances(*masks, spacing_mm) <= tolerance_mm))
+    distances = _surface_distances(prediction, truth, spacing_mm)
+    return float(np.mean(distances <= tolerance_mm))
 
 
 def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
