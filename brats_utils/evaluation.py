@@ -167,8 +167,7 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
         else:
             rows.append((0.0, MISSED_LESION_MM))
     rows += [(0.0, MISSED_LESION_MM)] * (n_components - len(known))
-    mean, distance = np.mean(rows or [(1.0, 0.0)], axis=0).tolist()
-    return mean, distance
+    return tuple(np.mean(rows or [(1.0, 0.0)], axis=0).tolist())
 
 
 def _share(part, whole, false):
@@ -203,13 +202,6 @@ def _mean_iou(prediction, truth, n_voxels):
 def _are_sizes(sizes):
     """Return whether these are three voxel sizes, in mm."""
     return len(sizes) == 3 and all(files.is_number(x, 1e-9, 1e9) for x in sizes)
-
-
-def _score_lesions(prediction, truth, spacing_mm):
-    """Return the scores that newer challenges add for one region."""
-    dice_, distance = lesion_scores(prediction, truth, spacing_mm)
-    nsd = surface_dice(prediction, truth, spacing_mm)
-    return {"lesion_dice": dice_, "lesion_hd95": distance, "nsd": nsd}
 
 
 def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
@@ -264,9 +256,10 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     table = {}
     for region, values in ENCODED_REGIONS.items():
         masks = np.isin(ours, values), np.isin(theirs, values)
-        table[region] = _score_region(*masks, truth.size, spacing_mm)
+        row = table[region] = _score_region(*masks, truth.size, spacing_mm)
         if lesions:
-            table[region] |= _score_lesions(*masks, spacing_mm)
+            row["lesion_dice"], row["lesion_hd95"] = lesion_scores(*masks, spacing_mm)
+            row["nsd"] = surface_dice(*masks, spacing_mm)
     scores = {f"{name}_{r}": table[r][name] for name in table["WT"] for r in table}
     return {**scores, "mean_iou": _mean_iou(ours, theirs, truth.size)}
 
@@ -369,8 +362,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         stale = [i for i in states if manifest["cases"].get(i) != states[i]]
         advice = "not predicted by this folder's model from these scans: predict again"
         _raise_for(stale, advice)
-        names = [f"{case.id}.nii.gz" for case in cases]
-        noted = {name: manifest["files"].get(name) for name in names}
+        noted = {path.name: manifest["files"].get(path.name) for _, path in found}
         edited = files.find_changed(folder, noted)
         advice = "changed since it was predicted: score it in a folder of its own"
         _raise_for(edited, f"{advice}, or predict again")
