@@ -107,6 +107,7 @@ def load_model(path):
 def _as_trained(models):
     """Return a model or a path, or a list of them, as a list of TrainedModel."""
     if isinstance(models, (list, tuple)):
+        files.check_option("model", models, len, "at least one model")
         return [trained for model in models for trained in _as_trained(model)]
     if isinstance(models, keras.Model):
         models = TrainedModel(models, {})
@@ -203,7 +204,6 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
     """
     axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
     models, total, squares = _as_trained(model), 0, 0
-    files.check_option("model", models, len, "at least one model")
     files.check_option("flips", flips, *files.BOOL)
     if np.ndim(image) != 4:
         raise ValueError(f"image has shape {np.shape(image)}, expected (X, Y, Z, C)")
@@ -256,7 +256,6 @@ def check_options(models, options, possible=OPTIONS):
         Names the option, its value and what is possible.
     """
     check, given = files.check_option, dict.fromkeys(OPTIONS) | options
-    check("model", models, len, "at least one model")
     check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
     names = _choose_modalities(models[0], given["modalities"])
     described = [m.description.get("modalities") or names for m in models]
