@@ -223,16 +223,16 @@ def _choose_modalities(trained, modalities):
     """Return the channels of a model: those given, described, or the usual ones."""
     channels = trained.model.input_shape[-1]
     stored = trained.description.get("modalities")
-    usual = {len(names): names for names in (labels.MODALITIES, labels.ALL_MODALITIES)}
-    usual = usual.get(channels, ()) if trained.path is None else ()
+    usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(channels, ())
     if modalities is None:
-        modalities = stored or usual
+        modalities = stored or (usual if trained.path is None else ())
     known = isinstance(modalities, (list, tuple)) and len(modalities) == channels
     known = known and {*labels.ALL_MODALITIES}.issuperset(map(str, modalities))
     if not known or stored and [*modalities] != [*stored]:
         problem = f"modalities is {modalities!r}, {trained.path or 'the model'} takes "
         which = f"say which of {labels.ALL_MODALITIES} they are, in order: modalities="
-        takes = f"{stored}" if known else f"{channels} channels; {which}(...)"
+        takes = f"{channels} channels; {which}(...)"
+        takes = f"{stored}, the same for all models" if known else takes
         raise ValueError(problem + takes)
     return modalities
 
@@ -255,16 +255,14 @@ def check_options(models, options, possible=OPTIONS):
     """
     check, given = files.check_option, dict.fromkeys(OPTIONS) | options
     check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
-    names = _choose_modalities(models[0], given["modalities"])
-    described = [m.description.get("modalities") or names for m in models]
-    same = all([*names] == [*each] for each in described)
-    check("modalities", described, lambda _: same, "the same for all models")
     outputs = sorted({each.model.output_shape[-1] for each in models})
     check("the models' outputs", outputs, ([3], [4]).__contains__, "all 3, or all 4")
     patch_shape = given["patch_shape"]
     if patch_shape is None:
         patch_shape = models[0].description.get("patch_shape")
+    names = given["modalities"]
     for each in models:
+        names = _choose_modalities(each, names)
         _choose_patch(each.model, len(names), patch_shape)
     check("engine", options.get("engine", "keras"), ENGINES.__contains__, ENGINES)
     for name in ("flips", "uncertainty"):
