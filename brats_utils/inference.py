@@ -237,6 +237,12 @@ def _choose_modalities(trained, modalities):
     return modalities
 
 
+def _fill_in(trained, options):
+    """Return options, those that are None as a model's description stores them."""
+    stored = trained.description | trained.description.get("decoding", {})
+    return {k: stored.get(k) if v is None else v for k, v in options.items()}
+
+
 def check_options(models, options, possible=OPTIONS):
     """Raise if models do not fit each other, or an option is not possible.
 
@@ -253,21 +259,19 @@ def check_options(models, options, possible=OPTIONS):
     ValueError
         Names the option, its value and what is possible.
     """
-    check, given = files.check_option, dict.fromkeys(OPTIONS) | options
+    check = files.check_option
     check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
     outputs = sorted({each.model.output_shape[-1] for each in models})
     check("the models' outputs", outputs, ([3], [4]).__contains__, "all 3, or all 4")
-    patch_shape = given["patch_shape"]
-    if patch_shape is None:
-        patch_shape = models[0].description.get("patch_shape")
+    given = _fill_in(models[0], dict.fromkeys(OPTIONS) | options)
     names = given["modalities"]
     for each in models:
         names = _choose_modalities(each, names)
-        _choose_patch(each.model, len(names), patch_shape)
+        _choose_patch(each.model, len(names), given["patch_shape"])
     check("engine", options.get("engine", "keras"), ENGINES.__contains__, ENGINES)
     for name in ("flips", "uncertainty"):
         check(name, options.get(name, False), *files.BOOL)
-    _choose_decoding(models[0], {name: given[name] for name in PLAIN})
+    _check_decoding(**{name: given[name] for name in PLAIN})
 
 
 def _choose_engine(models, engine):
@@ -277,14 +281,6 @@ def _choose_engine(models, engine):
     from brats_utils.export import to_openvino
 
     return [to_openvino(trained) for trained in models]
-
-
-def _choose_decoding(trained, given):
-    """Return keywords of `decode_probabilities`: those given, or else those tuned."""
-    tuned = trained.description.get("decoding", {})
-    decoding = {k: tuned.get(k) if v is None else v for k, v in given.items()}
-    _check_decoding(**decoding)
-    return decoding
 
 
 def _check_decoding(thresholds, min_island, min_et_voxels):
@@ -328,9 +324,7 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
     stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
     image = volumes.standardise(stacked)
-    if patch_shape is None:
-        patch_shape = models[0].description.get("patch_shape")
-    options = {"flips": flips, "patch_shape": patch_shape}
+    options = _fill_in(models[0], {"flips": flips, "patch_shape": patch_shape})
     found, spread = predict_probabilities(models, image, **options)
     if not np.isfinite(found).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
@@ -408,8 +402,7 @@ def predict_case(
 
 def _predict_maps(models, case, **options):
     """Return the label map, the spread and the header of their grid."""
-    given = {name: options.pop(name, None) for name in PLAIN}
-    decoding = _choose_decoding(models[0], given)
+    decoding = _fill_in(models[0], {name: options.pop(name, None) for name in PLAIN})
     found = predict_scan(models, case, **options)
     segmentation = decode_probabilities(found.probabilities, **decoding)
     return found.place(segmentation), found.place(found.spread), found.scan.header
