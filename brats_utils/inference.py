@@ -116,12 +116,9 @@ def _as_trained(models):
 
 def _gaussian(shape):
     """Return the weights of a patch: high in its middle, low at its rim."""
-    weights = np.ones(shape, np.float32)
-    for axis, n in enumerate(shape):
-        distance = (np.arange(n) - (n - 1) / 2) / (n / 8)
-        line = np.exp(-0.5 * distance**2).astype(np.float32)
-        weights *= np.expand_dims(line, [a for a in range(3) if a != axis])
-    return weights[..., None]  # (X, Y, Z, 1)
+    distances = ((np.arange(n) - (n - 1) / 2) / (n / 8) for n in shape)
+    x, y, z = (np.exp(-0.5 * d**2).astype(np.float32) for d in distances)
+    return (x[:, None, None] * y[:, None] * z)[..., None]  # (X, Y, Z, 1)
 
 
 def _starts(size, patch):
