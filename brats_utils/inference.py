@@ -408,10 +408,9 @@ def _predict_maps(models, case, **options):
 def _fingerprint(trained):
     """Return a checksum of all of a model that changes a prediction."""
     digest = hashlib.sha256(json.dumps(describe_model(trained.model)).encode())
-    used = ("modalities", "patch_shape", "decoding")
+    used = ["modalities", "patch_shape", "decoding"]
+    used += ["engine", "int8"] if "engine" in trained.description else []
     used = [trained.description.get(name) for name in used]
-    if "engine" in trained.description:
-        used += [trained.description["engine"], trained.description.get("int8")]
     digest.update(json.dumps(used).encode())
     for weights in trained.model.get_weights():
         digest.update(np.ascontiguousarray(weights))
