@@ -153,20 +153,17 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
     dilated = ndimage.binary_dilation(truth, EDGES, iterations=GROWN)
     zones, n_lesions = ndimage.label(dilated, CORNERS)
     components, n_components = ndimage.label(prediction, CORNERS)
-    rows, known = [], set()
+    rows, known, missed = [], set(), (0.0, MISSED_LESION_MM)
     for lesion in range(1, n_lesions + 1):
         zone = zones == lesion
         touching = set(components[zone & prediction].tolist())
         known |= touching
         own = truth & zone
-        if np.count_nonzero(own) * np.prod(spacing_mm) <= SMALL_LESION_MM3:
-            continue
-        if touching:
+        if np.count_nonzero(own) * np.prod(spacing_mm) > SMALL_LESION_MM3:
             found = np.isin(components, [*touching])
-            rows.append((float(dice(found, own)), hd95(found, own, spacing_mm)))
-        else:
-            rows.append((0.0, MISSED_LESION_MM))
-    rows += [(0.0, MISSED_LESION_MM)] * (n_components - len(known))
+            scores = dice(found, own), hd95(found, own, spacing_mm)
+            rows.append(scores if touching else missed)
+    rows += [missed] * (n_components - len(known))
     return tuple(np.mean(rows or [(1.0, 0.0)], axis=0).tolist())
 
 
