@@ -315,14 +315,15 @@ def _find_prediction(folder, case):
 
 
 def _score_file(path, case, lesions):
-    """Score the prediction in a file, which must lie on the grid of its case."""
+    """Return a row of scores of a file, which must lie on the grid of its case."""
     prediction, affine = load_labels(path)
     truth, expected = load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
         problem = f"{path} is not on the grid of case {case.id}: it has shape "
         problem += f"{prediction.shape} and affine {affine.tolist()}, expected "
         raise ValueError(f"{problem}{truth.shape} and {expected.tolist()}")
-    return score_case(prediction, truth, spacing_of(expected), lesions=lesions)
+    scores = score_case(prediction, truth, spacing_of(expected), lesions=lesions)
+    return {"case": case.id, **scores}
 
 
 def score_cases(predictions_dir, cases, *, lesions=False):
@@ -363,10 +364,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         edited = files.find_changed(folder, noted)
         advice = "changed since it was predicted: score it in a folder of its own"
         _raise_for(edited, f"{advice}, or predict again")
-    rows = [
-        {"case": case.id, **_score_file(path, case, lesions)} for case, path in found
-    ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([_score_file(path, case, lesions) for case, path in found])
 
 
 def _mean_dice(cases, decoding):
