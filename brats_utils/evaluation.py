@@ -367,16 +367,12 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     return pd.DataFrame([_score_file(path, case, lesions) for case, path in found])
 
 
-def _mean_dice(cases, decoding):
-    """Return the mean Dice of WT, TC and ET over cases, (3,), with one decoding."""
+def _decoded_dice(probabilities, truth, decoding):
+    """Return the Dice of WT, TC and ET of a case, with one decoding."""
     from brats_utils.inference import decode_probabilities  # Keras: scores need none
 
-    rows = []
-    for probabilities, truth in cases:
-        found = decode_probabilities(probabilities, **decoding)
-        masks = ((np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values())
-        rows.append([dice(*pair) for pair in masks])
-    return np.mean(rows, axis=0)
+    found = decode_probabilities(probabilities, **decoding)
+    return [dice(np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values()]
 
 
 def _trials(decoding, step):
@@ -413,6 +409,9 @@ def tune_decoding(cases):
     """
     from brats_utils.inference import PLAIN, region_probabilities
 
+    def mean_dice(decoding):
+        return np.mean([_decoded_dice(*case, decoding) for case in kept], axis=0)
+
     kept, plain = [], []
     files.check_option("cases", cases, iter, "pairs of probabilities and truth")
     for probabilities, truth in cases:
@@ -422,12 +421,12 @@ def tune_decoding(cases):
         files.check_option("shape of truth", shape, grid.__eq__, expected)
         box = bounding_box((regions[..., 0] > THRESHOLDS[0]) | (truth > 0))
         kept.append((np.array(regions[box]), np.array(truth[box])))
-        plain.append(_mean_dice([(np.asarray(probabilities)[box], truth[box])], {}))
+        plain.append(_decoded_dice(np.asarray(probabilities)[box], truth[box], {}))
     files.check_option("cases", kept, len, "at least one case to tune on")
     plain = np.mean(plain, axis=0)
-    best, tuned = PLAIN, _mean_dice(kept, PLAIN)
+    best, tuned = PLAIN, mean_dice(PLAIN)
     for step in range(len(REGIONS) + 2):
-        found = [(_mean_dice(kept, trial), trial) for trial in _trials(best, step)]
+        found = [(mean_dice(trial), trial) for trial in _trials(best, step)]
         score, trial = max(found, key=lambda pair: pair[0].mean())
         if score.mean() > tuned.mean() + LEAST_GAIN:
             best, tuned = trial, score
