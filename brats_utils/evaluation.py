@@ -10,11 +10,9 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
-from brats_utils import files
+from brats_utils import files, nifti
 from brats_utils.cases import read_scan
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
-from brats_utils.nifti import file_states, load_labels, to_lps
-from brats_utils.nifti import spacing_mm as spacing_of
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
 
@@ -316,13 +314,13 @@ def _find_prediction(folder, case):
 
 def _score_file(path, case, lesions):
     """Return a row of scores of a file, which must lie on the grid of its case."""
-    prediction, affine = load_labels(path)
-    truth, expected = load_labels(case.segmentation, case.labels)
+    prediction, affine = nifti.load_labels(path)
+    truth, expected = nifti.load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
         problem = f"{path} is not on the grid of case {case.id}: it has shape "
         problem += f"{prediction.shape} and affine {affine.tolist()}, expected "
         raise ValueError(f"{problem}{truth.shape} and {expected.tolist()}")
-    scores = score_case(prediction, truth, spacing_of(expected), lesions=lesions)
+    scores = score_case(prediction, truth, nifti.spacing_mm(expected), lesions=lesions)
     return {"case": case.id, **scores}
 
 
@@ -356,7 +354,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     missing = [case.id for case, path in found if path is None]
     _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {folder}")
     if (manifest := files.read_manifest(folder)).get("kind") == "predictions":
-        states = {case.id: file_states(case.images.values()) for case in cases}
+        states = {case.id: nifti.file_states(case.images.values()) for case in cases}
         stale = [i for i in states if manifest["cases"].get(i) != states[i]]
         advice = "not predicted by this folder's model from these scans: predict again"
         _raise_for(stale, advice)
@@ -518,8 +516,8 @@ def tune_model(run_dir, cases, **options):
     def predicted():
         for case in cases:
             found = predict_scan([trained], case, **options)
-            truth, affine = load_labels(case.segmentation, case.labels)
-            yield found.probabilities, to_lps(truth, affine)[found.box]
+            truth, affine = nifti.load_labels(case.segmentation, case.labels)
+            yield found.probabilities, nifti.to_lps(truth, affine)[found.box]
 
     trained.description["decoding"], gain = tune_decoding(predicted())
     store_description(trained)
