@@ -10,11 +10,9 @@ from scipy import ndimage
 from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
-from brats_utils import files
+from brats_utils import files, nifti
 from brats_utils.cases import read_scan
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
-from brats_utils.nifti import file_states, load_labels, to_lps
-from brats_utils.nifti import spacing_mm as spacing_of
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
 
@@ -35,13 +33,8 @@ EDGES, CORNERS = (ndimage.generate_binary_structure(3, n) for n in (2, 3))
 
 def _surface_mm(mask, spacing_mm):
     """Return the positions (n, 3) of the voxels with a face neighbour outside."""
-    padded, core = np.pad(mask, 1), mask.copy()
-    for axis, size in enumerate(mask.shape):
-        for start in (0, 2):
-            window = [slice(1, -1)] * 3
-            window[axis] = slice(start, start + size)
-            core &= padded[tuple(window)]
-    return np.argwhere(mask & ~core) * np.asarray(spacing_mm, float)
+    surface = mask & ~ndimage.binary_erosion(mask)
+    return np.argwhere(surface) * np.asarray(spacing_mm, float)
 
 
 def _nearest_mm(points, others):
@@ -50,8 +43,9 @@ def _nearest_mm(points, others):
     return KDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]
 
 
-def _check_pair(first, second, spacing_mm):
-    """Return two arrays; raise unless both are 3-D and of one shape."""
+def _as_pair(prediction, truth, spacing_mm, dtype=bool):
+    """Return both as arrays; raise unless they are 3-D and of one shape."""
+    first, second = np.asarray(prediction, dtype), np.asarray(truth, dtype)
     if first.shape != second.shape or second.ndim != 3:
         found = f"got {first.shape} and {second.shape}"
         raise ValueError(f"expected a 3-D prediction and truth of one shape, {found}")
@@ -60,10 +54,16 @@ def _check_pair(first, second, spacing_mm):
 
 
 def _surface_distances(prediction, truth, spacing_mm):
-    """Return the distances of all voxels of two surfaces to the other one, (n,) mm."""
-    box = bounding_box(prediction | truth)
-    masks = prediction[box], truth[box]
-    ours, theirs = (_surface_mm(mask, spacing_mm) for mask in masks)
+    """Return the distances of all voxels of two surfaces to the other one, (n,) mm.
+
+    A single 0 if both masks are empty, a single infinity if one is.
+    """
+    masks = _as_pair(prediction, truth, spacing_mm)
+    n_present = sum(mask.any() for mask in masks)
+    if n_present < 2:
+        return np.array([np.inf if n_present else 0.0])
+    box = bounding_box(masks[0] | masks[1])
+    ours, theirs = (_surface_mm(mask[box], spacing_mm) for mask in masks)
     return np.concatenate([_nearest_mm(ours, theirs), _nearest_mm(theirs, ours)])
 
 
@@ -93,13 +93,9 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
     >>> hd95(mask, np.roll(mask, 3, axis=0), spacing_mm=(2, 1, 1))
     6.0
     """
-    masks = _check_pair(
-        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
-    )
-    present = sum(mask.any() for mask in masks)
-    if present < 2:
-        return float(present * MISSED_REGION_MM)
-    return float(np.percentile(_surface_distances(*masks, spacing_mm), 95))
+    distances = _surface_distances(prediction, truth, spacing_mm)
+    distances[np.isinf(distances)] = MISSED_REGION_MM
+    return float(np.percentile(distances, 95))
 
 
 def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
@@ -125,13 +121,8 @@ def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
     1.0
     """
     files.check_option("tolerance_mm", tolerance_mm, *files.number(0, 1e9))
-    masks = _check_pair(
-        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
-    )
-    present = sum(mask.any() for mask in masks)
-    if present < 2:
-        return float(present == 0)
-    return float(np.mean(_surface_distances(*masks, spacing_mm) <= tolerance_mm))
+    distances = _surface_distances(prediction, truth, spacing_mm)
+    return float(np.mean(distances <= tolerance_mm))
 
 
 def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
@@ -156,28 +147,22 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
     ----------
     The rules of BraTS 2023, glioma.
     """
-    prediction, truth = _check_pair(
-        np.asarray(prediction, bool), np.asarray(truth, bool), spacing_mm
-    )
+    prediction, truth = _as_pair(prediction, truth, spacing_mm)
     dilated = ndimage.binary_dilation(truth, EDGES, iterations=GROWN)
     zones, n_lesions = ndimage.label(dilated, CORNERS)
     components, n_components = ndimage.label(prediction, CORNERS)
-    rows, known = [], set()
+    rows, known, missed = [], set(), (0.0, MISSED_LESION_MM)
     for lesion in range(1, n_lesions + 1):
         zone = zones == lesion
         touching = set(components[zone & prediction].tolist())
         known |= touching
         own = truth & zone
-        if np.count_nonzero(own) * np.prod(spacing_mm) <= SMALL_LESION_MM3:
-            continue
-        if touching:
+        if np.count_nonzero(own) * np.prod(spacing_mm) > SMALL_LESION_MM3:
             found = np.isin(components, [*touching])
-            rows.append((float(dice(found, own)), hd95(found, own, spacing_mm)))
-        else:
-            rows.append((0.0, MISSED_LESION_MM))
-    rows += [(0.0, MISSED_LESION_MM)] * (n_components - len(known))
-    mean, distance = np.mean(rows or [(1.0, 0.0)], axis=0).tolist()
-    return mean, distance
+            scores = dice(found, own), hd95(found, own, spacing_mm)
+            rows.append(scores if touching else missed)
+    rows += [missed] * (n_components - len(known))
+    return tuple(np.mean(rows or [(1.0, 0.0)], axis=0).tolist())
 
 
 def _share(part, whole, false):
@@ -207,13 +192,6 @@ def _mean_iou(prediction, truth, n_voxels):
     both, ours, theirs = counts
     union = ours + theirs - both
     return float(np.mean(both[union > 0] / union[union > 0]))
-
-
-def _score_lesions(prediction, truth, spacing_mm):
-    """Return the scores that newer challenges add for one region."""
-    dice_, distance = lesion_scores(prediction, truth, spacing_mm)
-    nsd = surface_dice(prediction, truth, spacing_mm)
-    return {"lesion_dice": dice_, "lesion_hd95": distance, "nsd": nsd}
 
 
 def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
@@ -258,9 +236,8 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     >>> score_case([[[0, 4, 2, 1]]], truth)["dice_TC"]
     0.8
     """
-    prediction, truth = np.asarray(prediction), np.asarray(truth)
     files.check_option("lesions", lesions, *files.BOOL)
-    _check_pair(prediction, truth, spacing_mm)
+    prediction, truth = _as_pair(prediction, truth, spacing_mm, dtype=None)
     # All voxels outside the box are background in both maps. In C order, the masks of
     # arrays from files, which are in Fortran order, take a fraction of the time.
     box = bounding_box((prediction != 0) | (truth != 0))
@@ -269,9 +246,10 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     table = {}
     for region, values in ENCODED_REGIONS.items():
         masks = np.isin(ours, values), np.isin(theirs, values)
-        table[region] = _score_region(*masks, truth.size, spacing_mm)
+        row = table[region] = _score_region(*masks, truth.size, spacing_mm)
         if lesions:
-            table[region] |= _score_lesions(*masks, spacing_mm)
+            row["lesion_dice"], row["lesion_hd95"] = lesion_scores(*masks, spacing_mm)
+            row["nsd"] = surface_dice(*masks, spacing_mm)
     scores = {f"{name}_{r}": table[r][name] for name in table["WT"] for r in table}
     return {**scores, "mean_iou": _mean_iou(ours, theirs, truth.size)}
 
@@ -334,14 +312,15 @@ def _find_prediction(folder, case):
 
 
 def _score_file(path, case, lesions):
-    """Score the prediction in a file, which must lie on the grid of its case."""
-    prediction, affine = load_labels(path)
-    truth, expected = load_labels(case.segmentation, case.labels)
+    """Return a row of scores of a file, which must lie on the grid of its case."""
+    prediction, affine = nifti.load_labels(path)
+    truth, expected = nifti.load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
         problem = f"{path} is not on the grid of case {case.id}: it has shape "
         problem += f"{prediction.shape} and affine {affine.tolist()}, expected "
         raise ValueError(f"{problem}{truth.shape} and {expected.tolist()}")
-    return score_case(prediction, truth, spacing_of(expected), lesions=lesions)
+    scores = score_case(prediction, truth, nifti.spacing_mm(expected), lesions=lesions)
+    return {"case": case.id, **scores}
 
 
 def score_cases(predictions_dir, cases, *, lesions=False):
@@ -374,31 +353,23 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     missing = [case.id for case, path in found if path is None]
     _raise_for(missing, f"have no prediction (<case id>.nii.gz) in {folder}")
     if (manifest := files.read_manifest(folder)).get("kind") == "predictions":
-        states = {case.id: file_states(case.images.values()) for case in cases}
+        states = {case.id: nifti.file_states(case.images.values()) for case in cases}
         stale = [i for i in states if manifest["cases"].get(i) != states[i]]
         advice = "not predicted by this folder's model from these scans: predict again"
         _raise_for(stale, advice)
-        names = [f"{case.id}.nii.gz" for case in cases]
-        noted = {name: manifest["files"].get(name) for name in names}
+        noted = {path.name: manifest["files"].get(path.name) for _, path in found}
         edited = files.find_changed(folder, noted)
         advice = "changed since it was predicted: score it in a folder of its own"
         _raise_for(edited, f"{advice}, or predict again")
-    rows = [
-        {"case": case.id, **_score_file(path, case, lesions)} for case, path in found
-    ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([_score_file(path, case, lesions) for case, path in found])
 
 
-def _mean_dice(cases, decoding):
-    """Return the mean Dice of WT, TC and ET over cases, (3,), with one decoding."""
+def _decoded_dice(probabilities, truth, decoding):
+    """Return the Dice of WT, TC and ET of a case, with one decoding."""
     from brats_utils.inference import decode_probabilities  # Keras: scores need none
 
-    rows = []
-    for probabilities, truth in cases:
-        found = decode_probabilities(probabilities, **decoding)
-        masks = ((np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values())
-        rows.append([dice(*pair) for pair in masks])
-    return np.mean(rows, axis=0)
+    found = decode_probabilities(probabilities, **decoding)
+    return [dice(np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values()]
 
 
 def _trials(decoding, step):
@@ -435,6 +406,9 @@ def tune_decoding(cases):
     """
     from brats_utils.inference import PLAIN, region_probabilities
 
+    def mean_dice(decoding):
+        return np.mean([_decoded_dice(*case, decoding) for case in kept], axis=0)
+
     kept, plain = [], []
     files.check_option("cases", cases, iter, "pairs of probabilities and truth")
     for probabilities, truth in cases:
@@ -444,12 +418,12 @@ def tune_decoding(cases):
         files.check_option("shape of truth", shape, grid.__eq__, expected)
         box = bounding_box((regions[..., 0] > THRESHOLDS[0]) | (truth > 0))
         kept.append((np.array(regions[box]), np.array(truth[box])))
-        plain.append(_mean_dice([(np.asarray(probabilities)[box], truth[box])], {}))
+        plain.append(_decoded_dice(np.asarray(probabilities)[box], truth[box], {}))
     files.check_option("cases", kept, len, "at least one case to tune on")
     plain = np.mean(plain, axis=0)
-    best, tuned = PLAIN, _mean_dice(kept, PLAIN)
+    best, tuned = PLAIN, mean_dice(PLAIN)
     for step in range(len(REGIONS) + 2):
-        found = [(_mean_dice(kept, trial), trial) for trial in _trials(best, step)]
+        found = [(mean_dice(trial), trial) for trial in _trials(best, step)]
         score, trial = max(found, key=lambda pair: pair[0].mean())
         if score.mean() > tuned.mean() + LEAST_GAIN:
             best, tuned = trial, score
@@ -541,8 +515,8 @@ def tune_model(run_dir, cases, **options):
     def predicted():
         for case in cases:
             found = predict_scan([trained], case, **options)
-            truth, affine = load_labels(case.segmentation, case.labels)
-            yield found.probabilities, to_lps(truth, affine)[found.box]
+            truth, affine = nifti.load_labels(case.segmentation, case.labels)
+            yield found.probabilities, nifti.to_lps(truth, affine)[found.box]
 
     trained.description["decoding"], gain = tune_decoding(predicted())
     store_description(trained)

@@ -107,6 +107,7 @@ def load_model(path):
 def _as_trained(models):
     """Return a model or a path, or a list of them, as a list of TrainedModel."""
     if isinstance(models, (list, tuple)):
+        files.check_option("model", models, len, "at least one model")
         return [trained for model in models for trained in _as_trained(model)]
     if isinstance(models, keras.Model):
         models = TrainedModel(models, {})
@@ -115,12 +116,9 @@ def _as_trained(models):
 
 def _gaussian(shape):
     """Return the weights of a patch: high in its middle, low at its rim."""
-    weights = np.ones(shape, np.float32)
-    for axis, n in enumerate(shape):
-        distance = (np.arange(n) - (n - 1) / 2) / (n / 8)
-        line = np.exp(-0.5 * distance**2).astype(np.float32)
-        weights *= np.expand_dims(line, [a for a in range(3) if a != axis])
-    return weights[..., None]  # (X, Y, Z, 1)
+    distances = ((np.arange(n) - (n - 1) / 2) / (n / 8) for n in shape)
+    x, y, z = (np.exp(-0.5 * d**2).astype(np.float32) for d in distances)
+    return (x[:, None, None] * y[:, None] * z)[..., None]  # (X, Y, Z, 1)
 
 
 def _starts(size, patch):
@@ -203,7 +201,6 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
     """
     axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
     models, total, squares = _as_trained(model), 0, 0
-    files.check_option("model", models, len, "at least one model")
     files.check_option("flips", flips, *files.BOOL)
     if np.ndim(image) != 4:
         raise ValueError(f"image has shape {np.shape(image)}, expected (X, Y, Z, C)")
@@ -214,8 +211,6 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
         for mirrored in mirrors:
             found = _predict_once(each.model, np.flip(image, mirrored), shape)
             found = np.flip(found, mirrored)
-            if n_passes == 1:
-                return found, np.zeros(found.shape[:3], np.float32)
             total, squares = total + found, squares + found**2
     mean = total / n_passes
     return mean, np.sqrt(np.maximum(squares / n_passes - mean**2, 0)).max(axis=-1)
@@ -225,18 +220,24 @@ def _choose_modalities(trained, modalities):
     """Return the channels of a model: those given, described, or the usual ones."""
     channels = trained.model.input_shape[-1]
     stored = trained.description.get("modalities")
-    usual = {len(names): names for names in (labels.MODALITIES, labels.ALL_MODALITIES)}
-    usual = usual.get(channels, ()) if trained.path is None else ()
+    usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(channels, ())
     if modalities is None:
-        modalities = stored or usual
+        modalities = stored or (usual if trained.path is None else ())
     known = isinstance(modalities, (list, tuple)) and len(modalities) == channels
     known = known and {*labels.ALL_MODALITIES}.issuperset(map(str, modalities))
     if not known or stored and [*modalities] != [*stored]:
         problem = f"modalities is {modalities!r}, {trained.path or 'the model'} takes "
         which = f"say which of {labels.ALL_MODALITIES} they are, in order: modalities="
-        takes = f"{stored}" if known else f"{channels} channels; {which}(...)"
+        takes = f"{channels} channels; {which}(...)"
+        takes = f"{stored}, the same for all models" if known else takes
         raise ValueError(problem + takes)
     return modalities
+
+
+def _fill_in(trained, options):
+    """Return options, those that are None as a model's description stores them."""
+    stored = trained.description | trained.description.get("decoding", {})
+    return {k: stored.get(k) if v is None else v for k, v in options.items()}
 
 
 def check_options(models, options, possible=OPTIONS):
@@ -255,24 +256,19 @@ def check_options(models, options, possible=OPTIONS):
     ValueError
         Names the option, its value and what is possible.
     """
-    check, given = files.check_option, dict.fromkeys(OPTIONS) | options
-    check("model", models, len, "at least one model")
+    check = files.check_option
     check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
-    names = _choose_modalities(models[0], given["modalities"])
-    described = [m.description.get("modalities") or names for m in models]
-    same = all([*names] == [*each] for each in described)
-    check("modalities", described, lambda _: same, "the same for all models")
     outputs = sorted({each.model.output_shape[-1] for each in models})
     check("the models' outputs", outputs, ([3], [4]).__contains__, "all 3, or all 4")
-    patch_shape = given["patch_shape"]
-    if patch_shape is None:
-        patch_shape = models[0].description.get("patch_shape")
+    given = _fill_in(models[0], dict.fromkeys(OPTIONS) | options)
+    names = given["modalities"]
     for each in models:
-        _choose_patch(each.model, len(names), patch_shape)
+        names = _choose_modalities(each, names)
+        _choose_patch(each.model, len(names), given["patch_shape"])
     check("engine", options.get("engine", "keras"), ENGINES.__contains__, ENGINES)
     for name in ("flips", "uncertainty"):
         check(name, options.get(name, False), *files.BOOL)
-    _choose_decoding(models[0], {name: given[name] for name in PLAIN})
+    _check_decoding(**{name: given[name] for name in PLAIN})
 
 
 def _choose_engine(models, engine):
@@ -282,14 +278,6 @@ def _choose_engine(models, engine):
     from brats_utils.export import to_openvino
 
     return [to_openvino(trained) for trained in models]
-
-
-def _choose_decoding(trained, given):
-    """Return keywords of `decode_probabilities`: those given, or else those tuned."""
-    tuned = trained.description.get("decoding", {})
-    decoding = {k: tuned.get(k) if v is None else v for k, v in given.items()}
-    _check_decoding(**decoding)
-    return decoding
 
 
 def _check_decoding(**decoding):
@@ -331,9 +319,7 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     # All non-zero voxels lie in the box: mean and SD are the whole scan's.
     stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
     image = volumes.standardise(stacked)
-    if patch_shape is None:
-        patch_shape = models[0].description.get("patch_shape")
-    options = {"flips": flips, "patch_shape": patch_shape}
+    options = _fill_in(models[0], {"flips": flips, "patch_shape": patch_shape})
     found, spread = predict_probabilities(models, image, **options)
     if not np.isfinite(found).all():
         raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
@@ -411,8 +397,7 @@ def predict_case(
 
 def _predict_maps(models, case, **options):
     """Return the label map, the spread and the header of their grid."""
-    given = {name: options.pop(name, None) for name in PLAIN}
-    decoding = _choose_decoding(models[0], given)
+    decoding = _fill_in(models[0], {name: options.pop(name, None) for name in PLAIN})
     found = predict_scan(models, case, **options)
     segmentation = decode_probabilities(found.probabilities, **decoding)
     return found.place(segmentation), found.place(found.spread), found.scan.header
@@ -421,10 +406,9 @@ def _predict_maps(models, case, **options):
 def _fingerprint(trained):
     """Return a checksum of all of a model that changes a prediction."""
     digest = hashlib.sha256(json.dumps(describe_model(trained.model)).encode())
-    used = ("modalities", "patch_shape", "decoding")
+    used = ["modalities", "patch_shape", "decoding"]
+    used += ["engine", "int8"] if "engine" in trained.description else []
     used = [trained.description.get(name) for name in used]
-    if "engine" in trained.description:
-        used += [trained.description["engine"], trained.description.get("int8")]
     digest.update(json.dumps(used).encode())
     for weights in trained.model.get_weights():
         digest.update(np.ascontiguousarray(weights))

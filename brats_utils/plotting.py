@@ -413,8 +413,7 @@ def plot_uncertainty(image, prediction, spread, *, channel=0, **view):
     -------
     axes : array of 3 matplotlib axes
     """
-    overlays = _comparison(None, prediction, spread)
-    return _plot_overlays(image, overlays, channel, **view)
+    return _plot_overlays(image, _comparison(None, prediction, spread), channel, **view)
 
 
 def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
