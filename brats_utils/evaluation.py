@@ -33,8 +33,13 @@ EDGES, CORNERS = (ndimage.generate_binary_structure(3, n) for n in (2, 3))
 
 def _surface_mm(mask, spacing_mm):
     """Return the positions (n, 3) of the voxels with a face neighbour outside."""
-    surface = mask & ~ndimage.binary_erosion(mask)
-    return np.argwhere(surface) * np.asarray(spacing_mm, float)
+    padded, core = np.pad(mask, 1), mask.copy()
+    for axis, size in enumerate(mask.shape):
+        for start in (0, 2):
+            window = [slice(1, -1)] * 3
+            window[axis] = slice(start, start + size)
+            core &= padded[tuple(window)]
+    return np.argwhere(mask & ~core) * np.asarray(spacing_mm, float)
 
 
 def _nearest_mm(points, others):
