@@ -298,10 +298,8 @@ def supervise_deeply(model, levels):
     expected = f"{most}: {model.name}'s decoder has {len(stages)} coarser stages"
     check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
     used, n_classes = stages[:levels], model.output_shape[-1]
-    outputs = [
-        model.output,
-        *(output_head(features[n], n_classes, f"head{n}") for n in used),
-    ]
+    heads = [output_head(features[n], n_classes, f"head{n}") for n in used]
+    outputs = [model.output, *heads]
     deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
     deep.factors = (1, *(factors[n] for n in used))
     return deep
