@@ -465,11 +465,9 @@ def describe_object(value):
         return [value.__self__, value.__func__]
     if isinstance(value, set | frozenset | range):
         return [type(value).__name__, *sorted(map(repr, value))]
-    state = getattr(value, "__dict__", None)
-    for slots in [vars(base).get("__slots__", ()) for base in type(value).__mro__]:
-        names = [slots] if isinstance(slots, str) else [*slots]
-        held = {n: getattr(value, n, None) for n in names if not n.startswith("__")}
-        state = {**(state or {}), **held} if held else state
+    state, whole = getattr(value, "__dict__", None), object.__getstate__(value)
+    if isinstance(whole, tuple):  # it has slots, too
+        state = {**(state or {}), **whole[1]}
     cells = _kept(value)
     name = getattr(value, "__qualname__", None)
     place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
