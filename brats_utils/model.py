@@ -29,7 +29,6 @@ PHANTOM_DECODING = {"thresholds": [0.3, 0.2, 0.3], "min_island": 0.5}
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
-CONVOLUTIONS = tuple(CONV.values())
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
 
 KERNEL = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"}
@@ -508,13 +507,13 @@ def read_model(path):
 
 def _facts(model):
     """Return what a user chose of a U-Net, by name."""
-    convolutions = [layer for layer in model.layers if isinstance(layer, CONVOLUTIONS)]
-    if not convolutions:
-        return {"channels": model.input_shape[-1]}
-    first, stride = convolutions[0], convolutions[0].strides[0]
-    facts = {"channels": model.input_shape[-1], "filters": first.kernel.shape[-1]}
-    depth = (size_factor(model) // stride).bit_length()
-    return {**facts, "depth": depth, "stem_stride": stride}
+    facts, kinds = {"channels": model.input_shape[-1]}, tuple(CONV.values())
+    first = next((layer for layer in model.layers if isinstance(layer, kinds)), None)
+    if first:
+        depth = (size_factor(model) // first.strides[0]).bit_length()
+        facts |= {"filters": first.kernel.shape[-1], "depth": depth}
+        facts["stem_stride"] = first.strides[0]
+    return facts
 
 
 def start_from(start, model, train_data, val_data):
