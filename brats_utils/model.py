@@ -75,29 +75,25 @@ def _conv_block(x, widths, name, *, strides=(1, 1), slope=0.01, dropout=0.0, nor
     return x
 
 
-def _up(x, skip, filters, name, use_bias=True):
-    """Double the resolution and append the encoder's features of that resolution."""
-    upsample = UPSAMPLE[len(x.shape) - 2]
-    x = upsample(filters, 2, strides=2, use_bias=use_bias, name=f"{name}_up")(x)
-    return layers.Concatenate(name=f"{name}_concat")([skip, x])
-
-
 def _encode_and_decode(image, widths, *, stride=1, up_ratio=1, up_bias=True, **block):
     """Apply all stages of a U-Net, down and up again, and return the features.
 
     `widths` holds the channels of the two convolutions of each encoder stage, with the
     bottleneck last. A decoder stage has the channels that the encoder stage ends with.
     """
+    pool, upsample = POOL[len(image.shape) - 2], UPSAMPLE[len(image.shape) - 2]
     x = _conv_block(image, widths[0], "encoder1", strides=(stride, 1), **block)
     skips = []  # (B, X, Y, Z, 16), (B, X/2, Y/2, Z/2, 32), ...
     for stage, pair in enumerate(widths[1:], start=2):
         skips.append(x)
         name = f"encoder{stage}" if stage < len(widths) else "bottleneck"
-        x = POOL[len(x.shape) - 2](2, name=f"{name}_down")(x)
+        x = pool(2, name=f"{name}_down")(x)
         x = _conv_block(x, pair, name, **block)
     for stage in range(len(skips), 0, -1):
         name, width = f"decoder{stage}", widths[stage - 1][1]
-        x = _up(x, skips[stage - 1], width * up_ratio, name, use_bias=up_bias)
+        options = {"strides": 2, "use_bias": up_bias, "name": f"{name}_up"}
+        x = upsample(width * up_ratio, 2, **options)(x)
+        x = layers.Concatenate(name=f"{name}_concat")([skips.pop(), x])
         x = _conv_block(x, (width, width), name, **block)
     return x
 
