@@ -37,6 +37,11 @@ KERNEL = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"
 INSTANCE = {"groups": -1, "epsilon": 1e-5}
 
 
+def _among(possible, told):
+    """Return what `check_option` needs for one of some whole numbers; True is none."""
+    return (lambda n: files.is_whole(n) and n in possible), told
+
+
 def _check_sizes(sizes, factor):
     """Raise unless all spatial sizes are multiples of `factor` or None."""
     if any((size or 0) % factor for size in sizes):
@@ -54,9 +59,7 @@ def _check_input(input_shape, n_classes, factor):
     expected = "(X, Y, C) or (X, Y, Z, C), where only the number of channels C may not "
     files.check_option("input_shape", input_shape, is_shape, f"{expected}be None")
     classes = "4 (labels) or 3 (regions WT, TC, ET)"
-    files.check_option(
-        "n_classes", n_classes, lambda n: files.is_whole(n) and n in (3, 4), classes
-    )
+    files.check_option("n_classes", n_classes, *_among((3, 4), classes))
     _check_sizes(input_shape[:-1], factor)
     return len(input_shape) - 1
 
@@ -195,12 +198,8 @@ def unet(
     ((None, 8, 8, 4), (None, 8, 8, 8, 4))
     """
     files.check_option("filters", filters, *files.whole(1))
-    files.check_option(
-        "depth", depth, lambda n: files.is_whole(n, 1) and n < 10, "1 to 9"
-    )
-    files.check_option(
-        "stem_stride", stem_stride, lambda n: files.is_whole(n, 1) and n < 3, "1 or 2"
-    )
+    files.check_option("depth", depth, *_among(range(1, 10), "1 to 9"))
+    files.check_option("stem_stride", stem_stride, *_among((1, 2), "1 or 2"))
     files.check_option("normalisation", normalisation, *files.BOOL)
     files.check_option("dropout", dropout, *files.number(0, 0.999))
     rank = _check_input(input_shape, n_classes, stem_stride * 2 ** (depth - 1))
