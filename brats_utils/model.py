@@ -448,6 +448,30 @@ def _read_phantom_weights():
     return model, {**record["description"], "decoding": {**PHANTOM_DECODING}}
 
 
+def find_model(name, path):
+    """Return the file of a model that a user named.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument, for the message.
+    path : path
+        A `.keras` file; the folder of a run, whose `best.keras` is taken; or "phantom",
+        the network that comes with this package.
+
+    Returns
+    -------
+    path : Path
+
+    Raises
+    ------
+    ValueError
+        If it is no path.
+    """
+    path = PHANTOM_WEIGHTS if path == "phantom" else files.check_path(name, path)
+    return path / BEST if path.is_dir() else path
+
+
 def read_model(path):
     """Read a saved model as data: nothing that the file holds is executed.
 
@@ -538,8 +562,7 @@ def start_from(start, model, train_data, val_data):
     ValueError
         Says what differs.
     """
-    path = PHANTOM_WEIGHTS if start == "phantom" else files.check_path("start", start)
-    path = path / BEST if path.is_dir() else path
+    path = find_model("start", start)
     source, described = read_model(path)
     if described and [*described["modalities"]] != [*train_data.modalities]:
         problem = f"start={start!r} takes {described['modalities']}, train_data has "
