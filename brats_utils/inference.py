@@ -13,13 +13,7 @@ import numpy as np
 
 from brats_utils import files, labels, nifti, volumes
 from brats_utils.cases import check_distinct, read_scan
-from brats_utils.model import (
-    BEST,
-    PHANTOM_WEIGHTS,
-    describe_model,
-    read_model,
-    size_factor,
-)
+from brats_utils.model import describe_model, find_model, read_model, size_factor
 from brats_utils.nifti import BratsDataError
 
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_island": 0.0, "min_et_voxels": 0}
@@ -95,10 +89,7 @@ def load_model(path):
         If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
         code (Lambda layers), or does not fit its own description.
     """
-    if path == "phantom":
-        path = PHANTOM_WEIGHTS
-    path = files.check_path("model", path)
-    path = path / BEST if path.is_dir() else path
+    path = find_model("model", path)
     model, description = read_model(path)
     model.jit_compile = False  # XLA would compile again for each brain's size
     return TrainedModel(model, description, path)

@@ -305,10 +305,8 @@ def supervise_deeply(model, levels):
     expected = f"{most}: {model.name}'s decoder has {len(stages)} coarser stages"
     check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
     used, n_classes = stages[:levels], model.output_shape[-1]
-    outputs = [
-        model.output,
-        *(output_head(features[n], n_classes, f"head{n}") for n in used),
-    ]
+    heads = [output_head(features[n], n_classes, f"head{n}") for n in used]
+    outputs = [model.output, *heads]
     deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
     deep.factors = (1, *(factors[n] for n in used))
     return deep
@@ -474,11 +472,9 @@ def describe_object(value):
         return [value.__self__, value.__func__]
     if isinstance(value, set | frozenset | range):
         return [type(value).__name__, *sorted(map(repr, value))]
-    state = getattr(value, "__dict__", None)
-    for slots in [vars(base).get("__slots__", ()) for base in type(value).__mro__]:
-        names = [slots] if isinstance(slots, str) else [*slots]
-        held = {n: getattr(value, n, None) for n in names if not n.startswith("__")}
-        state = {**(state or {}), **held} if held else state
+    state, whole = getattr(value, "__dict__", None), object.__getstate__(value)
+    if isinstance(whole, tuple):  # it has slots, too
+        state = {**(state or {}), **whole[1]}
     cells = _kept(value)
     name = getattr(value, "__qualname__", None)
     place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"

@@ -29,13 +29,17 @@ PHANTOM_DECODING = {"thresholds": [0.3, 0.2, 0.3], "min_island": 0.5}
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
-CONVOLUTIONS = tuple(CONV.values())
 UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
 
 KERNEL = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"}
 # Instance normalisation: as many groups as channels, so that each channel of each
 # sample is normalised by itself, whatever the batch size.
 INSTANCE = {"groups": -1, "epsilon": 1e-5}
+
+
+def _among(possible, told):
+    """Return what `check_option` needs for one of some whole numbers; True is none."""
+    return (lambda n: files.is_whole(n) and n in possible), told
 
 
 def _check_sizes(sizes, factor):
@@ -55,9 +59,7 @@ def _check_input(input_shape, n_classes, factor):
     expected = "(X, Y, C) or (X, Y, Z, C), where only the number of channels C may not "
     files.check_option("input_shape", input_shape, is_shape, f"{expected}be None")
     classes = "4 (labels) or 3 (regions WT, TC, ET)"
-    files.check_option(
-        "n_classes", n_classes, lambda n: files.is_whole(n) and n in (3, 4), classes
-    )
+    files.check_option("n_classes", n_classes, *_among((3, 4), classes))
     _check_sizes(input_shape[:-1], factor)
     return len(input_shape) - 1
 
@@ -76,29 +78,25 @@ def _conv_block(x, widths, name, *, strides=(1, 1), slope=0.01, dropout=0.0, nor
     return x
 
 
-def _up(x, skip, filters, name, use_bias=True):
-    """Double the resolution and append the encoder's features of that resolution."""
-    upsample = UPSAMPLE[len(x.shape) - 2]
-    x = upsample(filters, 2, strides=2, use_bias=use_bias, name=f"{name}_up")(x)
-    return layers.Concatenate(name=f"{name}_concat")([skip, x])
-
-
 def _encode_and_decode(image, widths, *, stride=1, up_ratio=1, up_bias=True, **block):
     """Apply all stages of a U-Net, down and up again, and return the features.
 
     `widths` holds the channels of the two convolutions of each encoder stage, with the
     bottleneck last. A decoder stage has the channels that the encoder stage ends with.
     """
+    pool, upsample = POOL[len(image.shape) - 2], UPSAMPLE[len(image.shape) - 2]
     x = _conv_block(image, widths[0], "encoder1", strides=(stride, 1), **block)
     skips = []  # (B, X, Y, Z, 16), (B, X/2, Y/2, Z/2, 32), ...
     for stage, pair in enumerate(widths[1:], start=2):
         skips.append(x)
         name = f"encoder{stage}" if stage < len(widths) else "bottleneck"
-        x = POOL[len(x.shape) - 2](2, name=f"{name}_down")(x)
+        x = pool(2, name=f"{name}_down")(x)
         x = _conv_block(x, pair, name, **block)
     for stage in range(len(skips), 0, -1):
         name, width = f"decoder{stage}", widths[stage - 1][1]
-        x = _up(x, skips[stage - 1], width * up_ratio, name, use_bias=up_bias)
+        options = {"strides": 2, "use_bias": up_bias, "name": f"{name}_up"}
+        x = upsample(width * up_ratio, 2, **options)(x)
+        x = layers.Concatenate(name=f"{name}_concat")([skips.pop(), x])
         x = _conv_block(x, (width, width), name, **block)
     return x
 
@@ -200,12 +198,8 @@ def unet(
     ((None, 8, 8, 4), (None, 8, 8, 8, 4))
     """
     files.check_option("filters", filters, *files.whole(1))
-    files.check_option(
-        "depth", depth, lambda n: files.is_whole(n, 1) and n < 10, "1 to 9"
-    )
-    files.check_option(
-        "stem_stride", stem_stride, lambda n: files.is_whole(n, 1) and n < 3, "1 or 2"
-    )
+    files.check_option("depth", depth, *_among(range(1, 10), "1 to 9"))
+    files.check_option("stem_stride", stem_stride, *_among((1, 2), "1 or 2"))
     files.check_option("normalisation", normalisation, *files.BOOL)
     files.check_option("dropout", dropout, *files.number(0, 0.999))
     rank = _check_input(input_shape, n_classes, stem_stride * 2 ** (depth - 1))
@@ -454,6 +448,30 @@ def _read_phantom_weights():
     return model, {**record["description"], "decoding": {**PHANTOM_DECODING}}
 
 
+def find_model(name, path):
+    """Return the file of a model that a user named.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument, for the message.
+    path : path
+        A `.keras` file; the folder of a run, whose `best.keras` is taken; or "phantom",
+        the network that comes with this package.
+
+    Returns
+    -------
+    path : Path
+
+    Raises
+    ------
+    ValueError
+        If it is no path.
+    """
+    path = PHANTOM_WEIGHTS if path == "phantom" else files.check_path(name, path)
+    return path / BEST if path.is_dir() else path
+
+
 def read_model(path):
     """Read a saved model as data: nothing that the file holds is executed.
 
@@ -508,13 +526,13 @@ def read_model(path):
 
 def _facts(model):
     """Return what a user chose of a U-Net, by name."""
-    convolutions = [layer for layer in model.layers if isinstance(layer, CONVOLUTIONS)]
-    if not convolutions:
-        return {"channels": model.input_shape[-1]}
-    first, stride = convolutions[0], convolutions[0].strides[0]
-    facts = {"channels": model.input_shape[-1], "filters": first.kernel.shape[-1]}
-    depth = (size_factor(model) // stride).bit_length()
-    return {**facts, "depth": depth, "stem_stride": stride}
+    facts, kinds = {"channels": model.input_shape[-1]}, tuple(CONV.values())
+    first = next((layer for layer in model.layers if isinstance(layer, kinds)), None)
+    if first:
+        depth = (size_factor(model) // first.strides[0]).bit_length()
+        facts |= {"filters": first.kernel.shape[-1], "depth": depth}
+        facts["stem_stride"] = first.strides[0]
+    return facts
 
 
 def start_from(start, model, train_data, val_data):
@@ -546,8 +564,7 @@ def start_from(start, model, train_data, val_data):
     """
     if start is None:
         return None, ()
-    path = PHANTOM_WEIGHTS if start == "phantom" else files.check_path("start", start)
-    path = path / BEST if path.is_dir() else path
+    path = find_model("start", start)
     source, described = read_model(path)
     if described and [*described["modalities"]] != [*train_data.modalities]:
         problem = f"start={start!r} takes {described['modalities']}, train_data has "

@@ -29,13 +29,11 @@ TYPICAL_BRAIN_BOX = (145, 180, 150)
 LOSS_TO_WARN_OF = 0.05  # share of the tumour outside our own crop
 
 
-def _check_options(crop_shape, min_labelled, modalities, scaling, jobs=1, skip=True):
+def _check_options(crop_shape, modalities, min_labelled=0, scaling="minmax"):
     """Return the options of a preparation as JSON holds them; raise if one is wrong."""
     check, scalings = files.check_option, volumes.SCALINGS
     volumes.check_shape(crop_shape)
     check("min_labelled", min_labelled, *files.number(0, 1))
-    check("jobs", 1 if jobs is None else jobs, *files.whole(1))
-    check("skip_bad", skip, *files.BOOL)
     check("scaling", scaling, scalings.__contains__, f"one of {scalings}")
     fit, known = labels.are_modalities, f"some of {labels.ALL_MODALITIES}, each once"
     check("modalities", modalities, lambda names: len(names) and fit(names), known)
@@ -116,7 +114,7 @@ def prepare_case(
     ValueError
         If an option is out of range, or `out` holds something else.
     """
-    options = _check_options(crop_shape, min_labelled, modalities, scaling)
+    options = _check_options(crop_shape, modalities, min_labelled, scaling)
     check_case(case)
     if case.segmentation is None:
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
@@ -251,10 +249,8 @@ def estimate_disk_gb(
     >>> round(estimate_disk_gb(369), 1)
     5.4
     """
-    volumes.check_shape(crop_shape)
+    _check_options(crop_shape, modalities)
     files.check_option("n_cases", n_cases, *files.whole(0))
-    names = f"some of {labels.ALL_MODALITIES}, each once"
-    files.check_option("modalities", modalities, labels.are_modalities, names)
     voxels = float(np.prod(TYPICAL_BRAIN_BOX if crop_shape is None else crop_shape))
     return n_cases * voxels * (2 * len(modalities) + 1) / 1e9
 
@@ -333,8 +329,9 @@ def prepare_dataset(
     OSError
         If the disk has no room for the result.
     """
-    settings = crop_shape, min_labelled, modalities, scaling
-    options = _check_options(*settings, jobs, skip_bad)
+    options = _check_options(crop_shape, modalities, min_labelled, scaling)
+    files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
+    files.check_option("skip_bad", skip_bad, *files.BOOL)
     raw, sources, cases, labelled = _find(raw, labels)
     bad = _bad_headers(labelled, modalities)
     _refuse(bad, skip_bad)

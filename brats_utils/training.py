@@ -237,21 +237,11 @@ class FiniteCheck(keras.callbacks.Callback):
             raise FloatingPointError(f"{problem}; the epoch before is kept. {advice}")
 
 
-class TimeLimit(keras.callbacks.Callback):
-    """Stop after the epoch in which the time is up."""
-
-    def __init__(self, minutes):
-        super().__init__()
-        self.deadline = time.perf_counter() + 60 * minutes
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Compare with the clock."""
-        if time.perf_counter() > self.deadline:
-            self.model.stop_training = True
-
-
 class Checkpoint(keras.callbacks.Callback):
-    """Set each epoch's draws; at its end save history, best model and state."""
+    """Set each epoch's draws; at its end save history, best model and state.
+
+    It stops after the epoch in which `deadline` passes.
+    """
 
     def __init__(self, output, description, train_data, val_data, lend, verbose):
         super().__init__()
@@ -306,6 +296,8 @@ class Checkpoint(keras.callbacks.Callback):
         validated = {"val Dice": f"{score:.3f}"} if score >= 0 else {}
         self.bar.set_postfix(loss=f"{logs['loss']:.3f}", **validated, refresh=False)
         self.bar.update()
+        if time.perf_counter() > self.deadline:
+            self.model.stop_training = True
 
 
 def _check_options(start, **options):
@@ -390,9 +382,11 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, others):
 
 
 def _follow_plan(
-    model, compile_for, checkpoint, others, *, epochs, minutes, validation_freq
+    model, compile_for, checkpoint, own, epochs, minutes, validation_freq, max_minutes
 ):
     """Train until the epochs planned are done, or the time is up."""
+    limit = np.inf if max_minutes is None else 60 * max_minutes
+    checkpoint.deadline = time.perf_counter() + limit
     run, bar, train_data = checkpoint.run, checkpoint.bar, checkpoint.train_data
     plan, former = plan_epochs([], minutes, epochs), None
     while plan != former:
@@ -404,7 +398,7 @@ def _follow_plan(
         if len(run.rows) < stop:
             if not checkpoint.began:
                 checkpoint.begin(model)
-            _fit(model, checkpoint, total, stop, validation_freq, others)
+            _fit(model, checkpoint, total, stop, validation_freq, own)
             if model.stop_training:
                 break
         plan = plan_epochs(run.rows, minutes, epochs)
@@ -516,8 +510,9 @@ def train(
     settings = {"learning_rate": learning_rate, "average": average}
     settings |= {"deep_supervision": deep_supervision, "start_share": start_share}
     times = {"epochs": epochs, "minutes": minutes, "validation_freq": validation_freq}
-    others = {"loss": loss, "callbacks": callbacks, "max_minutes": max_minutes}
-    _check_options(start, **settings, **times, **others, verbose=verbose)
+    times["max_minutes"] = max_minutes
+    others = {"loss": loss, "callbacks": callbacks, "verbose": verbose}
+    _check_options(start, **settings, **times, **others)
     _check_fit(model, train_data, val_data, loss)
     made_of = _describe_run(model, train_data, val_data, loss, **settings)
     made_of["start"], first = start_from(start, model, train_data, val_data)
@@ -528,9 +523,8 @@ def train(
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
         checkpoint = Checkpoint(output, made_of, train_data, val_data, lend, verbose)
-        others = [TimeLimit(np.inf if max_minutes is None else max_minutes), *callbacks]
         checkpoint.seen = SEEN.setdefault(model, set())
         with checkpoint.bar, advice_on_memory(model, train_data):
-            _follow_plan(trained, compile_for, checkpoint, others, **times)
+            _follow_plan(trained, compile_for, checkpoint, callbacks, **times)
     model.set_weights(read_model(output.path / BEST)[0].get_weights())
     return pd.DataFrame(checkpoint.run.rows)
