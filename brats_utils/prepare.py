@@ -214,10 +214,10 @@ def _crop_and_measure(case, options):
             image[..., channel], found = volumes.scale_to_store(
                 scan.volumes[channel], box, crop_shape, options["scaling"]
             )
-        except ValueError as error:
-            advice = "Correct that voxel, or leave this case out"
-            where = {"case": case.id, "file": case.images[modality], "advice": advice}
-            raise BratsDataError(f"{modality}: {error}", **where) from None
+        except BratsDataError as error:
+            where = {"case": case.id, "file": case.images[modality]}
+            problem = f"{modality}: {error.problem}"
+            raise BratsDataError(problem, **where, advice=error.advice) from None
         row |= {f"{modality}_{name}": value for name, value in found.items()}
     return image, np.ascontiguousarray(mask), row
 

@@ -122,7 +122,7 @@ def scale_to_store(volume, box, shape, method):
 
     Raises
     ------
-    ValueError
+    BratsDataError
         If a voxel lies too far from all others, or the stored values are not finite or
         show too few grey levels.
     """
@@ -138,7 +138,7 @@ def scale_to_store(volume, box, shape, method):
     return stored, {**statistics, "raw_mean": mean, "raw_sd": sd}
 
 
-def check_grey_levels(volume, stored=None):
+def check_grey_levels(volume, stored=None, *, path=None):
     """Raise if a volume, stored in half precision, would no longer show a brain.
 
     Parameters
@@ -147,10 +147,12 @@ def check_grey_levels(volume, stored=None):
         Raw intensities, finite and not blank.
     stored : (X, Y, Z) float16 array, optional
         The same, scaled; scaled here by "minmax" if not given.
+    path : path, optional
+        Its file, for the message.
 
     Raises
     ------
-    ValueError
+    BratsDataError
         Names the voxel that squeezes all others together.
     """
     if stored is None:
@@ -163,7 +165,8 @@ def check_grey_levels(volume, stored=None):
         place = [int(index[0]) for index in np.nonzero(volume == extreme)]
         problem = f"scaled and stored, {levels} grey levels are left of it, at least "
         problem += f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
-        raise ValueError(f"{problem}{extreme:g}")
+        advice = "Correct that voxel, or leave this case out"
+        raise BratsDataError(f"{problem}{extreme:g}", file=path, advice=advice)
 
 
 def check_outliers(volume, path=None, *, statistics=None):
@@ -408,7 +411,7 @@ def check_image(volume, path, *, thorough=False):
     BratsDataError
         If it is blank, or holds NaN or infinity.
     """
-    problem, advice = None, "Correct the scan, or leave this case out"
+    problem = ""
     with np.errstate(over="ignore"):  # float64 reaches further than float32
         floats = volume.dtype.kind == "f"
         finite = np.isfinite(volume.astype(np.float32, copy=False)) if floats else True
@@ -418,15 +421,11 @@ def check_image(volume, path, *, thorough=False):
         bad = np.argwhere(~finite)
         problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
     elif thorough:
-        try:
-            check_grey_levels(volume)
-            check_outliers(volume, path)
-            problem = background_problem(volume)
-        except BratsDataError:
-            raise
-        except ValueError as error:
-            problem, advice = str(error), "Correct that voxel, or leave this case out"
+        check_grey_levels(volume, path=path)
+        check_outliers(volume, path)
+        problem = background_problem(volume)
     if problem:
+        advice = "Correct the scan, or leave this case out"
         raise BratsDataError(problem, file=path, advice=advice)
 
 
