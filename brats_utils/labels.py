@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -56,6 +57,12 @@ _MEANINGS = {
     r"(?<![a-z])(no[nt]?|un)[\W_]*(contrast[\W_]*)?enhanc|necro|^ncr|^netc?$": 1,
     "^(?!.*without).*enhanc|^et$": 4,
 }
+# What the names of nested regions hold, from the outermost to the innermost.
+_REGION_WORDS = (
+    r"(?i)whole|complete|(^|[\W_])wt",
+    r"(?i)core|(^|[\W_])tc",
+    r"(?i)enhanc|(^|[\W_])et",
+)
 
 
 def naming(case_id):
@@ -212,17 +219,10 @@ def read_label_names(names):
     pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in names.items()]
     if any(isinstance(values, list) for _, values in pairs):
         regions = {str(name): {*np.ravel(v).tolist()} for name, v in pairs if v != 0}
-        all_values = set().union(*regions.values())
-        depths = {v: sum(v in r for r in regions.values()) for v in all_values}
         outermost = sorted(regions, key=lambda name: -len(regions[name]))
-        nested = sorted(depths.values()) == [1, 2, 3] and len(regions) == 3
-        parts = (
-            "whole|complete|(^|[\\W_])wt",
-            "core|(^|[\\W_])tc",
-            "enhanc|(^|[\\W_])et",
-        )
-        names = zip(parts, outermost, strict=False)
-        nested = nested and all(re.search(p, name, re.I) for p, name in names)
+        depths = Counter(value for region in regions.values() for value in region)
+        named = len(regions) == 3 and all(map(re.search, _REGION_WORDS, outermost))
+        nested = named and sorted(depths.values()) == [1, 2, 3]
         return {v: (2, 1, 4)[d - 1] for v, d in depths.items()} if nested else {}
     table = {}
     for name, value in pairs:
