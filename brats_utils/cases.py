@@ -409,6 +409,41 @@ def _channel(case, volume, modality):
     return volume[..., [*case.images].index(modality)] if volume.ndim == 4 else volume
 
 
+def _attempt(problems, path, check, *arguments, **options):
+    """Return what a check returns; or None, with (path, error) added to `problems`."""
+    try:
+        return check(*arguments, **options)
+    except BratsDataError as error:
+        problems.append((path, error))
+
+
+def _read_files(case, modalities, problems, first=None, *, voxels=True, thorough=False):
+    """Return the volumes of a case, {modality or "seg": array}, and its grid.
+
+    The grid is `first`, (path, header), or that of the first file that can be read,
+    whose spacing is checked then. What is wrong is added to `problems`.
+    """
+    volumes = {}
+    for path, wanted in _paths(case, modalities).items():
+        channels = case.channels if wanted else 1
+        header = _attempt(problems, path, nifti.read_header, path, channels)
+        if not header:
+            continue
+        if not first:
+            first = path, header
+            _attempt(problems, path, nifti.check_spacing, header)
+        _attempt(problems, path, nifti.check_grid, header, path, first)
+        if voxels and not wanted:
+            found = _attempt(problems, path, load_labels, path, case.labels)
+            volumes["seg"] = found and found[0]
+        elif voxels:
+            found = _attempt(problems, path, nifti.read_volume, path, channels)
+            for modality in wanted if found else ():
+                volumes[modality] = volume = _channel(case, found[0], modality)
+                _attempt(problems, path, check_image, volume, path, thorough=thorough)
+    return volumes, first
+
+
 def read_scan(case, modalities=MODALITIES, *, labelled=True):
     """Read a case into memory, verified, in LPS order.
 
@@ -431,21 +466,11 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
         As `load_case` does; the message names case and file.
     """
     check_case(case)
-    case = case if labelled else replace(case, segmentation=None)
-    try:
-        volumes, paths, first = {}, _paths(case, modalities), _first(case)
-        for path, wanted in paths.items():
-            if not wanted:
-                nifti.check_grid(nifti.read_header(path), path, first)
-                volumes["seg"] = load_labels(path, case.labels)[0]
-                continue
-            volume, header = nifti.read_volume(path, case.channels)
-            nifti.check_grid(header, path, first)
-            for modality in wanted:
-                volumes[modality] = _channel(case, volume, modality)
-                check_image(volumes[modality], path)
-    except BratsDataError as error:
-        raise error.of(case.id) from None
+    case, problems = case if labelled else replace(case, segmentation=None), []
+    first = _attempt(problems, None, _first, case)
+    volumes, _ = _read_files(case, modalities, problems, first)
+    if problems:
+        raise problems[0][1].of(case.id)
     affine = first[1].get_best_affine()
     lps = {key: nifti.to_lps(volume, affine) for key, volume in volumes.items()}
     return Scan(case, [lps[m] for m in modalities], lps.get("seg"), first[1])
@@ -507,38 +532,19 @@ def check_cases(cases, *, voxels=True, modalities=None):
     import pandas as pd
 
     check_option("voxels", voxels, *BOOL)
-    rows, cases = [], check_distinct(cases)
-
-    def note(case, path, check, *arguments, **options):
-        try:
-            return check(*arguments, **options)
-        except BratsDataError as error:
-            rows.append((case.id, str(path), error.problem, error.advice or ""))
-
-    for case in cases:
-        first, required = None, MODALITIES if modalities is None else modalities
-        n_before, images, truth = len(rows), [], None
-        note(case, next(iter(case.images.values())).parent, _paths, case, required)
-        checked = [m for m in case.images if modalities is None or m in modalities]
-        for path, wanted in _paths(case, checked).items():
-            channels = case.channels if wanted else 1
-            if (header := note(case, path, nifti.read_header, path, channels)) is None:
-                continue
-            if not first:
-                first = path, header
-                note(case, path, nifti.check_spacing, header)
-            note(case, path, nifti.check_grid, header, path, first)
-            if voxels and not wanted:
-                truth = note(case, path, load_labels, path, case.labels)
-            elif voxels:
-                volume = note(case, path, nifti.read_volume, path, channels)
-                for modality in wanted if volume else ():
-                    images.append(_channel(case, volume[0], modality))
-                    note(case, path, check_image, images[-1], path, thorough=True)
-        if images and len(rows) == n_before:
-            scan = Scan(case, images, truth and truth[0], first[1])
-            advice, folder = "Look at the case, or leave it out", str(path.parent)
-            rows += [(case.id, folder, doubt, advice) for doubt in scan.doubts]
+    rows, required = [], MODALITIES if modalities is None else modalities
+    for case in check_distinct(cases):
+        problems, folder = [], next(iter(case.images.values())).parent
+        _attempt(problems, folder, _paths, case, required)
+        names = [m for m in case.images if modalities is None or m in modalities]
+        options = {"voxels": voxels, "thorough": True}
+        found, first = _read_files(case, names, problems, **options)
+        images = [found[name] for name in names if name in found]
+        if images and not problems:
+            doubts = Scan(case, images, found.get("seg"), first[1]).doubts
+            advice = "Look at the case, or leave it out"
+            problems = [(folder, BratsDataError(d, advice=advice)) for d in doubts]
+        rows += [(case.id, str(p), e.problem, e.advice or "") for p, e in problems]
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
 
 
