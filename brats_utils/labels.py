@@ -104,17 +104,15 @@ def label_table(labels):
     """
     with contextlib.suppress(AttributeError, OverflowError, TypeError, ValueError):
         if isinstance(labels, dict):
-            pairs = list(labels.items())
+            pairs = labels.items()
         elif labels in CONVENTIONS:
-            pairs = list(zip(labels, LABELS, strict=True))
+            pairs = zip(labels, LABELS, strict=True)
         else:
-            pairs = [pair.split(":") for pair in labels.split()]
-        if any(float(x) != int(x) for pair in pairs for x in pair):
-            raise ValueError
-        table = {0: 0, **{int(value): int(label) for value, label in pairs}}
-        good = len(table) > 1 and table[0] == 0 and 0 <= min(table) <= max(table) <= 255
-        if good and set(table.values()) <= set(LABELS):
-            return table
+            pairs = (pair.split(":") for pair in labels.split())
+        table = {0: 0} | {float(value): float(label) for value, label in pairs}
+        whole = table.keys() <= {*range(256)} and {*table.values()} <= LABELS.keys()
+        if whole and len(table) > 1 and table[0] == 0:
+            return {int(value): int(label) for value, label in table.items()}
     problem = f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a "
     problem += "table from the files' values to 0, 1, 2, 4, such as {1: 1, 2: 2, 3: 4}"
     raise ValueError(problem)
