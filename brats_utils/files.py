@@ -16,6 +16,7 @@ import platform
 import shutil
 import sys
 import time
+from configparser import ConfigParser
 from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 
@@ -25,8 +26,6 @@ from tqdm import tqdm
 
 BOOL = (lambda x: isinstance(x, bool | np.bool_)), "True or False"  # for `check_option`
 MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
-FLAGS = dict.fromkeys(("yes", "true", "on", "1"), True)
-FLAGS |= dict.fromkeys(("no", "false", "off", "0"), False)
 _EXCHANGE, _CURRENT_FOLDER = 2, -100  # of Linux's renameat2
 
 
@@ -68,7 +67,7 @@ def setting(name, default):
         return tuple(part.strip() for part in text.split(","))
     with contextlib.suppress(KeyError, ValueError):
         if isinstance(default, bool):
-            return FLAGS[text.lower()]
+            return ConfigParser.BOOLEAN_STATES[text.lower()]  # yes, no, on, off ...
         if isinstance(default, int | float) and math.isfinite(float(text)):
             return type(default)(text)
         if default is None and "," not in text and math.isfinite(float(text)):
