@@ -113,33 +113,19 @@ def _check_arguments(compressed, wide, jobs, shape, **numbers):
     return {**settings, **made_from}
 
 
-def _odd_names(names, suffix):
-    """Return {odd name: the name that renaming gives} of such segmentations."""
-    odd = {name: Path(name).parent for name in names if ODD_NAME in name}
-    return {n: f"{p.as_posix()}/{p.name}_seg{suffix}" for n, p in odd.items()}
+def _follow_renaming(case, root, noted):
+    """Return a case as it is now: its odd segmentation may have the usual name.
 
-
-def _follow_renaming(case, suffix):
-    """Return a case with the name that its segmentation has by now."""
-    path = case.segmentation
-    if path is None or path.is_file():
-        return case
-    return replace(case, segmentation=path.with_name(f"{case.id}_seg{suffix}"))
-
-
-def _is_finished(folder, settings, odd):
-    """Return whether an earlier call with the same arguments wrote all that is there.
-
-    `odd` maps names to those that renaming gives; either is fine.
+    `noted`, the files of the manifest, is brought up to date.
     """
-    noted = dict(folder.manifest["files"])
-    for old, new in odd.items():
-        if (folder.path / new).is_file():
-            noted[new] = noted.pop(old, None)
-        else:
-            noted.pop(new, None)
-    same = folder.manifest["made_from"] == settings
-    return same and bool(noted) and not find_changed(folder.path, noted)
+    path = case.segmentation
+    renamed = path and path.with_name(path.name.replace(ODD_NAME, f"{case.id}_seg"))
+    if path is None or path.is_file() or not renamed.is_file():
+        return case
+    old, new = (p.relative_to(root).as_posix() for p in (path, renamed))
+    if old in noted:
+        noted[new] = noted.pop(old)
+    return replace(case, segmentation=renamed)
 
 
 def write_phantom(
@@ -203,12 +189,12 @@ def write_phantom(
     paths = [path for c in cases for path in (*c.images.values(), c.segmentation)]
     tables = _fill_tables(n_cases, seed) if n_cases else {}
     names = [*tables, *(p.relative_to(root).as_posix() for p in paths if p)]
-    # The odd segmentation is ours under the name that renaming gives it, too.
-    odd = _odd_names(names, suffix)
-    names += odd.values()
     with OutputFolder(root, "phantoms") as folder:
-        if _is_finished(folder, settings, odd):
-            return [_follow_renaming(case, suffix) for case in cases]
+        noted = folder.manifest["files"]
+        found = [_follow_renaming(case, root, noted) for case in cases]
+        same = noted and folder.manifest["made_from"] == settings
+        if same and not find_changed(folder.path, noted):
+            return found
         folder.claim(names)  # refuses a user's file before anything is deleted
         folder.clear()
         folder.begin(settings)
