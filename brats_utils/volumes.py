@@ -392,6 +392,7 @@ def find_doubts(volumes, brain, segmentation=None):
     return found
 
 
+@np.errstate(over="ignore")  # float64 reaches further than float32
 def check_image(volume, path, *, thorough=False):
     """Raise if a scan's modality cannot be used.
 
@@ -409,14 +410,11 @@ def check_image(volume, path, *, thorough=False):
     BratsDataError
         If it is blank, or holds NaN or infinity.
     """
-    problem = ""
-    with np.errstate(over="ignore"):  # float64 reaches further than float32
-        floats = volume.dtype.kind == "f"
-        finite = np.isfinite(volume.astype(np.float32, copy=False)) if floats else True
-    if volume.min() == volume.max():
-        problem = f"blank modality: every voxel is {volume.flat[0]:g}"
-    elif not np.all(finite):
-        bad = np.argwhere(~finite)
+    problem, low, high = "", volume.min(), volume.max()
+    if low == high:
+        problem = f"blank modality: every voxel is {low:g}"
+    elif not np.isfinite(np.float32([low, high])).all():
+        bad = np.argwhere(~np.isfinite(volume.astype(np.float32)))
         problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
     elif thorough:
         check_grey_levels(volume, path=path)
