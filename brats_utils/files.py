@@ -330,33 +330,29 @@ def read_arrays(path):
     return list(arrays.values()), record
 
 
-def _flatten(value, name=""):
-    """Yield (dotted name, leaf) of nested dictionaries and lists."""
-    if isinstance(value, (dict, list)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, each in items:
-            yield from _flatten(each, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-def find_differences(old, new):
+def find_differences(old, new, name=""):
     """Compare two nested dictionaries of what JSON can hold.
 
     Parameters
     ----------
     old, new : dict
         To compare.
+    name : str
+        Where they are in a larger dictionary: "name.of.key".
 
     Returns
     -------
     differences : list of str
         "name.of.key (old value -> new value)" for each value that differs.
     """
-    old, new = dict(_flatten(old)), dict(_flatten(new))
-    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    values = [(name, repr(old.get(name)), repr(new.get(name))) for name in names]
-    return [f"{name} ({before:.40} -> {after:.40})" for name, before, after in values]
+    parts = [dict(enumerate(x)) if isinstance(x, list) else x for x in (old, new)]
+    if not all(isinstance(part, dict) for part in parts):
+        return [] if old == new else [f"{name} ({old!r:.40} -> {new!r:.40})"]
+    (old, new), found = parts, []
+    for key in {**new, **old}:
+        where = f"{name}.{key}" if name else str(key)
+        found += find_differences(old.get(key), new.get(key), where)
+    return found
 
 
 def describe_file(path):
