@@ -490,13 +490,13 @@ def _window(tumour, brain, size):
 
     `tumour` and `brain` count the voxels of each plane along one axis.
     """
-    starts = np.arange(max(1, len(brain) - size + 1))
+    size = min(size, len(brain))
+    starts = np.arange(len(brain) - size + 1)
     for counts in (tumour, brain):
-        total = np.concatenate([[0], np.cumsum(counts)])
-        held = total[np.minimum(starts + size, len(counts))] - total[starts]
+        held = np.convolve(counts, np.ones(size, int), "valid")[starts]
         starts = starts[held == held.max()]
     start = int(starts[len(starts) // 2])
-    return slice(start, min(start + size, len(brain)))
+    return slice(start, start + size)
 
 
 def crop_box(image, segmentation=None, shape=(128, 128, 128)):
