@@ -52,18 +52,6 @@ def _plan_case(root, kind, index, suffix):
     return Case(case_id, images, segmentation)
 
 
-def _draw_case(kind_number, index, seed, shape):
-    """Draw one calibrated patient."""
-    return draw_patient(
-        [seed, kind_number, 0, index],
-        _even_draws(seed, kind_number, index),
-        shape,
-        enhances=not _is_low_grade(index),
-        # One case in eight is from a scanner with values about thirty times higher.
-        brightness=25 if index % 8 == 3 else 1,
-    )
-
-
 def _write_case(folder, root, case, index, seed, shape, wide):
     """Draw one patient and write its files."""
     kind_number = int(case.segmentation is None)
@@ -72,7 +60,11 @@ def _write_case(folder, root, case, index, seed, shape, wide):
     if wide:
         volumes = draw_wide_patient([seed, kind_number, 3, index], shape)
     else:
-        volumes = _draw_case(kind_number, index, seed, shape)
+        draws = _even_draws(seed, kind_number, index)
+        # One case in eight is from a scanner with values about thirty times higher.
+        look = {"brightness": 25 if index % 8 == 3 else 1}
+        look |= {"enhances": not _is_low_grade(index)}
+        volumes = draw_patient([seed, kind_number, 0, index], draws, shape, **look)
     paths = {**case.images, "seg": case.segmentation}
     for key, volume in volumes:
         if paths[key]:
