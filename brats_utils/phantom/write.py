@@ -98,11 +98,10 @@ def _check_arguments(compressed, wide, jobs, shape, **numbers):
     check_option("wide", wide, *BOOL)
     check_option("jobs", jobs, lambda n: n is None or is_whole(n, 1), "1 or more")
     check_shape(() if shape is None else shape, "shape", least=16)
-    sizes = [int(n) for n in shape]
     settings = {name: int(value) for name, value in numbers.items()}
     settings |= {"wide": True} if wide else {}
-    made_from = {"shape": sizes, "compressed": compressed, "version": __version__}
-    return {**settings, **made_from}
+    settings |= {"shape": [int(n) for n in shape], "compressed": compressed}
+    return {**settings, "version": __version__}
 
 
 def _follow_renaming(case, root, noted):
