@@ -712,7 +712,9 @@ class OutputFolder:
     def put_in_place(self):
         """Exchange the folder beside for the final one; keep the user's own files."""
         self.save()
-        self.final.mkdir(exist_ok=True)
+        if not self.final.exists():
+            self.path.rename(self.final)
+            return
         _exchange(self.path, self.final, self._spare)
         # What was final is now beside: delete it, but for files that are not ours.
         # The manifest goes last: as long as it is there, the folder is known as ours.
