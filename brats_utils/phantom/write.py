@@ -7,17 +7,8 @@ import numpy as np
 from joblib import Parallel, delayed
 from scipy.special import ndtri
 
-from brats_utils import __version__
+from brats_utils import __version__, files
 from brats_utils.cases import Case
-from brats_utils.files import (
-    BOOL,
-    OutputFolder,
-    check_option,
-    check_path,
-    find_changed,
-    is_whole,
-    whole,
-)
 from brats_utils.labels import ALL_MODALITIES
 from brats_utils.nifti import save_volume
 from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
@@ -91,12 +82,12 @@ def _fill_tables(n_cases, seed):
 def _check_arguments(compressed, wide, jobs, shape, **numbers):
     """Validate the arguments and return them in a form that JSON can hold."""
     for name, value in numbers.items():
-        check_option(name, value, *whole(0))
+        files.check_option(name, value, *files.whole(0))
     total = numbers["n_cases"] + numbers["without_segmentation"]
-    check_option("n_cases", total, bool, "at least one case")
-    check_option("compressed", compressed, *BOOL)
-    check_option("wide", wide, *BOOL)
-    check_option("jobs", jobs, lambda n: n is None or is_whole(n, 1), "1 or more")
+    files.check_option("n_cases", total, bool, "at least one case")
+    files.check_option("compressed", compressed, *files.BOOL)
+    files.check_option("wide", wide, *files.BOOL)
+    files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
     check_shape(() if shape is None else shape, "shape", least=16)
     settings = {name: int(value) for name, value in numbers.items()}
     settings |= {"wide": True} if wide else {}
@@ -170,7 +161,7 @@ def write_phantom(
         If an argument is not possible, no case is asked for, or `root` holds files
         that this function did not write. Nothing is changed then.
     """
-    root = check_path("root", root)
+    root = files.check_path("root", root)
     numbers = {"n_cases": n_cases, "without_segmentation": without_segmentation}
     settings = _check_arguments(compressed, wide, jobs, shape, seed=seed, **numbers)
     suffix = ".nii.gz" if compressed else ".nii"
@@ -180,11 +171,11 @@ def write_phantom(
     paths = [path for c in cases for path in (*c.images.values(), c.segmentation)]
     tables = _fill_tables(n_cases, seed) if n_cases else {}
     names = [*tables, *(p.relative_to(root).as_posix() for p in paths if p)]
-    with OutputFolder(root, "phantoms") as folder:
+    with files.OutputFolder(root, "phantoms") as folder:
         noted = folder.manifest["files"]
         found = [_follow_renaming(case, root, noted) for case in cases]
         same = noted and folder.manifest["made_from"] == settings
-        if same and not find_changed(folder.path, noted):
+        if same and not files.find_changed(folder.path, noted):
             return found
         folder.claim(names)  # refuses a user's file before anything is deleted
         folder.clear()
