@@ -8,9 +8,7 @@ and the files that belong to it. Whatever else lies there belongs to the user.
 import contextlib
 import ctypes
 import hashlib
-import io
 import json
-import math
 import os
 import platform
 import shutil
@@ -68,9 +66,9 @@ def setting(name, default):
     with contextlib.suppress(KeyError, ValueError):
         if isinstance(default, bool):
             return ConfigParser.BOOLEAN_STATES[text.lower()]  # yes, no, on, off ...
-        if isinstance(default, int | float) and math.isfinite(float(text)):
+        if isinstance(default, int | float) and np.isfinite(float(text)):
             return type(default)(text)
-        if default is None and "," not in text and math.isfinite(float(text)):
+        if default is None and "," not in text and np.isfinite(float(text)):
             return int(text) if text.isdigit() else float(text)
         numbers = tuple(int(part) for part in text.strip("()").split(","))
         if "," in text and len(numbers) == len(default or numbers):
@@ -323,9 +321,9 @@ def read_arrays(path):
     record : dict
         What the JSON text "record" says.
     """
-    # From memory: the file is not kept open, and can be replaced.
-    saved = np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False)
-    arrays = {name: saved[name] for name in sorted(saved.files)}
+    # The file is closed, and can be replaced.
+    with np.load(path, allow_pickle=False) as saved:
+        arrays = {name: saved[name] for name in sorted(saved.files)}
     record = json.loads(arrays.pop("record").item())
     return list(arrays.values()), record
 
