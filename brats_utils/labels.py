@@ -257,11 +257,9 @@ def relabel(values, table):
         counts = zip(*np.unique(strange, return_counts=True), strict=True)
         found = ", ".join([f"{v:g} in {n} voxels" for v, n in counts][:5])
         raise ValueError(f"expected only the labels {list(table)}, found {found}")
-    relabelled = values.astype(np.uint8)
-    for old, new in table.items():
-        if old != new:
-            relabelled[values == old] = new
-    return relabelled
+    lookup = np.zeros(256, np.uint8)
+    lookup[list(table)] = list(table.values())
+    return lookup[values.astype(np.uint8)]
 
 
 def encode_labels(segmentation):
