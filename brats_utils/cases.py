@@ -387,21 +387,18 @@ def rename_odd_segmentation(root):
 
 
 def _paths(case, modalities):
-    """Return each file of a case: {path: the modalities asked for; [] for labels}."""
+    """Return what to read of a case's files: {path: modalities asked for, or "seg"}.
+
+    Its first image comes first, asked for or not: all others must lie on its grid.
+    """
     known, expected = {*ALL_MODALITIES}.issuperset, f"some of {ALL_MODALITIES}"
     check_option("modalities", modalities, lambda m: len(m) > -1 and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
-    paths = {}
+    paths = {next(iter(case.images.values())): []}
     for modality in modalities:
         paths.setdefault(case.images[modality], []).append(modality)
-    return paths | ({case.segmentation: []} if case.segmentation else {})
-
-
-def _first(case):
-    """Return the path and the header of a case's first image: its grid."""
-    path = next(iter(case.images.values()))
-    return path, nifti.read_header(path, case.channels)
+    return paths | ({case.segmentation: ["seg"]} if case.segmentation else {})
 
 
 def _channel(case, volume, modality):
@@ -417,26 +414,24 @@ def _attempt(problems, path, check, *arguments, **options):
         problems.append((path, error))
 
 
-def _read_files(case, modalities, problems, first=None, *, voxels=True, thorough=False):
+def _read_files(case, modalities, problems, *, voxels=True, thorough=False):
     """Return the volumes of a case, {modality or "seg": array}, and its grid.
 
-    The grid is `first`, (path, header), or that of the first file that can be read,
-    whose spacing is checked then. What is wrong is added to `problems`.
+    The grid is the path and header of the first file that can be read. What is wrong
+    is added to `problems`.
     """
-    volumes = {}
+    volumes, first = {}, None
     for path, wanted in _paths(case, modalities).items():
-        channels = case.channels if wanted else 1
+        channels = 1 if wanted == ["seg"] else case.channels
         header = _attempt(problems, path, nifti.read_header, path, channels)
         if not header:
             continue
-        if not first:
-            first = path, header
-            _attempt(problems, path, nifti.check_spacing, header)
+        first = first or (path, header)
         _attempt(problems, path, nifti.check_grid, header, path, first)
-        if voxels and not wanted:
+        if voxels and wanted == ["seg"]:
             found = _attempt(problems, path, load_labels, path, case.labels)
             volumes["seg"] = found and found[0]
-        elif voxels:
+        elif voxels and wanted:
             found = _attempt(problems, path, nifti.read_volume, path, channels)
             for modality in wanted if found else ():
                 volumes[modality] = volume = _channel(case, found[0], modality)
@@ -467,8 +462,7 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     """
     check_case(case)
     case, problems = case if labelled else replace(case, segmentation=None), []
-    first = _attempt(problems, None, _first, case)
-    volumes, _ = _read_files(case, modalities, problems, first)
+    volumes, first = _read_files(case, modalities, problems)
     if problems:
         raise problems[0][1].of(case.id)
     affine = first[1].get_best_affine()
@@ -539,6 +533,8 @@ def check_cases(cases, *, voxels=True, modalities=None):
         names = [m for m in case.images if modalities is None or m in modalities]
         options = {"voxels": voxels, "thorough": True}
         found, first = _read_files(case, names, problems, **options)
+        if first:
+            _attempt(problems, first[0], nifti.check_spacing, first[1])
         images = [found[name] for name in names if name in found]
         if images and not problems:
             doubts = Scan(case, images, found.get("seg"), first[1]).doubts
@@ -566,6 +562,6 @@ def read_grid(case):
         Voxel size along X, Y and Z.
     """
     check_case(case)
-    header = _first(case)[1]
+    header = nifti.read_header(next(iter(case.images.values())), case.channels)
     affine = header.get_best_affine()
     return header.get_data_shape(), affine, nifti.spacing_mm(affine)
