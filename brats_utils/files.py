@@ -638,8 +638,7 @@ class OutputFolder:
         ------
         temporary : Path
         """
-        path = self.path / name
-        with atomic_write(path) as temporary:
+        with atomic_write(self.path / name) as temporary:
             yield temporary
             noted = describe_file(temporary)
         self.manifest["files"][name] = noted
