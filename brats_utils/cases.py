@@ -197,7 +197,7 @@ def _place(path, sets):
 def _group_files(root):
     """Return {(folder, id): {key: path}}, [files of no known name], descriptions."""
     groups, leftovers, sets = {}, [], {}
-    for path in (Path(folder, name) for folder, names in walk(root) for name in names):
+    for path in walk(root):
         if not path.name.lower().endswith((".nii", ".nii.gz")):
             continue
         if str(path) != str(path).encode(errors="replace").decode():

@@ -260,18 +260,16 @@ def check_unedited(folder, files):
 
 
 def walk(root):
-    """Yield each folder below a root once, with the names of its files.
+    """Yield each file below a root once, sorted in each folder.
 
     Parameters
     ----------
     root : path
-        Links are followed; hidden folders are left out, and macOS's.
+        Links are followed; hidden files and folders are left out, and macOS's.
 
     Yields
     ------
-    folder : str
-    names : list of str
-        Sorted; hidden files are left out.
+    path : Path
 
     Raises
     ------
@@ -290,12 +288,12 @@ def walk(root):
         visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
         folders[:] = [] if real in seen else sorted(visible)
         if real not in seen:
-            names = sorted(name for name in names if not name.startswith("."))
-            for path in (os.path.join(folder, name) for name in names):
+            for name in sorted(name for name in names if not name.startswith(".")):
+                path = Path(folder, name)
                 if not os.path.exists(path):
                     advice = "Connect the disk it is on, or remove the link"
                     _refuse(path, "leads nowhere", advice)
-            yield folder, names
+                yield path
         seen.add(real)
 
 

@@ -98,12 +98,11 @@ def _links(names):
 
 def _mapping_tables(cases, raw):
     """Return the tables that may say which scans are of one patient, each once."""
-    folders = {Path(folder).resolve() for folder, _ in walk(raw)}
-    folders |= {raw.absolute().parent, raw.resolve().parent}
+    folders = {raw.absolute().parent, raw.resolve().parent}
     for path in {path for case in cases for path in case.images.values()}:
         folders |= {*path.absolute().parents[1:3], *path.resolve().parents[1:3]}
-    tables = (table for folder in folders for table in folder.glob("*.*"))
-    tables = (t for t in tables if _TABLE.fullmatch(t.name) and t.is_file())
+    paths = itertools.chain(walk(raw), *(folder.glob("*.*") for folder in folders))
+    tables = (t for t in paths if _TABLE.fullmatch(t.name) and t.is_file())
     return sorted({table.resolve() for table in tables})
 
 
