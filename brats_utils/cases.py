@@ -45,10 +45,9 @@ class Case:
 
     def __post_init__(self):
         """Take paths written as text, too."""
-        paths = {name: Path(path) for name, path in (self.images or {}).items()}
-        object.__setattr__(self, "images", paths)
+        images = {name: Path(path) for name, path in (self.images or {}).items()}
         segmentation = self.segmentation and Path(self.segmentation)
-        object.__setattr__(self, "segmentation", segmentation)
+        vars(self).update(images=images, segmentation=segmentation)  # it is frozen
 
     @property
     def channels(self):
