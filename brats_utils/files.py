@@ -625,6 +625,26 @@ class OutputFolder:
         self.manifest["files"] = dict.fromkeys(names) | self.manifest["files"]
         self.save()
 
+    def start_over(self, made_from, names):
+        """Delete what the folder holds of ours, and announce other files.
+
+        Parameters
+        ----------
+        made_from : dict
+            See `begin`.
+        names : iterable of str
+            Relative paths.
+
+        Raises
+        ------
+        ValueError
+            As `claim` and `clear` do, before anything is deleted.
+        """
+        self.claim(names)
+        self.clear()
+        self.begin(made_from)
+        self.claim(names)
+
     @contextlib.contextmanager
     def write(self, name):
         """Yield a temporary path for a claimed file, see `atomic_write`; note it then.

@@ -431,9 +431,7 @@ def extract(archive, folder, *, max_gb=100):
     try:
         with zipfile.ZipFile(archive) as zipped, unpacked as output:
             names = _check_archive(zipped, root, max_gb)
-            output.clear()  # what a killed call left
-            output.begin({"archive": Path(archive).name})
-            output.claim(names)
+            output.start_over({"archive": Path(archive).name}, names)
             zipped.extractall(output.path)
             output.put_in_place()
     except (EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:

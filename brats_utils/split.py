@@ -297,9 +297,7 @@ def _write_split(out, kind, prepared, manifest, ids, choice):
     made_from = {**choice, "prepared": str(prepared), "settings": manifest["made_from"]}
     names = [f"{f}/{part}/{i}.npy" for f in ids for part in KINDS for i in ids[f]]
     with files.OutputFolder(out, kind, inputs=[prepared], beside=True) as output:
-        output.clear()  # what a killed call left
-        output.begin(made_from)
-        output.claim(names)
+        output.start_over(made_from, names)
         for name in names:
             source = "/".join(name.split("/")[-2:])  # in the prepared folder
             path, final = output.path / name, output.final / name

@@ -177,10 +177,7 @@ def write_phantom(
         same = noted and folder.manifest["made_from"] == settings
         if same and not files.find_changed(folder.path, noted):
             return found
-        folder.claim(names)  # refuses a user's file before anything is deleted
-        folder.clear()
-        folder.begin(settings)
-        folder.claim(names)
+        folder.start_over(settings, names)
         Parallel(jobs or -1, prefer="threads")(  # -1: one per core
             delayed(_write_case)(folder, root, case, index, seed, tuple(shape), wide)
             for case, (_, index) in zip(cases, patients, strict=True)
