@@ -257,9 +257,11 @@ def relabel(values, table):
         counts = zip(*np.unique(strange, return_counts=True), strict=True)
         found = ", ".join([f"{v:g} in {n} voxels" for v, n in counts][:5])
         raise ValueError(f"expected only the labels {list(table)}, found {found}")
-    lookup = np.zeros(256, np.uint8)
-    lookup[list(table)] = list(table.values())
-    return lookup[values.astype(np.uint8)]
+    relabelled = values.astype(np.uint8)
+    for old, new in table.items():
+        if old != new:
+            relabelled[values == old] = new
+    return relabelled
 
 
 def encode_labels(segmentation):
