@@ -252,11 +252,12 @@ def relabel(values, table):
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
         raise ValueError(f"labels are {values!r:.60}, expected an array of numbers")
-    strange = values[~np.isin(values, list(table))]
-    if strange.size:
-        counts = zip(*np.unique(strange, return_counts=True), strict=True)
-        found = ", ".join([f"{v:g} in {n} voxels" for v, n in counts][:5])
-        raise ValueError(f"expected only the labels {list(table)}, found {found}")
+    known = sum(np.count_nonzero(values == old) for old in table)
+    if known != values.size:
+        found = zip(*np.unique(values, return_counts=True), strict=True)
+        strange = [f"{v:g} in {n} voxels" for v, n in found if v not in table]
+        problem = f"expected only the labels {list(table)}, found "
+        raise ValueError(problem + ", ".join(strange[:5]))
     relabelled = values.astype(np.uint8)
     for old, new in table.items():
         if old != new:
