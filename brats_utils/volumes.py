@@ -250,8 +250,13 @@ def bounding_box(mask):
     box : tuple of slices
         One for each axis; all empty, `slice(0, 0)`, if every voxel is zero.
     """
-    box = ndimage.find_objects((mask != 0).view(np.int8), max_label=1)[0]
-    return box or (slice(0, 0),) * mask.ndim
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        filled = np.flatnonzero(mask.any(axis=others))
+        box.append(slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0))
+        mask = mask[(slice(None),) * axis + (box[-1],)]  # the next axis has less to do
+    return tuple(box)
 
 
 def surface_quads(mask, rounds=3):
