@@ -255,7 +255,6 @@ def bounding_box(mask):
         others = tuple(a for a in range(mask.ndim) if a != axis)
         filled = np.flatnonzero(mask.any(axis=others))
         box.append(slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0))
-        mask = mask[(slice(None),) * axis + (box[-1],)]  # the next axis has less to do
     return tuple(box)
 
 
