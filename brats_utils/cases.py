@@ -48,12 +48,10 @@ class Case:
         images, expected = self.images or {}, "{modality: file}, with modalities "
         known = lambda one: {*ALL_MODALITIES}.issuperset(one[0].keys())  # noqa: E731
         check_option("images", [images], known, f"{expected}of {ALL_MODALITIES}")
-        paths = {m: check_path(f"images[{m!r}]", images[m]) for m in images}
-        object.__setattr__(self, "images", paths)
-        segmentation = self.segmentation
-        if segmentation is not None:
-            segmentation = check_path("segmentation", segmentation)
-        object.__setattr__(self, "segmentation", segmentation)
+        images = {m: check_path(f"images[{m!r}]", images[m]) for m in images}
+        drawn = self.segmentation
+        drawn = drawn if drawn is None else check_path("segmentation", drawn)
+        vars(self).update(images=images, segmentation=drawn)  # it is frozen
 
     @property
     def channels(self):
@@ -204,7 +202,7 @@ def _place(path, sets):
 def _group_files(root):
     """Return {(folder, id): {key: path}}, [files of no known name], descriptions."""
     groups, leftovers, sets = {}, [], {}
-    for path in (Path(folder, name) for folder, names in walk(root) for name in names):
+    for path in walk(root):
         if not path.name.lower().endswith((".nii", ".nii.gz")):
             continue
         if str(path) != str(path).encode(errors="replace").decode():
@@ -394,26 +392,56 @@ def rename_odd_segmentation(root):
 
 
 def _paths(case, modalities):
-    """Return each file of a case: {path: the modalities asked for; [] for labels}."""
+    """Return what to read of a case's files: {path: modalities asked for, or "seg"}.
+
+    Its first image comes first, asked for or not: all others must lie on its grid.
+    """
     known, expected = {*ALL_MODALITIES}.issuperset, f"some of {ALL_MODALITIES}"
     check_option("modalities", modalities, lambda m: len(m) > -1 and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
-    paths = {}
+    paths = {next(iter(case.images.values())): []}
     for modality in modalities:
         paths.setdefault(case.images[modality], []).append(modality)
-    return paths | ({case.segmentation: []} if case.segmentation else {})
-
-
-def _first(case):
-    """Return the path and the header of a case's first image: its grid."""
-    path = next(iter(case.images.values()))
-    return path, nifti.read_header(path, case.channels)
+    return paths | ({case.segmentation: ["seg"]} if case.segmentation else {})
 
 
 def _channel(case, volume, modality):
     """Return one modality (X, Y, Z) of what a file holds."""
     return volume[..., [*case.images].index(modality)] if volume.ndim == 4 else volume
+
+
+def _attempt(problems, path, check, *arguments, **options):
+    """Return what a check returns; or None, with (path, error) added to `problems`."""
+    try:
+        return check(*arguments, **options)
+    except BratsDataError as error:
+        problems.append((path, error))
+
+
+def _read_files(case, modalities, problems, *, voxels=True, thorough=False):
+    """Return the volumes of a case, {modality or "seg": array}, and its grid.
+
+    The grid is the path and header of the first file that can be read. What is wrong
+    is added to `problems`.
+    """
+    volumes, first = {}, None
+    for path, wanted in _paths(case, modalities).items():
+        channels = 1 if wanted == ["seg"] else case.channels
+        header = _attempt(problems, path, nifti.read_header, path, channels)
+        if not header:
+            continue
+        first = first or (path, header)
+        _attempt(problems, path, nifti.check_grid, header, path, first)
+        if voxels and wanted == ["seg"]:
+            found = _attempt(problems, path, load_labels, path, case.labels)
+            volumes["seg"] = found and found[0]
+        elif voxels and wanted:
+            found = _attempt(problems, path, nifti.read_volume, path, channels)
+            for modality in wanted if found else ():
+                volumes[modality] = volume = _channel(case, found[0], modality)
+                _attempt(problems, path, check_image, volume, path, thorough=thorough)
+    return volumes, first
 
 
 def read_scan(case, modalities=MODALITIES, *, labelled=True):
@@ -438,21 +466,10 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
         As `load_case` does; the message names case and file.
     """
     check_case(case)
-    case = case if labelled else replace(case, segmentation=None)
-    try:
-        volumes, paths, first = {}, _paths(case, modalities), _first(case)
-        for path, wanted in paths.items():
-            if not wanted:
-                nifti.check_grid(nifti.read_header(path), path, first)
-                volumes["seg"] = load_labels(path, case.labels)[0]
-                continue
-            volume, header = nifti.read_volume(path, case.channels)
-            nifti.check_grid(header, path, first)
-            for modality in wanted:
-                volumes[modality] = _channel(case, volume, modality)
-                check_image(volumes[modality], path)
-    except BratsDataError as error:
-        raise error.of(case.id) from None
+    case, problems = case if labelled else replace(case, segmentation=None), []
+    volumes, first = _read_files(case, modalities, problems)
+    if problems:
+        raise problems[0][1].of(case.id)
     affine = first[1].get_best_affine()
     lps = {key: nifti.to_lps(volume, affine) for key, volume in volumes.items()}
     return Scan(case, [lps[m] for m in modalities], lps.get("seg"), first[1])
@@ -514,38 +531,21 @@ def check_cases(cases, *, voxels=True, modalities=None):
     import pandas as pd
 
     check_option("voxels", voxels, *BOOL)
-    rows, cases = [], check_distinct(cases)
-
-    def note(case, path, check, *arguments, **options):
-        try:
-            return check(*arguments, **options)
-        except BratsDataError as error:
-            rows.append((case.id, str(path), error.problem, error.advice or ""))
-
-    for case in cases:
-        first, required = None, MODALITIES if modalities is None else modalities
-        n_before, images, truth = len(rows), [], None
-        note(case, next(iter(case.images.values())).parent, _paths, case, required)
-        checked = [m for m in case.images if modalities is None or m in modalities]
-        for path, wanted in _paths(case, checked).items():
-            channels = case.channels if wanted else 1
-            if (header := note(case, path, nifti.read_header, path, channels)) is None:
-                continue
-            if not first:
-                first = path, header
-                note(case, path, nifti.check_spacing, header)
-            note(case, path, nifti.check_grid, header, path, first)
-            if voxels and not wanted:
-                truth = note(case, path, load_labels, path, case.labels)
-            elif voxels:
-                volume = note(case, path, nifti.read_volume, path, channels)
-                for modality in wanted if volume else ():
-                    images.append(_channel(case, volume[0], modality))
-                    note(case, path, check_image, images[-1], path, thorough=True)
-        if images and len(rows) == n_before:
-            scan = Scan(case, images, truth and truth[0], first[1])
-            advice, folder = "Look at the case, or leave it out", str(path.parent)
-            rows += [(case.id, folder, doubt, advice) for doubt in scan.doubts]
+    rows, required = [], MODALITIES if modalities is None else modalities
+    for case in check_distinct(cases):
+        problems, folder = [], next(iter(case.images.values())).parent
+        _attempt(problems, folder, _paths, case, required)
+        names = [m for m in case.images if modalities is None or m in modalities]
+        options = {"voxels": voxels, "thorough": True}
+        found, first = _read_files(case, names, problems, **options)
+        if first:
+            _attempt(problems, first[0], nifti.check_spacing, first[1])
+        images = [found[name] for name in names if name in found]
+        if images and not problems:
+            doubts = Scan(case, images, found.get("seg"), first[1]).doubts
+            advice = "Look at the case, or leave it out"
+            problems = [(folder, BratsDataError(d, advice=advice)) for d in doubts]
+        rows += [(case.id, str(p), e.problem, e.advice or "") for p, e in problems]
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
 
 
@@ -567,6 +567,6 @@ def read_grid(case):
         Voxel size along X, Y and Z.
     """
     check_case(case)
-    header = _first(case)[1]
+    header = nifti.read_header(next(iter(case.images.values())), case.channels)
     affine = header.get_best_affine()
     return header.get_data_shape(), affine, nifti.spacing_mm(affine)

@@ -8,14 +8,13 @@ and the files that belong to it. Whatever else lies there belongs to the user.
 import contextlib
 import ctypes
 import hashlib
-import io
 import json
-import math
 import os
 import platform
 import shutil
 import sys
 import time
+from configparser import ConfigParser
 from numbers import Integral, Real
 from pathlib import Path, PurePosixPath
 
@@ -25,8 +24,6 @@ from tqdm import tqdm
 
 BOOL = (lambda x: isinstance(x, bool | np.bool_)), "True or False"  # for `check_option`
 MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
-FLAGS = dict.fromkeys(("yes", "true", "on", "1"), True)
-FLAGS |= dict.fromkeys(("no", "false", "off", "0"), False)
 _EXCHANGE, _CURRENT_FOLDER = 2, -100  # of Linux's renameat2
 
 
@@ -68,10 +65,10 @@ def setting(name, default):
         return tuple(part.strip() for part in text.split(","))
     with contextlib.suppress(KeyError, ValueError):
         if isinstance(default, bool):
-            return FLAGS[text.lower()]
-        if isinstance(default, int | float) and math.isfinite(float(text)):
+            return ConfigParser.BOOLEAN_STATES[text.lower()]  # yes, no, on, off ...
+        if isinstance(default, int | float) and np.isfinite(float(text)):
             return type(default)(text)
-        if default is None and "," not in text and math.isfinite(float(text)):
+        if default is None and "," not in text and np.isfinite(float(text)):
             return int(text) if text.isdigit() else float(text)
         numbers = tuple(int(part) for part in text.strip("()").split(","))
         if "," in text and len(numbers) == len(default or numbers):
@@ -343,40 +340,36 @@ def read_arrays(path):
     record : dict
         What the JSON text "record" says.
     """
-    # From memory: the file is not kept open, and can be replaced.
-    saved = np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False)
-    arrays = {name: saved[name] for name in sorted(saved.files)}
+    # The file is closed, and can be replaced.
+    with np.load(path, allow_pickle=False) as saved:
+        arrays = {name: saved[name] for name in sorted(saved.files)}
     record = json.loads(arrays.pop("record").item())
     return list(arrays.values()), record
 
 
-def _flatten(value, name=""):
-    """Yield (dotted name, leaf) of nested dictionaries and lists."""
-    if isinstance(value, (dict, list)):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, each in items:
-            yield from _flatten(each, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
-
-
-def find_differences(old, new):
+def find_differences(old, new, name=""):
     """Compare two nested dictionaries of what JSON can hold.
 
     Parameters
     ----------
     old, new : dict
         To compare.
+    name : str
+        Where they are in a larger dictionary: "name.of.key".
 
     Returns
     -------
     differences : list of str
         "name.of.key (old value -> new value)" for each value that differs.
     """
-    old, new = dict(_flatten(old)), dict(_flatten(new))
-    names = [name for name in {**new, **old} if old.get(name) != new.get(name)]
-    values = [(name, repr(old.get(name)), repr(new.get(name))) for name in names]
-    return [f"{name} ({before:.40} -> {after:.40})" for name, before, after in values]
+    parts = [dict(enumerate(x)) if isinstance(x, list) else x for x in (old, new)]
+    if not all(isinstance(part, dict) for part in parts):
+        return [] if old == new else [f"{name} ({old!r:.40} -> {new!r:.40})"]
+    (old, new), found = parts, []
+    for key in {**new, **old}:
+        where = f"{name}.{key}" if name else str(key)
+        found += find_differences(old.get(key), new.get(key), where)
+    return found
 
 
 def describe_file(path):
@@ -651,6 +644,26 @@ class OutputFolder:
         self.manifest["files"] = dict.fromkeys(names) | self.manifest["files"]
         self.save()
 
+    def start_over(self, made_from, names):
+        """Delete what the folder holds of ours, and announce other files.
+
+        Parameters
+        ----------
+        made_from : dict
+            See `begin`.
+        names : iterable of str
+            Relative paths.
+
+        Raises
+        ------
+        ValueError
+            As `claim` and `clear` do, before anything is deleted.
+        """
+        self.claim(names)
+        self.clear()
+        self.begin(made_from)
+        self.claim(names)
+
     @contextlib.contextmanager
     def write(self, name):
         """Yield a temporary path for a claimed file, see `atomic_write`; note it then.
@@ -664,8 +677,7 @@ class OutputFolder:
         ------
         temporary : Path
         """
-        path = self.path / name
-        with atomic_write(path) as temporary:
+        with atomic_write(self.path / name) as temporary:
             yield temporary
             noted = describe_file(temporary)
         self.manifest["files"][name] = noted

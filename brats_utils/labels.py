@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -56,6 +57,12 @@ _MEANINGS = {
     r"(?<![a-z])(no[nt]?|un)[\W_]*(contrast[\W_]*)?enhanc|necro|^ncr|^netc?$": 1,
     "^(?!.*without).*enhanc|^et$": 4,
 }
+# What the names of nested regions hold, from the outermost to the innermost.
+_REGION_WORDS = (
+    r"(?i)whole|complete|(^|[\W_])wt",
+    r"(?i)core|(^|[\W_])tc",
+    r"(?i)enhanc|(^|[\W_])et",
+)
 
 
 def naming(case_id):
@@ -97,17 +104,15 @@ def label_table(labels):
     """
     with contextlib.suppress(AttributeError, OverflowError, TypeError, ValueError):
         if isinstance(labels, dict):
-            pairs = list(labels.items())
+            pairs = labels.items()
         elif labels in CONVENTIONS:
-            pairs = list(zip(labels, LABELS, strict=True))
+            pairs = zip(labels, LABELS, strict=True)
         else:
-            pairs = [pair.split(":") for pair in labels.split()]
-        if any(float(x) != int(x) for pair in pairs for x in pair):
-            raise ValueError
-        table = {0: 0, **{int(value): int(label) for value, label in pairs}}
-        good = len(table) > 1 and table[0] == 0 and 0 <= min(table) <= max(table) <= 255
-        if good and set(table.values()) <= set(LABELS):
-            return table
+            pairs = (pair.split(":") for pair in labels.split())
+        table = {0: 0} | {float(value): float(label) for value, label in pairs}
+        whole = table.keys() <= {*range(256)} and {*table.values()} <= LABELS.keys()
+        if whole and len(table) > 1 and table[0] == 0:
+            return {int(value): int(label) for value, label in table.items()}
     problem = f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a "
     problem += "table from the files' values to 0, 1, 2, 4, such as {1: 1, 2: 2, 3: 4}"
     raise ValueError(problem)
@@ -212,17 +217,10 @@ def read_label_names(names):
     pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in names.items()]
     if any(isinstance(values, list) for _, values in pairs):
         regions = {str(name): {*np.ravel(v).tolist()} for name, v in pairs if v != 0}
-        all_values = set().union(*regions.values())
-        depths = {v: sum(v in r for r in regions.values()) for v in all_values}
         outermost = sorted(regions, key=lambda name: -len(regions[name]))
-        nested = sorted(depths.values()) == [1, 2, 3] and len(regions) == 3
-        parts = (
-            "whole|complete|(^|[\\W_])wt",
-            "core|(^|[\\W_])tc",
-            "enhanc|(^|[\\W_])et",
-        )
-        names = zip(parts, outermost, strict=False)
-        nested = nested and all(re.search(p, name, re.I) for p, name in names)
+        depths = Counter(value for region in regions.values() for value in region)
+        named = len(regions) == 3 and all(map(re.search, _REGION_WORDS, outermost))
+        nested = named and sorted(depths.values()) == [1, 2, 3]
         return {v: (2, 1, 4)[d - 1] for v, d in depths.items()} if nested else {}
     table = {}
     for name, value in pairs:

@@ -63,7 +63,7 @@ class BratsDataError(ValueError):
 
 
 def _refuse(path, problem, advice=CORRECT):
-    raise BratsDataError(problem, file=path, advice=advice)
+    raise BratsDataError(problem, file=path, advice=advice) from None
 
 
 def _is_singular(affine):
@@ -232,7 +232,7 @@ def load_labels(path, labels="0124"):
         segmentation = relabel(np.round(volume, 4), table)
     except ValueError as error:
         advice = "If the set writes its labels otherwise, pass labels= to find_cases"
-        raise BratsDataError(str(error), file=path, advice=advice) from None
+        _refuse(path, str(error), advice)
     return segmentation, header.get_best_affine()
 
 
@@ -260,18 +260,16 @@ def check_unedited(folder, files):
 
 
 def walk(root):
-    """Yield each folder below a root once, with the names of its files.
+    """Yield each file below a root once, sorted in each folder.
 
     Parameters
     ----------
     root : path
-        Links are followed; hidden folders are left out, and macOS's.
+        Links are followed; hidden files and folders are left out, and macOS's.
 
     Yields
     ------
-    folder : str
-    names : list of str
-        Sorted; hidden files are left out.
+    path : Path
 
     Raises
     ------
@@ -282,8 +280,7 @@ def walk(root):
 
     def refuse(error):
         problem = f"cannot be read ({error.strerror})"
-        advice = "Change its permissions, or take it out"
-        raise BratsDataError(problem, file=error.filename, advice=advice) from None
+        _refuse(error.filename, problem, "Change its permissions, or take it out")
 
     seen = set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
@@ -291,12 +288,12 @@ def walk(root):
         visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
         folders[:] = [] if real in seen else sorted(visible)
         if real not in seen:
-            names = sorted(name for name in names if not name.startswith("."))
-            for path in (os.path.join(folder, name) for name in names):
+            for name in sorted(name for name in names if not name.startswith(".")):
+                path = Path(folder, name)
                 if not os.path.exists(path):
                     advice = "Connect the disk it is on, or remove the link"
-                    raise BratsDataError("leads nowhere", file=path, advice=advice)
-            yield folder, names
+                    _refuse(path, "leads nowhere", advice)
+                yield path
         seen.add(real)
 
 
@@ -368,14 +365,12 @@ def check_grid(header, path, first):
         Says what differs.
     """
     name, other = first[0].name, first[1]
-    shape, affine = header.get_data_shape(), header.get_best_affine()
-    problem, advice = None, "All volumes of a case must lie on one grid; register them"
-    if shape != other.get_data_shape():
-        problem = f"shape {shape}, but {name} has {other.get_data_shape()}"
-    elif not np.allclose(affine, other.get_best_affine(), atol=1e-3):
-        problem = f"its grid (affine) differs from that of {name}"
-    if problem:
-        raise BratsDataError(problem, file=path, advice=advice)
+    shape, expected = header.get_data_shape(), other.get_data_shape()
+    advice = "All volumes of a case must lie on one grid; register them"
+    if shape != expected:
+        _refuse(path, f"shape {shape}, but {name} has {expected}", advice)
+    if not np.allclose(header.get_best_affine(), other.get_best_affine(), atol=1e-3):
+        _refuse(path, f"its grid (affine) differs from that of {name}", advice)
 
 
 def threes_and_fours(path):

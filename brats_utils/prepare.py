@@ -218,10 +218,10 @@ def _crop_and_measure(case, options):
             image[..., channel], found = volumes.scale_to_store(
                 scan.volumes[channel], box, crop_shape, options["scaling"]
             )
-        except ValueError as error:
-            advice = "Correct that voxel, or leave this case out"
-            where = {"case": case.id, "file": case.images[modality], "advice": advice}
-            raise BratsDataError(f"{modality}: {error}", **where) from None
+        except BratsDataError as error:
+            where = {"case": case.id, "file": case.images[modality]}
+            problem = f"{modality}: {error.problem}"
+            raise BratsDataError(problem, **where, advice=error.advice) from None
         row |= {f"{modality}_{name}": value for name, value in found.items()}
     return image, np.ascontiguousarray(mask), row
 
@@ -434,9 +434,7 @@ def extract(archive, folder, *, max_gb=100):
     try:
         with zipfile.ZipFile(archive) as zipped, unpacked as output:
             names = _check_archive(zipped, root, max_gb)
-            output.clear()  # what a killed call left
-            output.begin({"archive": Path(archive).name})
-            output.claim(names)
+            output.start_over({"archive": Path(archive).name}, names)
             zipped.extractall(output.path)
             output.put_in_place()
     except (EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:

@@ -98,12 +98,11 @@ def _links(names):
 
 def _mapping_tables(cases, raw):
     """Return the tables that may say which scans are of one patient, each once."""
-    folders = {Path(folder).resolve() for folder, _ in walk(raw)}
-    folders |= {raw.absolute().parent, raw.resolve().parent}
+    folders = {raw.absolute().parent, raw.resolve().parent}
     for path in {path for case in cases for path in case.images.values()}:
         folders |= {*path.absolute().parents[1:3], *path.resolve().parents[1:3]}
-    tables = (table for folder in folders for table in folder.glob("*.*"))
-    tables = (t for t in tables if _TABLE.fullmatch(t.name) and t.is_file())
+    paths = itertools.chain(walk(raw), *(folder.glob("*.*") for folder in folders))
+    tables = (t for t in paths if _TABLE.fullmatch(t.name) and t.is_file())
     return sorted({table.resolve() for table in tables})
 
 
@@ -298,9 +297,7 @@ def _write_split(out, kind, prepared, manifest, ids, choice):
     made_from = {**choice, "prepared": str(prepared), "settings": manifest["made_from"]}
     names = [f"{f}/{part}/{i}.npy" for f in ids for part in KINDS for i in ids[f]]
     with files.OutputFolder(out, kind, inputs=[prepared], beside=True) as output:
-        output.clear()  # what a killed call left
-        output.begin(made_from)
-        output.claim(names)
+        output.start_over(made_from, names)
         for name in names:
             source = "/".join(name.split("/")[-2:])  # in the prepared folder
             path, final = output.path / name, output.final / name

@@ -122,7 +122,7 @@ def scale_to_store(volume, box, shape, method):
 
     Raises
     ------
-    ValueError
+    BratsDataError
         If a voxel lies too far from all others, or the stored values are not finite or
         show too few grey levels.
     """
@@ -138,7 +138,7 @@ def scale_to_store(volume, box, shape, method):
     return stored, {**statistics, "raw_mean": mean, "raw_sd": sd}
 
 
-def check_grey_levels(volume, stored=None):
+def check_grey_levels(volume, stored=None, *, path=None):
     """Raise if a volume, stored in half precision, would no longer show a brain.
 
     Parameters
@@ -147,10 +147,12 @@ def check_grey_levels(volume, stored=None):
         Raw intensities, finite and not blank.
     stored : (X, Y, Z) float16 array, optional
         The same, scaled; scaled here by "minmax" if not given.
+    path : path, optional
+        Its file, for the message.
 
     Raises
     ------
-    ValueError
+    BratsDataError
         Names the voxel that squeezes all others together.
     """
     if stored is None:
@@ -163,7 +165,8 @@ def check_grey_levels(volume, stored=None):
         place = [int(index[0]) for index in np.nonzero(volume == extreme)]
         problem = f"scaled and stored, {levels} grey levels are left of it, at least "
         problem += f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
-        raise ValueError(f"{problem}{extreme:g}")
+        advice = "Correct that voxel, or leave this case out"
+        raise BratsDataError(f"{problem}{extreme:g}", file=path, advice=advice)
 
 
 def check_outliers(volume, path=None, *, statistics=None):
@@ -252,7 +255,6 @@ def bounding_box(mask):
         others = tuple(a for a in range(mask.ndim) if a != axis)
         filled = np.flatnonzero(mask.any(axis=others))
         box.append(slice(filled[0], filled[-1] + 1) if filled.size else slice(0, 0))
-        mask = mask[(slice(None),) * axis + (box[-1],)]  # the next axis has less to do
     return tuple(box)
 
 
@@ -397,9 +399,7 @@ def find_doubts(volumes, brain, segmentation=None):
     """
     found = [problem for problem in map(background_problem, volumes) if problem][:1]
     pairs = itertools.combinations(volumes, 2)
-    part = (slice(None, None, 8),) * 3  # differs nearly always: the rest is spared
-    pairs = [(a, b) for a, b in pairs if a is not b and (a[part] == b[part]).all()]
-    if any(np.array_equal(*pair) for pair in pairs):
+    if any(a is not b and np.array_equal(a, b) for a, b in pairs):
         found.append("two of its modalities are the same image")
     if segmentation is not None:
         off = np.count_nonzero(segmentation * ~brain)
@@ -408,6 +408,7 @@ def find_doubts(volumes, brain, segmentation=None):
     return found
 
 
+@np.errstate(over="ignore")  # float64 reaches further than float32
 def check_image(volume, path, *, thorough=False):
     """Raise if a scan's modality cannot be used.
 
@@ -425,25 +426,18 @@ def check_image(volume, path, *, thorough=False):
     BratsDataError
         If it is blank, or holds NaN or infinity.
     """
-    problem, advice = None, "Correct the scan, or leave this case out"
-    with np.errstate(over="ignore"):  # float64 reaches further than float32
-        floats = volume.dtype.kind == "f"
-        finite = np.isfinite(volume.astype(np.float32, copy=False)) if floats else True
-    if volume.min() == volume.max():
-        problem = f"blank modality: every voxel is {volume.flat[0]:g}"
-    elif not np.all(finite):
-        bad = np.argwhere(~finite)
+    problem, low, high = "", volume.min(), volume.max()
+    if low == high:
+        problem = f"blank modality: every voxel is {low:g}"
+    elif not np.isfinite(np.float32([low, high])).all():
+        bad = np.argwhere(~np.isfinite(volume.astype(np.float32)))
         problem = f"{len(bad)} voxels are NaN or infinite, first {bad[0].tolist()}"
     elif thorough:
-        try:
-            check_grey_levels(volume)
-            check_outliers(volume, path)
-            problem = background_problem(volume)
-        except BratsDataError:
-            raise
-        except ValueError as error:
-            problem, advice = str(error), "Correct that voxel, or leave this case out"
+        check_grey_levels(volume, path=path)
+        check_outliers(volume, path)
+        problem = background_problem(volume)
     if problem:
+        advice = "Correct the scan, or leave this case out"
         raise BratsDataError(problem, file=path, advice=advice)
 
 
@@ -514,13 +508,13 @@ def _window(tumour, brain, size):
 
     `tumour` and `brain` count the voxels of each plane along one axis.
     """
-    starts = np.arange(max(1, len(brain) - size + 1))
+    size = min(size, len(brain))
+    starts = np.arange(len(brain) - size + 1)
     for counts in (tumour, brain):
-        total = np.concatenate([[0], np.cumsum(counts)])
-        held = total[np.minimum(starts + size, len(counts))] - total[starts]
+        held = np.convolve(counts, np.ones(size, int), "valid")[starts]
         starts = starts[held == held.max()]
     start = int(starts[len(starts) // 2])
-    return slice(start, min(start + size, len(brain)))
+    return slice(start, start + size)
 
 
 def crop_box(image, segmentation=None, shape=(128, 128, 128)):

@@ -7,17 +7,8 @@ import numpy as np
 from joblib import Parallel, delayed
 from scipy.special import ndtri
 
-from brats_utils import __version__
+from brats_utils import __version__, files
 from brats_utils.cases import Case
-from brats_utils.files import (
-    BOOL,
-    OutputFolder,
-    check_option,
-    check_path,
-    find_changed,
-    is_whole,
-    whole,
-)
 from brats_utils.labels import ALL_MODALITIES
 from brats_utils.nifti import save_volume
 from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
@@ -52,18 +43,6 @@ def _plan_case(root, kind, index, suffix):
     return Case(case_id, images, segmentation)
 
 
-def _draw_case(kind_number, index, seed, shape):
-    """Draw one calibrated patient."""
-    return draw_patient(
-        [seed, kind_number, 0, index],
-        _even_draws(seed, kind_number, index),
-        shape,
-        enhances=not _is_low_grade(index),
-        # One case in eight is from a scanner with values about thirty times higher.
-        brightness=25 if index % 8 == 3 else 1,
-    )
-
-
 def _write_case(folder, root, case, index, seed, shape, wide):
     """Draw one patient and write its files."""
     kind_number = int(case.segmentation is None)
@@ -72,7 +51,11 @@ def _write_case(folder, root, case, index, seed, shape, wide):
     if wide:
         volumes = draw_wide_patient([seed, kind_number, 3, index], shape)
     else:
-        volumes = _draw_case(kind_number, index, seed, shape)
+        draws = _even_draws(seed, kind_number, index)
+        # One case in eight is from a scanner with values about thirty times higher.
+        look = {"brightness": 25 if index % 8 == 3 else 1}
+        look |= {"enhances": not _is_low_grade(index)}
+        volumes = draw_patient([seed, kind_number, 0, index], draws, shape, **look)
     paths = {**case.images, "seg": case.segmentation}
     for key, volume in volumes:
         if paths[key]:
@@ -99,47 +82,32 @@ def _fill_tables(n_cases, seed):
 def _check_arguments(compressed, wide, jobs, shape, **numbers):
     """Validate the arguments and return them in a form that JSON can hold."""
     for name, value in numbers.items():
-        check_option(name, value, *whole(0))
+        files.check_option(name, value, *files.whole(0))
     total = numbers["n_cases"] + numbers["without_segmentation"]
-    check_option("n_cases", total, bool, "at least one case")
-    check_option("compressed", compressed, *BOOL)
-    check_option("wide", wide, *BOOL)
-    check_option("jobs", jobs, lambda n: n is None or is_whole(n, 1), "1 or more")
+    files.check_option("n_cases", total, bool, "at least one case")
+    files.check_option("compressed", compressed, *files.BOOL)
+    files.check_option("wide", wide, *files.BOOL)
+    files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
     check_shape(() if shape is None else shape, "shape", least=16)
-    sizes = [int(n) for n in shape]
     settings = {name: int(value) for name, value in numbers.items()}
     settings |= {"wide": True} if wide else {}
-    made_from = {"shape": sizes, "compressed": compressed, "version": __version__}
-    return {**settings, **made_from}
+    settings |= {"shape": [int(n) for n in shape], "compressed": compressed}
+    return {**settings, "version": __version__}
 
 
-def _odd_names(names, suffix):
-    """Return {odd name: the name that renaming gives} of such segmentations."""
-    odd = {name: Path(name).parent for name in names if ODD_NAME in name}
-    return {n: f"{p.as_posix()}/{p.name}_seg{suffix}" for n, p in odd.items()}
+def _follow_renaming(case, root, noted):
+    """Return a case as it is now: its odd segmentation may have the usual name.
 
-
-def _follow_renaming(case, suffix):
-    """Return a case with the name that its segmentation has by now."""
-    path = case.segmentation
-    if path is None or path.is_file():
-        return case
-    return replace(case, segmentation=path.with_name(f"{case.id}_seg{suffix}"))
-
-
-def _is_finished(folder, settings, odd):
-    """Return whether an earlier call with the same arguments wrote all that is there.
-
-    `odd` maps names to those that renaming gives; either is fine.
+    `noted`, the files of the manifest, is brought up to date.
     """
-    noted = dict(folder.manifest["files"])
-    for old, new in odd.items():
-        if (folder.path / new).is_file():
-            noted[new] = noted.pop(old, None)
-        else:
-            noted.pop(new, None)
-    same = folder.manifest["made_from"] == settings
-    return same and bool(noted) and not find_changed(folder.path, noted)
+    path = case.segmentation
+    renamed = path and path.with_name(path.name.replace(ODD_NAME, f"{case.id}_seg"))
+    if path is None or path.is_file() or not renamed.is_file():
+        return case
+    old, new = (p.relative_to(root).as_posix() for p in (path, renamed))
+    if old in noted:
+        noted[new] = noted.pop(old)
+    return replace(case, segmentation=renamed)
 
 
 def write_phantom(
@@ -193,7 +161,7 @@ def write_phantom(
         If an argument is not possible, no case is asked for, or `root` holds files
         that this function did not write. Nothing is changed then.
     """
-    root = check_path("root", root)
+    root = files.check_path("root", root)
     numbers = {"n_cases": n_cases, "without_segmentation": without_segmentation}
     settings = _check_arguments(compressed, wide, jobs, shape, seed=seed, **numbers)
     suffix = ".nii.gz" if compressed else ".nii"
@@ -203,16 +171,13 @@ def write_phantom(
     paths = [path for c in cases for path in (*c.images.values(), c.segmentation)]
     tables = _fill_tables(n_cases, seed) if n_cases else {}
     names = [*tables, *(p.relative_to(root).as_posix() for p in paths if p)]
-    # The odd segmentation is ours under the name that renaming gives it, too.
-    odd = _odd_names(names, suffix)
-    names += odd.values()
-    with OutputFolder(root, "phantoms") as folder:
-        if _is_finished(folder, settings, odd):
-            return [_follow_renaming(case, suffix) for case in cases]
-        folder.claim(names)  # refuses a user's file before anything is deleted
-        folder.clear()
-        folder.begin(settings)
-        folder.claim(names)
+    with files.OutputFolder(root, "phantoms") as folder:
+        noted = folder.manifest["files"]
+        found = [_follow_renaming(case, root, noted) for case in cases]
+        same = noted and folder.manifest["made_from"] == settings
+        if same and not files.find_changed(folder.path, noted):
+            return found
+        folder.start_over(settings, names)
         Parallel(jobs or -1, prefer="threads")(  # -1: one per core
             delayed(_write_case)(folder, root, case, index, seed, tuple(shape), wide)
             for case, (_, index) in zip(cases, patients, strict=True)
