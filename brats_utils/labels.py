@@ -220,7 +220,8 @@ def read_label_names(names):
         outermost = sorted(regions, key=lambda name: -len(regions[name]))
         depths = Counter(value for region in regions.values() for value in region)
         named = len(regions) == 3 and all(map(re.search, _REGION_WORDS, outermost))
-        nested = named and sorted(depths.values()) == [1, 2, 3]
+        sizes = [len(regions[name]) for name in outermost]
+        nested = named and (sizes, sorted(depths.values())) == ([3, 2, 1], [1, 2, 3])
         return {v: (2, 1, 4)[d - 1] for v, d in depths.items()} if nested else {}
     table = {}
     for name, value in pairs:

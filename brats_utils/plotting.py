@@ -22,11 +22,10 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 from brats_utils.cases import ALL_MODALITIES, MODALITIES
 from brats_utils.files import SIZES_MM, are, check_option, is_whole, whole
 from brats_utils.labels import COLOURS, LABELS, REGION_NAMES, encode_labels
-from brats_utils.volumes import bounding_box, bounding_boxes, surface_quads
+from brats_utils.volumes import best_slice, bounding_box, bounding_boxes, surface_quads
 
 PLANES = ("sagittal", "coronal", "axial")
 EDGES = ("APSI", "RLSI", "RLAP")  # left, right, top and bottom of each plane
-PANEL_WIDTH_INCHES = 2.6
 FRAME_MARGIN = np.array([-9.5, 8.5])  # voxels; pixel 0 begins at -0.5
 LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 # Labels, errors, boxes and regions have different colours, so that they are not mixed
@@ -34,12 +33,6 @@ LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 ERRORS = {"missed": "#CC79A7", "false positive": "#009E73", "wrong label": "#00E5FF"}
 BOX_COLOUR = "#FFFFFF"
 REGION_COLOURS = {"WT": "#332288", "TC": "#882255", "ET": COLOURS[4]}
-FITS = {  # what an item of these options of `plot_slices` may be
-    "titles": lambda title: isinstance(title, str),
-    "overlays": lambda o: o is None or isinstance(o, Overlay) or o.ndim == 3,
-    "boxes": lambda box: box is None or box[2].stop,
-    "sides": lambda letters: isinstance(letters, bool) or len(letters) == 4,
-}
 SD_LIMITS = (0.05, 0.5)  # less is not coloured; 0.5 is the largest SD of a probability
 
 
@@ -93,8 +86,8 @@ def _comparison(truth=None, prediction=None, spread=None):
     """Return what can be drawn over a scan, by name, starting with nothing."""
     overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
     if all(overlays.values()):
-        same = np.shape(truth) == np.shape(prediction)
-        check_option("prediction", prediction, lambda _: same, "labels as the truth's")
+        same, expected = lambda p: p.shape == truth.shape, "labels of the truth's shape"
+        check_option("prediction", prediction, same, expected)
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
         overlays["errors"] = Overlay(errors, ERRORS, 0.85)
@@ -102,33 +95,6 @@ def _comparison(truth=None, prediction=None, spread=None):
         check_option("spread", spread, lambda s: s.ndim == 3, "an array (X, Y, Z)")
         overlays["uncertainty"] = Overlay(spread, {}, 1.0)
     return {"nothing": None} | {name: o for name, o in overlays.items() if o}
-
-
-def best_slice(segmentation, axis=2):
-    """Return the index of the slice with the most tumour.
-
-    Parameters
-    ----------
-    segmentation : (X, Y, Z) array
-        Non-zero is tumour.
-    axis : int
-        The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
-
-    Returns
-    -------
-    index : int
-        The first one if several are equal; the middle slice where there is no tumour.
-
-    Examples
-    --------
-    >>> segmentation = np.zeros((4, 4, 9))
-    >>> segmentation[1:3, 1, 6] = 2
-    >>> best_slice(segmentation)
-    6
-    """
-    others = tuple(a for a in range(3) if a != axis)
-    counts = np.count_nonzero(segmentation, axis=others)
-    return int(counts.argmax()) if counts.any() else len(counts) // 2
 
 
 def _best_slice_of(overlays, shape, axis):
@@ -180,9 +146,8 @@ def _show_grey(axes, volume, index, axis, spacing_mm, frame, window):
         window = np.percentile(some[some != 0], (1, 99)) if some.any() else (0, 1)
     low, high = window
     picture = np.ma.masked_equal(np.take(volume, index, axis).T, 0)
-    style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
     across, up = _in_plane(spacing_mm, axis)
-    axes.imshow(picture, aspect=up / across, **style)
+    axes.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=up / across)
     columns, rows = _in_plane(frame, axis)
     # The front is the first row of an axial slice, the head the last of the others.
     axes.set(xlim=columns, ylim=rows[::-1] if axis == 2 else rows)
@@ -227,18 +192,16 @@ def _add_keys(axes, overlays):
         figure.legend(handles=[*swatches.values()], loc="outside lower center", **style)
 
 
-def _panels(n, titles, overlays, boxes, sides):
-    """Return four options of `plot_slices` with one item for each of n volumes."""
-    options = {
-        "titles": [""] * n if titles is None else titles,
-        "overlays": [None] * n if overlays is None else overlays,
-        "boxes": [None] * n if boxes is None else boxes,
-        "sides": [sides] * n if isinstance(sides, bool | str) else sides,
-    }
-    for name, items in options.items():
-        check_option(name, items, are(n, FITS[name]), f"one for each of {n} volumes")
-    layers = [o if isinstance(o, Overlay) else _overlay(o) for o in options["overlays"]]
-    return (options | {"overlays": layers}).values()
+def _check_view(n, axis, spacing_mm, window, **lists):
+    """Return lists of n items, by default of None; raise if an option cannot be."""
+    check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
+    check_option("spacing_mm", spacing_mm, *SIZES_MM)
+    fits = lambda w: w is None or w[1] - w[0] > 0  # noqa: E731
+    check_option("window", window, fits, "None, or the values of black and white")
+    lists = {name: [None] * n if x is None else x for name, x in lists.items()}
+    for name, items in lists.items():
+        check_option(name, items, lambda x: len(x) == n, f"one for each of {n} volumes")
+    return lists.values()
 
 
 def plot_slices(
@@ -295,20 +258,18 @@ def plot_slices(
     """
     check_option("volumes", volumes, lambda v: {x.ndim for x in v} == {3}, "3-D arrays")
     n = len(volumes)
-    check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
-    check_option("spacing_mm", spacing_mm, *SIZES_MM)
-    expected = "None, or two numbers: what is black, and what is white"
-    check_option("window", window, lambda w: w is None or w[1] - w[0] > 0, expected)
-    titles, overlays, boxes, sides = _panels(n, titles, overlays, boxes, sides)
+    sides = [sides] * n if isinstance(sides, bool | str) else sides
+    lists = {"titles": titles, "overlays": overlays, "boxes": boxes, "sides": sides}
+    titles, overlays, boxes, sides = _check_view(n, axis, spacing_mm, window, **lists)
+    overlays = [o if isinstance(o, Overlay) else _overlay(o) for o in overlays]
     for scan, o in zip(volumes, overlays, strict=True):
         if o is not None and o.volume.shape != scan.shape:
             raise ValueError(f"expected labels of {scan.shape}, got {o.volume.shape}")
-    if index is None:
-        index = _best_slice_of(overlays, volumes[0].shape, axis)
+    index = _best_slice_of(overlays, volumes[0].shape, axis) if index is None else index
     indices = _check_slices(index, [volume.shape[axis] for volume in volumes])
     frames = _find_frames(volumes, boxes)
     across, up = _in_plane(np.ptp(frames[0], axis=1) * spacing_mm, axis)
-    size = (n * PANEL_WIDTH_INCHES, PANEL_WIDTH_INCHES * up / across + 0.6)
+    size = (n * 2.6, 2.6 * up / across + 0.6)  # inches
     axes = _make_axes(axes, n, size)
     for i, each in enumerate(axes):
         _show_grey(each, volumes[i], indices[i], axis, spacing_mm, frames[i], window)
@@ -317,7 +278,7 @@ def plot_slices(
         if boxes[i] is not None:
             _draw_box(each, boxes[i], axis)
         _mark(each, indices[i], axis, sides[i])
-        each.set_title(titles[i], fontsize="medium")
+        each.set_title(titles[i] or "", fontsize="medium")
     _add_keys(axes, overlays)
     return axes
 
@@ -440,12 +401,11 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     check_option("step", step, *whole(1))
     maps = segmentations
     check_option("segmentations", maps, lambda m: np.ndim(m) == 4, "maps of one shape")
-    check_option("titles", titles, are(len(maps), FITS["titles"]), "one for each map")
-    box = bounding_box(np.any(segmentations, axis=0))
+    check_option("titles", titles, are(len(maps), str.upper), "one for each map")
+    box, n = bounding_box(np.any(maps, axis=0)), len(maps)
     size_mm = spacing_mm * np.array([max(1, s.stop - s.start) for s in box])
-    options = {"subplot_kw": {"projection": "3d"}, "layout": "constrained"}
-    size = (4 * len(titles), 4.5)
-    figure, axes = plt.subplots(1, len(titles), squeeze=False, figsize=size, **options)
+    options = {"subplot_kw": {"projection": "3d"}, "figsize": (4 * n, 4.5)}
+    figure, axes = plt.subplots(1, n, squeeze=False, layout="constrained", **options)
     solid = dict(zip(LABEL_COLOURS.items(), (1, 0.12, 1), strict=True))
     for each, segmentation, title in zip(axes[0], segmentations, titles, strict=True):
         labels, parts, colours = segmentation[box][::step, ::step, ::step], [], []

@@ -275,6 +275,33 @@ def bounding_boxes(masks):
     return [bounding_box(m if m.any() else np.ones_like(m)) for m in masks]
 
 
+def best_slice(segmentation, axis=2):
+    """Return the index of the slice with the most tumour.
+
+    Parameters
+    ----------
+    segmentation : (X, Y, Z) array
+        Non-zero is tumour.
+    axis : int
+        The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
+
+    Returns
+    -------
+    index : int
+        The first one if several are equal; the middle slice where there is no tumour.
+
+    Examples
+    --------
+    >>> segmentation = np.zeros((4, 4, 9))
+    >>> segmentation[1:3, 1, 6] = 2
+    >>> best_slice(segmentation)
+    6
+    """
+    others = tuple(a for a in range(3) if a != axis)
+    counts = np.count_nonzero(segmentation, axis=others)
+    return int(counts.argmax()) if counts.any() else len(counts) // 2
+
+
 def surface_quads(mask, rounds=3):
     """Return the surface of a mask as quadrilaterals, smoothed, to draw it in 3D.
 

@@ -1,6 +1,4 @@
-import os
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -173,11 +171,8 @@ def test_score_cases_rejects_predictions_that_do_not_fit(tmp_path):
         score_cases(path.parent, [case])
 
 
-def test_score_cases_on_real_scans(tmp_path):
-    root = os.environ.get("BRATS_REAL_CASES")
-    if not root:
-        pytest.skip("BRATS_REAL_CASES is unset")
-    case = find_cases(Path(root), labels="0124")[0]
+def test_score_cases_on_real_scans(real_cases, tmp_path):
+    case = find_cases(real_cases, labels="0124")[0]
     truth, affine = load_labels(case.segmentation)
     save_volume(
         np.roll(truth, 2, axis=0), tmp_path / f"{case.id}.nii.gz", affine=affine

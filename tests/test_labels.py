@@ -82,6 +82,7 @@ def test_I1_names_of_labels_since_2023_and_negations():
         ({"whole tumor": [1, 2, 3], "tumor core": [2, 3], "ET": 3}, {1: 2, 2: 1, 3: 4}),
         ({"WT": [1, 2, 3], "TC": [2, 3], "necrosis": [3]}, {}),
         ({"brain": [1, 2, 3], "whole tumor": [2, 3], "tumor core": [3]}, {}),
+        ({"whole tumor": [2, 3], "tumor core": [2, 3], "ET": [3, 1]}, {}),
     ],
 )
 def test_I1_names_that_are_not_understood_are_not_guessed(names, table):

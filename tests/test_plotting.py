@@ -14,7 +14,6 @@ from mpl_toolkits.mplot3d import proj3d  # noqa: E402
 from brats_utils import plotting  # noqa: E402
 from brats_utils.labels import COLOURS, LABELS  # noqa: E402
 from brats_utils.plotting import (  # noqa: E402
-    best_slice,
     browse,
     browse_cases,
     plot_case,
@@ -24,6 +23,7 @@ from brats_utils.plotting import (  # noqa: E402
     plot_surfaces,
     plot_uncertainty,
 )
+from brats_utils.volumes import best_slice  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
