@@ -202,6 +202,8 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
         for mirrored in mirrors:
             found = _predict_once(each.model, np.flip(image, mirrored), shape)
             found = np.flip(found, mirrored)
+            if n_passes == 1:
+                return found, np.zeros(found.shape[:3], np.float32)
             total, squares = total + found, squares + found**2
     mean = total / n_passes
     return mean, np.sqrt(np.maximum(squares / n_passes - mean**2, 0)).max(axis=-1)
