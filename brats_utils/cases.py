@@ -45,13 +45,13 @@ class Case:
 
     def __post_init__(self):
         """Take paths written as text, too."""
-        images, expected = self.images or {}, "{modality: file}, with modalities "
-        known = lambda one: {*ALL_MODALITIES}.issuperset(one[0].keys())  # noqa: E731
-        check_option("images", [images], known, f"{expected}of {ALL_MODALITIES}")
-        images = {m: check_path(f"images[{m!r}]", images[m]) for m in images}
-        drawn = self.segmentation
-        drawn = drawn if drawn is None else check_path("segmentation", drawn)
-        vars(self).update(images=images, segmentation=drawn)  # it is frozen
+        try:
+            images = {name: Path(path) for name, path in (self.images or {}).items()}
+            segmentation = Path(self.segmentation) if self.segmentation else None
+        except (AttributeError, TypeError) as error:
+            expected = "images={modality: path}, segmentation=path or None"
+            raise ValueError(f"Case: {error}, expected {expected}") from None
+        vars(self).update(images=images, segmentation=segmentation)  # it is frozen
 
     @property
     def channels(self):
@@ -187,7 +187,8 @@ def _place(path, sets):
     kind, name, case_id, number = match.groups()[:4]
     if kind == "labels":
         return (root, name), ("seg",)
-    if number and Path(root, f"labels{path.parent.name[-2:]}", path.name).exists():
+    drawn, short = root / f"labels{path.parent.name[-2:]}", path.name[len(name) :]
+    if (drawn / path.name).exists() and not (drawn / f"{case_id}{short}").exists():
         case_id, number = name, None  # label maps have no channel's number
     channels = sets[root][0]
     if not channels and not number and labels.naming(case_id)[1] == "0213":
@@ -392,7 +393,7 @@ def rename_odd_segmentation(root):
 
 
 def _paths(case, modalities):
-    """Return what to read of a case's files: {path: modalities asked for, or "seg"}.
+    """Return what to read of a case's files: {path: modalities asked for, or ["seg"]}.
 
     Its first image comes first, asked for or not: all others must lie on its grid.
     """

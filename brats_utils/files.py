@@ -340,8 +340,8 @@ def read_arrays(path):
     record : dict
         What the JSON text "record" says.
     """
-    # The file is closed, and can be replaced.
-    with np.load(path, allow_pickle=False) as saved:
+    # The file is closed, damaged or not, and can be replaced.
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
         arrays = {name: saved[name] for name in sorted(saved.files)}
     record = json.loads(arrays.pop("record").item())
     return list(arrays.values()), record
@@ -360,7 +360,8 @@ def find_differences(old, new, name=""):
     Returns
     -------
     differences : list of str
-        "name.of.key (old value -> new value)" for each value that differs.
+        "name.of.key (old value -> new value)" for each value that differs; None is as
+        good as missing.
     """
     parts = [dict(enumerate(x)) if isinstance(x, list) else x for x in (old, new)]
     if not all(isinstance(part, dict) for part in parts):
@@ -657,9 +658,8 @@ class OutputFolder:
         Raises
         ------
         ValueError
-            As `claim` and `clear` do, before anything is deleted.
+            As `clear` and `claim` do.
         """
-        self.claim(names)
         self.clear()
         self.begin(made_from)
         self.claim(names)

@@ -86,8 +86,8 @@ def _comparison(truth=None, prediction=None, spread=None):
     """Return what can be drawn over a scan, by name, starting with nothing."""
     overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
     if all(overlays.values()):
-        same, expected = lambda p: p.shape == truth.shape, "labels of the truth's shape"
-        check_option("prediction", prediction, same, expected)
+        shape, expected = np.shape(truth), f"{np.shape(truth)}, as the truth has"
+        check_option("prediction: shape", prediction.shape, shape.__eq__, expected)
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
         overlays["errors"] = Overlay(errors, ERRORS, 0.85)
@@ -147,7 +147,8 @@ def _show_grey(axes, volume, index, axis, spacing_mm, frame, window):
     low, high = window
     picture = np.ma.masked_equal(np.take(volume, index, axis).T, 0)
     across, up = _in_plane(spacing_mm, axis)
-    axes.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=up / across)
+    style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+    axes.imshow(picture, aspect=up / across, **style)
     columns, rows = _in_plane(frame, axis)
     # The front is the first row of an axial slice, the head the last of the others.
     axes.set(xlim=columns, ylim=rows[::-1] if axis == 2 else rows)
@@ -196,11 +197,10 @@ def _check_view(n, axis, spacing_mm, window, **lists):
     """Return lists of n items, by default of None; raise if an option cannot be."""
     check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
-    fits = lambda w: w is None or w[1] - w[0] > 0  # noqa: E731
-    check_option("window", window, fits, "None, or the values of black and white")
+    check_option("window", window, lambda w: w is None or w[1] - w[0] >= 0, "2 numbers")
     lists = {name: [None] * n if x is None else x for name, x in lists.items()}
     for name, items in lists.items():
-        check_option(name, items, lambda x: len(x) == n, f"one for each of {n} volumes")
+        check_option(name, items, lambda x: len(x) == n, f"{n}, one for each volume")
     return lists.values()
 
 
@@ -278,7 +278,7 @@ def plot_slices(
         if boxes[i] is not None:
             _draw_box(each, boxes[i], axis)
         _mark(each, indices[i], axis, sides[i])
-        each.set_title(titles[i] or "", fontsize="medium")
+        each.set_title("" if titles[i] is None else titles[i], fontsize="medium")
     _add_keys(axes, overlays)
     return axes
 
@@ -315,8 +315,8 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
         One for each channel.
     """
     scans = _channels(image)
-    view["overlays"] = [_overlay(segmentation)] * len(scans)
-    return plot_slices([*scans.values()], titles or [*scans], **view)
+    overlays = [_overlay(segmentation)] * len(scans)
+    return plot_slices([*scans.values()], titles or [*scans], overlays=overlays, **view)
 
 
 def _plot_overlays(image, overlays, channel=0, **view):
@@ -401,7 +401,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     check_option("step", step, *whole(1))
     maps = segmentations
     check_option("segmentations", maps, lambda m: np.ndim(m) == 4, "maps of one shape")
-    check_option("titles", titles, are(len(maps), str.upper), "one for each map")
+    check_option("titles", titles, lambda t: len(t) == len(maps), "one a map")
     box, n = bounding_box(np.any(maps, axis=0)), len(maps)
     size_mm = spacing_mm * np.array([max(1, s.stop - s.start) for s in box])
     options = {"subplot_kw": {"projection": "3d"}, "figsize": (4 * n, 4.5)}
@@ -446,7 +446,7 @@ def plot_history(history, axes=None):
     axes : array of 2 matplotlib axes
         Loss and Dice. Training is dashed, validation solid.
     """
-    check_option("history", history, lambda h: len(h.columns), "the table of `train`")
+    check_option("history", history, lambda h: [h.columns], "the table of `train`")
     axes = _make_axes(axes, 2, (9, 3.2))
     curves = [(axes[0], "loss", "", "0.2")]
     for region, name in REGION_NAMES.items():

@@ -112,7 +112,8 @@ def prepare_case(
     BratsDataError
         If the case has no segmentation, or its files are not valid.
     ValueError
-        If an option is out of range, or `out` holds something else.
+        If an option is out of range, or `out` holds something else, or other cases
+        that were prepared with other options (`min_labelled` apart).
     """
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
     check_case(case)
@@ -122,12 +123,12 @@ def prepare_case(
         if REPORT in output.former["files"]:
             problem = f"{out} holds a data set, which prepare_dataset changes whole"
             raise ValueError(f"{problem}; choose another folder")
-        others = output.manifest["cases"].keys() - {case.id}
+        kept = {i for i, c in output.manifest["cases"].items() if c["row"]["kept"]}
         # Which cases are kept may differ from case to case.
         before = {**output.manifest["made_from"], "min_labelled": min_labelled}
-        if others and (differ := files.find_differences(before, options)):
+        if kept - {case.id} and (differ := files.find_differences(before, options)):
             problem = f"{out} holds cases with other options: {', '.join(differ)}"
-            raise ValueError(f"{problem}; choose another folder")
+            raise ValueError(f"{problem}; choose another folder, or delete this one")
         output.begin(options)
         rows, bad = _prepare_all([case], output, options, jobs=1)
         if bad:

@@ -153,8 +153,6 @@ class Run:
         model : keras.Model
             Its weights before the first step are a state to resume from, too.
         """
-        if (self.output.path / BEST).exists():
-            self.check_best(noted=False)
         self.output.begin(self.description)
         self.output.claim([BEST, HISTORY, STATE, FORMER])
         if self.is_new:
@@ -179,21 +177,12 @@ class Run:
                 os.replace(state, former)
         self.output.save()
 
-    def check_best(self, *, noted=True):
-        """Raise if the best model is not the one that this run wrote.
-
-        Parameters
-        ----------
-        noted : bool
-            False if a process may have been killed before it noted what it wrote: then
-            a model that was trained on the same data is the run's own.
-        """
-        folder, manifest = self.output.path, self.output.manifest
-        if files.find_changed(folder, {BEST: manifest["files"].get(BEST)}):
-            said = {} if noted else read_model(folder / BEST)[1]
-            if said.get("train_data") != self.description["train_data"]:
-                problem = f"{BEST} in {folder} is not the one that this run wrote"
-                raise ValueError(f"{problem}. {ANOTHER_RUN}")
+    def check_best(self):
+        """Raise if the best model is not the one that this run wrote."""
+        output = self.output
+        if files.find_changed(output.path, {BEST: output.manifest["files"].get(BEST)}):
+            problem = f"{BEST} in {output.path} is not the one that this run wrote"
+            raise ValueError(f"{problem}. {ANOTHER_RUN}")
 
     def _read_state(self):
         """Return (variables, record) of the newest valid state; None without any."""
@@ -247,9 +236,8 @@ class Checkpoint(keras.callbacks.Callback):
         super().__init__()
         self.train_data, self.val_data = train_data, val_data
         self.run, self.lend, self.began = Run(output, description), lend, False
-        self.bar = files.progress_bar(
-            desc="training", unit="epoch", disable=not verbose
-        )
+        options = {"desc": "training", "unit": "epoch", "disable": not verbose}
+        self.bar, self.deadline = files.progress_bar(**options), np.inf
 
     def begin(self, model):
         """Check the volumes, and announce the files of the run."""

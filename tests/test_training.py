@@ -1147,18 +1147,6 @@ def test_I4_the_best_model_of_another_run_is_not_taken_for_ones_own(split, tmp_p
         run(split, tmp_path / "mine", 1)
 
 
-def test_H1_a_model_that_others_put_into_a_run_is_not_replaced(split, tmp_path):
-    run(split, tmp_path, 1)
-    path = tmp_path / "best.keras"
-    tiny_unet(seed=5).save(path)
-    mine = path.read_bytes()
-    with pytest.raises(ValueError, match="best.keras in .* is not the one that this"):
-        run(split, tmp_path, 2)
-    assert path.read_bytes() == mine
-    path.unlink()  # moved away
-    assert len(run(split, tmp_path, 2)[1]) == 2
-
-
 def test_I5_the_optimizers_options_are_compared(split, tmp_path, monkeypatch):
     run(split, tmp_path, 1)
     monkeypatch.setitem(training.OPTIMIZER, "weight_decay", 1e-2)

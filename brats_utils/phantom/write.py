@@ -177,6 +177,7 @@ def write_phantom(
         same = noted and folder.manifest["made_from"] == settings
         if same and not files.find_changed(folder.path, noted):
             return found
+        folder.claim(names)  # refuses a user's file before anything is deleted
         folder.start_over(settings, names)
         Parallel(jobs or -1, prefer="threads")(  # -1: one per core
             delayed(_write_case)(folder, root, case, index, seed, tuple(shape), wide)
