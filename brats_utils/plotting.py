@@ -86,8 +86,7 @@ def _comparison(truth=None, prediction=None, spread=None):
     """Return what can be drawn over a scan, by name, starting with nothing."""
     overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
     if all(overlays.values()):
-        shape, expected = np.shape(truth), f"{np.shape(truth)}, as the truth has"
-        check_option("prediction: shape", prediction.shape, shape.__eq__, expected)
+        check_option("prediction", prediction.shape, truth.shape.__eq__, truth.shape)
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
         overlays["errors"] = Overlay(errors, ERRORS, 0.85)
@@ -201,6 +200,10 @@ def _check_view(n, axis, spacing_mm, window, **lists):
     lists = {name: [None] * n if x is None else x for name, x in lists.items()}
     for name, items in lists.items():
         check_option(name, items, lambda x: len(x) == n, f"{n}, one for each volume")
+    fit = are(n, lambda side: isinstance(side, bool) or len(side) == 4)
+    check_option("sides", lists["sides"], fit, "True, False or 4 letters each")
+    fit = are(n, lambda box: box is None or box[2].stop)
+    check_option("boxes", lists["boxes"], fit, "3 slices or None each")
     return lists.values()
 
 
@@ -269,8 +272,7 @@ def plot_slices(
     indices = _check_slices(index, [volume.shape[axis] for volume in volumes])
     frames = _find_frames(volumes, boxes)
     across, up = _in_plane(np.ptp(frames[0], axis=1) * spacing_mm, axis)
-    size = (n * 2.6, 2.6 * up / across + 0.6)  # inches
-    axes = _make_axes(axes, n, size)
+    axes = _make_axes(axes, n, (n * 2.6, 2.6 * up / across + 0.6))
     for i, each in enumerate(axes):
         _show_grey(each, volumes[i], indices[i], axis, spacing_mm, frames[i], window)
         if overlays[i] is not None:
@@ -401,7 +403,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     check_option("step", step, *whole(1))
     maps = segmentations
     check_option("segmentations", maps, lambda m: np.ndim(m) == 4, "maps of one shape")
-    check_option("titles", titles, lambda t: len(t) == len(maps), "one a map")
+    check_option("titles", titles, lambda t: len(t) == len(maps), "one for each map")
     box, n = bounding_box(np.any(maps, axis=0)), len(maps)
     size_mm = spacing_mm * np.array([max(1, s.stop - s.start) for s in box])
     options = {"subplot_kw": {"projection": "3d"}, "figsize": (4 * n, 4.5)}
@@ -417,10 +419,9 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
         if len(quads):
             solids = Poly3DCollection(quads, facecolors=colours, shade=True)
             each.add_collection3d(solids)
-        each.set(
-            title=title, xlabel="R – L, mm", ylabel="A – P, mm", zlabel="I – S, mm"
-        )
-        each.yaxis.labelpad, each.zaxis.labelpad = 10, 8
+        each.set(title=title, xlabel="R – L, mm", zlabel="I – S, mm")
+        each.set_ylabel("A – P, mm", labelpad=10)
+        each.zaxis.labelpad = 8
         each.set(xlim=(0, size_mm[0]), ylim=(0, size_mm[1]), zlim=(0, size_mm[2]))
         each.set_box_aspect(size_mm, zoom=0.85)
         each.locator_params(nbins=3)
@@ -578,8 +579,7 @@ def browse_cases(scores, load, **view):
         `axis` and `spacing_mm`, as in `plot_slices`.
     """
     check_option("load", load, callable, "a function of a case id")
-    expected = "a pandas.Series of a score for each case id"
-    check_option("scores", scores, lambda s: len(s.sort_values()), expected)
+    check_option("scores", scores, lambda s: len(s.sort_values()), "a Series by case")
     ranking, unit = scores.sort_values(), scores.name or ""
     cases = [(f"{i}: {score:.2f} {unit}".strip(), i) for i, score in ranking.items()]
     _Browser(load, cases, **view).show()

@@ -445,7 +445,7 @@ OF_OTHER_MODULES = [
             "axis": (3, -1, 1.5, "2", None, True),
             "titles": (5, ["a"], "ab", {"a", "b", "c"}),
             "spacing_mm": (1, (1, 1), (0, 1, 1), "111", (NAN, 1, 1), None),
-            "sides": (5, [True], [True] * 4, {True}),
+            "sides": (5, [True], [True] * 4, {True}, "LR"),
             "axes": (5, [], "axes", [1, 2, 3]),
         },
     ),
@@ -461,7 +461,8 @@ OF_OTHER_MODULES = [
         {
             "overlays": (5, "map", [None, None]),
             "overlays=labels": ([5], [np.zeros((4, 4))], [np.full((4, 4, 4), 3)]),
-            "boxes": (5, "box", [None, None]),
+            "boxes": (5, "box", [None, None], [5], ["box"], [(slice(2), slice(2))]),
+            "sides": (5, [5], ["LR"], ["LRAPX"], "LR", [True, True]),
             "window": (5, (1,), (2, 1), "01", (NAN, 1)),
         },
     ),

@@ -179,7 +179,9 @@ def test_what_does_not_fit_is_refused(toy):
         plot_case(image, np.full((20, 16, 12), 3))
     with pytest.raises(ValueError, match=r"of \(20, 16, 12\), got \(20, 16, 11\)"):
         plot_case(image, segmentation[..., 1:])
-    with pytest.raises(ValueError, match=r"shape is \(20, 16, 11\), expected \(20, 16"):
+    with pytest.raises(
+        ValueError, match=r"prediction is \(20, 16, 11\), expected \(20, 16"
+    ):
         plot_prediction(image, segmentation, segmentation[..., 1:])
     with pytest.raises(ValueError, match="image has shape"):
         plot_case(image[None], segmentation)
