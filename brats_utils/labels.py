@@ -34,8 +34,11 @@ _NAME = re.compile(rf"(?:(.+?)[-_])??(?:{_KEY})\.nii(?:\.gz)?", re.I)
 # A name that only says when a scan was made: the patient is its folder.
 _DAY = r"(?:0[1-9]|1[0-2])[-._]?(?:0[1-9]|[12]\d|3[01])"
 _DATE = rf"(?:19|20)\d\d[-._]?{_DAY}|{_DAY}-(?:19|20)\d\d(?:-.*)?"  # the last: NBIA's
-_TIME = r"(?:week|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+(?:-\d+)?"
-VISIT = re.compile(rf"{_TIME}|{_DATE}|anat|pre|post|baseline|follow-?up[-_ ]?\d*", re.I)
+_TIME = (
+    r"(?:week|month|day|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+(?:-\d+)?|fu\d\d?"
+    r"|(?:ses-)?(?:pre|post)(?:-?op)?|anat|baseline|follow-?up[-_ ]?\d*"
+)
+VISIT = re.compile(f"{_TIME}|{_DATE}", re.I)
 # How files write background, core, oedema and enhancing tumour, in this order.
 CONVENTIONS = ("0124", "0123", "0213")
 TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"

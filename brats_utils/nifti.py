@@ -255,7 +255,7 @@ def check_unedited(folder, files):
     for path in (Path(folder, name) for name in find_changed(folder, complete)):
         with contextlib.suppress(BratsDataError):
             read_volume(path)
-            problem = f"{path} was changed after it was predicted"
+            problem = f"{path} was changed after it was written"
             raise ValueError(f"{problem}; move it, or choose another folder")
 
 

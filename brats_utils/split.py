@@ -23,7 +23,8 @@ KINDS, SIDES = ("images", "masks"), ("train", "val")
 _VISIT = re.compile(
     r"(?i)((?:.+[-_])?(?:brats1[789]_[^_]+_[^_]+|brats-[a-z]+-\d+"
     r"|brats_(?:gli|ssa|men|mets?|goat|peds?)_\d+"
-    r"|upenn[-_]gbm[-_]\d+|ucs[fd][-_]p[a-z]+[-_]\d+|tcga-\w\w-\w{4})|sub-[^_]+(?=_))[-_].+"
+    r"|(?:upenn[-_]gbm|ucs[fd][-_]p[a-z]+|rhuh(?:[-_]gbm)?)[-_]\d+|tcga-\w\w-\w{4})"
+    r"|sub-[^_]+(?=_))[-_].+"
 )
 _DATED = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
 _TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
@@ -135,18 +136,19 @@ def read_csv(path):
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty, or holds other data")
-        separator = max(",;\t", key=lines[0].count)
-        names = [n.strip() for n in next(csv.reader(lines, delimiter=separator))]
+        form = {"delimiter": max(",;\t", key=lines[0].count), "strict": True}
+        names = [n.strip() for n in next(csv.reader(lines, **form))]
         twice = [name for name in names if names.count(name) > 1]
         if twice := [*filter(_OF_PATIENTS.fullmatch, twice)]:
             raise csv.Error(f"it has two columns named {twice[0]}")
-        rows = [*csv.DictReader(lines, delimiter=separator, restval="", restkey="more")]
-        if long := [row for row in rows if any(row.get("more", ()))]:
+        rows = [*csv.DictReader(lines, restval="", **form)]
+        if long := [row for row in rows if any(row.pop(None, ()))]:
             raise csv.Error(f"a row has more cells than the first: {long[0]}")
         if "" in names[1:] and any(row.get("") for row in rows):
             raise csv.Error(f"columns without names hold cells; is {names[0]} a title?")
     except csv.Error as error:
-        problem = f"{path} is not a text table: {error}"
+        why = "its quotation marks do not match" if "expect" in str(error) else error
+        problem = f"{path} is not a text table: {why}"
         raise ValueError(f"{problem}; save it as csv, or remove it") from None
     return [{str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows]
 
@@ -176,7 +178,12 @@ def _link(links, ids, path):
     matched, full = set(), {case_id.lower() for case_id in ids.values()}
     padded = any(name.startswith("0") and name.isdigit() for name in full)
     for row in rows:
-        named = {c: row[c] for c in columns if c == own or not _EMPTY.fullmatch(row[c])}
+        named = {  # in other columns, only what is another case's id
+            c: n
+            for c, n in row.items()
+            if c == own or not _EMPTY.fullmatch(n)
+            if c in columns or (n.lower() in ids and not n.isdigit())
+        }
         # Patient 1 of one column is not number 1 of another; 001 may be a case's id.
         names = [
             f"{c} {n}" * (c != own and n.isdigit() and not (padded and n in full)) or n

@@ -252,3 +252,27 @@ def test_H2_a_patient_that_was_changed_by_hand_is_not_replaced(tmp_path):
     with pytest.raises(ValueError, match="others changed"):
         write_phantom(tmp_path / "root", 2, shape=SHAPE, seed=1)
     assert checksums(tmp_path / "root") == before
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_H1_a_scan_that_was_edited_is_not_replaced(tmp_path, seed, renamed):
+    write_phantom(tmp_path, 3, shape=SHAPE)
+    if renamed:
+        rename_odd_segmentation(tmp_path)
+    path = next((tmp_path / TRAINING / "BraTS20_Training_003").glob("*[Ss]eg*"))
+    edited = bytearray(path.read_bytes())
+    edited[-1] = 4  # a voxel: as long as it was
+    path.write_bytes(edited)
+    before = scans(tmp_path)
+    with pytest.raises(ValueError, match=f"{path.name} was changed after"):
+        write_phantom(tmp_path, 3, shape=SHAPE, seed=seed)
+    assert scans(tmp_path) == before
+
+
+def test_J4_options_of_numpy_and_more_jobs_than_patients(tmp_path):
+    options = {"shape": SHAPE, "compressed": np.True_, "wide": np.False_}
+    write_phantom(tmp_path, 1, jobs=1, shape=SHAPE)
+    [case] = write_phantom(tmp_path, 1, jobs=100_000, **options)
+    assert case.images["t2"].name == "BraTS20_Training_001_t2.nii.gz"
+    assert case.images["t2"].is_file()

@@ -602,6 +602,16 @@ def test_I2_numbers_that_a_spreadsheet_shortened_are_ids(tmp_path):
         ("BraTS_GLI_02000_100", "BraTS_GLI_02000_101", 1),
         ("sub-GBM-01", "sub-GBM-02", 2),
         ("sub-GBM-01_ses-1", "sub-GBM-01_ses-2", 1),
+        ("P1_preop", "P1_postop", 1),
+        ("P1_pre-op", "P1_post-op", 1),
+        ("P1_ses-preop", "P1_ses-postop", 1),
+        ("P1_FU1", "P1_FU2", 1),
+        ("P1_month3", "P1_month6", 1),
+        ("P1_day0", "P1_day30", 1),
+        ("RHUH-0001_0", "RHUH-0001_1", 1),
+        ("FU_001", "FU_002", 2),  # a hospital's
+        ("scan_scan1", "scan_scan2", 2),
+        ("P_v1", "P_v2", 2),
     ],
 )
 def test_I2_more_names_of_visits(tmp_path, first, second, patients):
@@ -644,3 +654,31 @@ def test_I2_columns_of_patients_have_many_names(tmp_path, header):
 )
 def test_I2_numbers_that_are_ids(tmp_path, ids, header, rows, patients):
     assert patients_of(tmp_path, ids, header, *rows) == patients
+
+
+@pytest.mark.parametrize("header", ["patient,scan1,scan2", "who,baseline,followup"])
+def test_I2_scans_in_several_columns_are_of_one_patient(tmp_path, header):
+    rows = [f"p{n},{IDS[n]},{IDS[n + 2]}" for n in range(2)]
+    assert patients_of(tmp_path, IDS, header, *rows) == 2
+
+
+def test_I2_a_remark_that_is_an_id_unites_only_these_two(tmp_path):
+    remarks = ["good", IDS[0], "good", "good"]
+    rows = [f"{i},{n},{remarks[n]}" for n, i in enumerate(IDS)]
+    assert patients_of(tmp_path, IDS, "case_id,patient_id,remark", *rows) == 3
+
+
+@pytest.mark.parametrize("cells", ['"5 mm', '"Left" side'])
+def test_I2_an_open_quote_does_not_swallow_rows(tmp_path, cells):
+    rows = [f"{i},P{n // 2},{'' if n else cells}" for n, i in enumerate(IDS)]
+    with pytest.raises(ValueError, match="mapping.csv .* quotation mark"):
+        patients_of(tmp_path, IDS, "case_id,patient_id,note", *rows)
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_I2_a_comma_too_many_and_a_column_named_more(tmp_path, n):
+    rows = [f"{i},P{k // 2}" for k, i in enumerate(IDS)]
+    comma = [row + "," * (k == n) for k, row in enumerate(rows)]
+    assert patients_of(tmp_path, IDS, "case_id,patient_id", *comma) == 2
+    more = [row + ",x" for row in rows]
+    assert patients_of(tmp_path, IDS, "case_id,patient_id,more", *more) == 2

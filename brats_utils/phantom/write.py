@@ -10,7 +10,7 @@ from scipy.special import ndtri
 from brats_utils import __version__, files
 from brats_utils.cases import Case
 from brats_utils.labels import ALL_MODALITIES
-from brats_utils.nifti import save_volume
+from brats_utils.nifti import check_unedited, save_volume
 from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
 from brats_utils.phantom.wide import draw_wide_patient
 from brats_utils.volumes import check_shape
@@ -91,7 +91,7 @@ def _check_arguments(compressed, wide, jobs, shape, **numbers):
     check_shape(() if shape is None else shape, "shape", least=16)
     settings = {name: int(value) for name, value in numbers.items()}
     settings |= {"wide": True} if wide else {}
-    settings |= {"shape": [int(n) for n in shape], "compressed": compressed}
+    settings |= {"shape": [int(n) for n in shape], "compressed": bool(compressed)}
     return {**settings, "version": __version__}
 
 
@@ -159,7 +159,8 @@ def write_phantom(
     ------
     ValueError
         If an argument is not possible, no case is asked for, or `root` holds files
-        that this function did not write. Nothing is changed then.
+        that this function did not write, or a scan that was changed since. Nothing is
+        changed then.
     """
     root = files.check_path("root", root)
     numbers = {"n_cases": n_cases, "without_segmentation": without_segmentation}
@@ -177,9 +178,11 @@ def write_phantom(
         same = noted and folder.manifest["made_from"] == settings
         if same and not files.find_changed(folder.path, noted):
             return found
+        check_unedited(folder.path, noted)
         folder.claim(names)  # refuses a user's file before anything is deleted
         folder.start_over(settings, names)
-        Parallel(jobs or -1, prefer="threads")(  # -1: one per core
+        jobs = min(jobs or -1, len(cases))  # -1: one per core
+        Parallel(jobs, prefer="threads")(
             delayed(_write_case)(folder, root, case, index, seed, tuple(shape), wide)
             for case, (_, index) in zip(cases, patients, strict=True)
         )
