@@ -421,6 +421,7 @@ def tune_decoding(cases):
         grid, shape = regions.shape[:-1], np.shape(truth)
         expected = f"{grid}, as of its probabilities"
         files.check_option("shape of truth", shape, grid.__eq__, expected)
+        encode_labels(truth)  # raises if it holds other values
         box = bounding_box((regions[..., 0] > THRESHOLDS[0]) | (truth > 0))
         kept.append((np.array(regions[box]), np.array(truth[box])))
         plain.append(_decoded_dice(np.asarray(probabilities)[box], truth[box], {}))

@@ -98,7 +98,7 @@ def _apply(layer, inputs, ranges):
         "sigmoid": lambda: op.sigmoid(x),
         "softmax": lambda: op.softmax(x, 1),
     }
-    if name not in operations:
+    if name not in operations or any(each is None for each in inputs):
         raise ValueError(f"layer {layer.name} is of the kind {name}: {KERAS_ONLY}")
     return operations[name]()
 
@@ -108,8 +108,8 @@ def _make_model(model, ranges):
     made = OpenVinoModel(model.inputs[0], model.outputs[0], name=model.name)
     image = op.parameter([-1] * 4 + [model.input_shape[-1]], np.float32)
     nodes = {id(made.inputs[0]): op.transpose(image, TO_CHANNELS_FIRST)}
-    for layer in made.layers[1:]:
-        inputs = [nodes[id(each)] for each in keras.tree.flatten(layer.input)]
+    for layer in made.operations[1:]:
+        inputs = [nodes.get(id(each)) for each in keras.tree.flatten(layer.input)]
         nodes[id(layer.output)] = _apply(layer, inputs, ranges)
     last = op.transpose(nodes[id(made.outputs[0])], TO_CHANNELS_LAST)
     made.graph, made.ready = ov.Model([last], [image]), None

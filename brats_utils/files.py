@@ -27,7 +27,7 @@ MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
 _EXCHANGE, _CURRENT_FOLDER = 2, -100  # of Linux's renameat2
 
 
-def setting(name, default):
+def setting(name, default, or_none=False):
     """Return a notebook parameter: its default, or the value of `BRATS_<NAME>`.
 
     Parameters
@@ -36,9 +36,11 @@ def setting(name, default):
         Name of the constant: `"EPOCHS"` for the variable `BRATS_EPOCHS`.
     default : bool, int, float, str, Path, tuple of int or of str, or None
         Used where the variable is unset or empty. Its type decides how the text is
-        read: a tuple is written with commas (`128,128,128`), `none` gives None, and a
-        relative path starts at the project's root. If the default is None, a number is
-        read as one, whole numbers with commas give a tuple, anything else is text.
+        read: a tuple is written with commas (`128,128,128`), and a relative path
+        starts at the project's root. If the default is None, a number is read as one,
+        whole numbers with commas give a tuple, anything else is text.
+    or_none : bool
+        Whether `none` gives None, as it does if that is the default.
 
     Returns
     -------
@@ -57,10 +59,10 @@ def setting(name, default):
     text = os.environ.get(f"BRATS_{name}", "").strip()
     if not text or isinstance(default, str):
         return text or default
-    if text.lower() == "none":
+    if text.lower() == "none" and (or_none or default is None):
         return None
     if isinstance(default, Path):
-        return project_root() / text
+        return project_root() / Path(text).expanduser()
     if isinstance(default, tuple) and isinstance(default[0], str):
         return tuple(part.strip() for part in text.split(","))
     with contextlib.suppress(KeyError, ValueError):

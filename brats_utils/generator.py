@@ -20,6 +20,7 @@ from brats_utils.volumes import check_shape, pad, standardise
 # (python/cpython#106905).
 PARSING = threading.Lock()
 SEEN = weakref.WeakKeyDictionary()  # images that models were trained on: {model: names}
+CHANNELS = weakref.WeakKeyDictionary()  # their modalities: {model: names}
 PREPARE_AGAIN = "Run notebooks/01_prepare.ipynb again"
 POSSIBLE = dict.fromkeys(("batch_size", "patches_per_case"), files.whole(1))
 POSSIBLE |= dict.fromkeys(("seed", "workers", "max_queue_size"), files.whole(0))
@@ -360,7 +361,14 @@ class BratsGenerator(keras.utils.PyDataset):
             image = self._standardise(case_id, image)
         image, labels = pad(image, self.patch_shape), pad(labels, self.patch_shape)
         change = augment_patch if self.augment is True else self.augment
-        return change(image, labels, rng) if change else (image, labels)
+        if not change:
+            return image, labels
+        changed = change(image, labels, rng)
+        pair = isinstance(changed, tuple | list)
+        shapes = [np.shape(x) for x in changed] if pair else changed
+        expected = [image.shape, labels.shape]
+        files.check_option("what augment returns", shapes, expected.__eq__, expected)
+        return changed
 
 
 def check_pair(train_data, val_data, model, factor):

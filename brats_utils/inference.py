@@ -13,6 +13,7 @@ import numpy as np
 
 from brats_utils import files, labels, nifti, volumes
 from brats_utils.cases import check_distinct, read_scan
+from brats_utils.generator import CHANNELS
 from brats_utils.model import describe_model, find_model, read_model, size_factor
 from brats_utils.nifti import BratsDataError
 
@@ -212,7 +213,7 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
 def _choose_modalities(trained, modalities):
     """Return the channels of a model: those given, described, or the usual ones."""
     channels = trained.model.input_shape[-1]
-    stored = trained.description.get("modalities")
+    stored = trained.description.get("modalities") or CHANNELS.get(trained.model)
     usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(channels, ())
     if modalities is None:
         modalities = stored or (usual if trained.path is None else ())

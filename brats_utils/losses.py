@@ -37,7 +37,7 @@ from keras.saving import register_keras_serializable
 
 from brats_utils.files import check_option, is_whole
 from brats_utils.labels import ENCODED_REGIONS, LABELS
-from brats_utils.model import check_model, grid_sizes, output_head
+from brats_utils.model import check_model, grid_sizes, output_head, size_factor
 
 SMOOTH = 1.0  # voxels
 EPSILON = 1e-7
@@ -325,7 +325,7 @@ def build_losses(model):
     """
     factors = getattr(model, "factors", (1,))
     _, *grid, n_outputs = model.outputs[0].shape
-    shapes = [(1, *[factors[-1] // f] * len(grid)) for f in factors]
+    shapes = [(1, *[8 * factors[-1] // f] * len(grid)) for f in factors]
     outputs = [np.full((*shape, n_outputs), 0.5, np.float32) for shape in shapes]
     labels = np.zeros((*shapes[0], 1), np.uint8)
     outputs = outputs if len(factors) > 1 else outputs[0]
@@ -365,23 +365,41 @@ def check_loss(loss, model):
         Says what the loss does instead, or that the model has other outputs.
     """
     check_model(model)
-    outputs, last = model.output_shape[-1], model.outputs[0]._keras_history.operation
+    outputs, grid = model.output_shape[-1], model.input_shape[1:-1]
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
-    if hasattr(last, "kernel") and last.activation is keras.activations.linear:
-        expected = "'softmax' or 'sigmoid': probabilities"
-        raise ValueError(f"the last layer has no activation; expected {expected}")
     _check_can_be_loaded(model)
-    truth, function = np.arange(4).reshape(1, 4, 1, 1, 1), keras.losses.get(loss)
-    table = np.eye(4) if outputs == len(LABELS) else IN_REGION
-    perfect = table[truth[..., 0]].astype("float32")
+    factor = size_factor(model)
+    small = factor * max(2, 8 // factor)
+    shape = (1, *(n or small for n in grid), model.input_shape[-1])
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     try:
-        costs = [float(ops.mean(function(truth, p))) for p in (perfect, 1 - perfect)]
+        y = ops.convert_to_numpy(model(x))
+    except Exception as error:  # whatever a layer raises
+        raise ValueError(f"the model fails for {shape}: {str(error)[:200]}") from None
+    total = y.sum(-1) if outputs == len(LABELS) else 1
+    fits = y.shape[:-1] == x.shape[:-1] and y.max() <= 1
+    if not fits or y.min() < 0 or np.abs(total - 1).max() > 0.01:
+        found = f"gives {y.min():.2g} to {y.max():.2g} of {y.shape} for {x.shape}"
+        advice = "'softmax' or 'sigmoid' in a last layer of the input's size"
+        raise ValueError(f"the model {found}; expected probabilities: {advice}")
+    labels, function = np.indices((8, 8, 8)).sum(0)[None] % 4, keras.losses.get(loss)
+    truth = ops.convert_to_tensor(labels[..., None], "float32")  # as Keras hands it on
+    table = np.eye(4) if outputs == len(LABELS) else IN_REGION
+    perfect = ops.convert_to_tensor(table[labels], "float32")
+    wrong = {"its opposite": 1 - perfect, "nothing": 0 * perfect}
+    try:
+        right, *costs = [
+            float(ops.mean(function(truth, p))) for p in (perfect, *wrong.values())
+        ]
     except Exception as error:  # whatever Keras and its backends raise at other shapes
         found = f"which fails: {str(error)[:100]}"
     else:
-        if not costs[0] > costs[1]:  # NaN is found while training
+        worse = [
+            f"{c:.3g} for {n}" for n, c in zip(wrong, costs, strict=True) if right > c
+        ]
+        if not worse:  # NaN is found while training
             return
-        found = "which is {:.3g} for the truth, {:.3g} for its opposite".format(*costs)
+        found = f"which is {right:.3g} for the truth, {worse[0]}"
     expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
     raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
 
@@ -431,21 +449,29 @@ def describe(description):
     """
     try:
         return json.loads(json.dumps(description, default=describe_object))
-    except (RecursionError, TypeError, ValueError) as error:
+    except (NotImplementedError, RecursionError, TypeError, ValueError) as error:
         problem = f"loss is {description.get('loss')!r}, expected attributes that JSON"
         raise ValueError(f"{problem} can hold: {error}") from None
 
 
 def _kept(function):
-    """Return the numbers and texts that a function keeps of the one that made it."""
-    kept = []
-    for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):  # it is empty
-            content = cell.cell_contents
-            code = types.FunctionType | types.ModuleType | type
-            if not isinstance(content, code):
-                json.dumps(content, default=describe_object)
-                kept.append(content)
+    """Return what a function and those it holds keep: defaults, variables around it."""
+    kept, functions = [], [function]
+    for each in functions:  # which grows
+        held = [*(getattr(each, "__defaults__", None) or ())]
+        held += (getattr(each, "__kwdefaults__", None) or {}).values()
+        for cell in getattr(each, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # it is empty
+                held.append(cell.cell_contents)
+        for content in held:
+            if isinstance(content, types.FunctionType):
+                if content not in functions:
+                    functions.append(content)
+                    kept.append(f"{content.__module__}.{content.__qualname__}")
+            elif not isinstance(content, types.ModuleType | type):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                    json.dumps(content, default=describe_object)
+                    kept.append(content)
     return kept
 
 

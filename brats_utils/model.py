@@ -15,7 +15,7 @@ import pandas as pd
 from keras import layers
 
 from brats_utils import files
-from brats_utils.generator import SEEN
+from brats_utils.generator import CHANNELS, SEEN
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
@@ -368,8 +368,9 @@ def model_table(model, input_shape=None):
     expected = f"a shape like {own}: the model has open sizes, pass input_shape"
     files.check_option("input_shape", shape, fits, expected)
     shape = tuple(shape)
-    _check_sizes(shape[:-1], size_factor(model))
-    if None not in model.input_shape[1:] and shape != model.input_shape[1:]:
+    if shape != own:
+        _check_sizes(shape[:-1], size_factor(model))
+    if None not in own and shape != own:
         model = keras.models.clone_model(model, keras.Input(shape))
     parts = model.layers[1:]  # without the input layer
     shapes = _output_shapes(model, [layer.output for layer in parts], shape)
@@ -521,6 +522,7 @@ def read_model(path):
     if described:
         check_description(model, description, path)
         SEEN[model] = {*map(str, description.get("train_images", ()))}
+        CHANNELS[model] = description["modalities"]
     return model, description
 
 

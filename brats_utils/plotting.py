@@ -14,7 +14,6 @@ import numpy as np
 from IPython import display
 from IPython.core.pylabtools import print_figure
 from matplotlib.colors import ListedColormap, to_rgb
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
@@ -86,6 +85,7 @@ def _comparison(truth=None, prediction=None, spread=None):
     """Return what can be drawn over a scan, by name, starting with nothing."""
     overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
     if all(overlays.values()):
+        truth, prediction = (overlay.volume for overlay in overlays.values())
         check_option("prediction", prediction.shape, truth.shape.__eq__, truth.shape)
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
@@ -105,7 +105,7 @@ def _best_slice_of(overlays, shape, axis):
 def _check_slices(index, sizes):
     """Return the slice of each volume; raise if one of them has no such slice."""
     indices, last = np.broadcast_to(index, len(sizes)), np.array(sizes) - 1
-    fits = indices.dtype.kind == "i" and ((indices >= 0) & (indices <= last)).all()
+    fits = indices.dtype.kind in "iu" and ((indices >= 0) & (indices <= last)).all()
     check_option("index", index, lambda _: fits, f"a slice from 0 to {last.min()}")
     return indices
 
@@ -196,13 +196,13 @@ def _check_view(n, axis, spacing_mm, window, **lists):
     """Return lists of n items, by default of None; raise if an option cannot be."""
     check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
-    check_option("window", window, lambda w: w is None or w[1] - w[0] >= 0, "2 numbers")
+    check_option("window", window, lambda w: w is None or np.diff(w) >= 0, "2 numbers")
     lists = {name: [None] * n if x is None else x for name, x in lists.items()}
     for name, items in lists.items():
         check_option(name, items, lambda x: len(x) == n, f"{n}, one for each volume")
     fit = are(n, lambda side: isinstance(side, bool) or len(side) == 4)
     check_option("sides", lists["sides"], fit, "True, False or 4 letters each")
-    fit = are(n, lambda box: box is None or box[2].stop)
+    fit = are(n, lambda box: box is None or are(3, lambda s: s.start < s.stop)(box))
     check_option("boxes", lists["boxes"], fit, "3 slices or None each")
     return lists.values()
 
@@ -324,8 +324,8 @@ def plot_case(image, segmentation=None, *, titles=None, **view):
 def _plot_overlays(image, overlays, channel=0, **view):
     """Show one channel under each of the overlays."""
     names, scans = zip(*_channels(image).items(), strict=True)
-    if channel not in range(len(names)):
-        raise ValueError(f"channel is {channel!r}, expected 0 to {len(names) - 1}")
+    last = f"0 to {len(names) - 1}"
+    check_option("channel", channel, lambda c: is_whole(c) and names[c], last)
     titles = [names[channel], *list(overlays)[1:]]
     volumes = [scans[channel]] * len(overlays)
     return plot_slices(volumes, titles, overlays=[*overlays.values()], **view)
@@ -401,17 +401,17 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     """
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     check_option("step", step, *whole(1))
-    maps = segmentations
-    check_option("segmentations", maps, lambda m: np.ndim(m) == 4, "maps of one shape")
+    check_option("segmentations", segmentations, lambda m: np.ndim(m) == 4, "one shape")
+    maps = [encode_labels(each) for each in segmentations]
     check_option("titles", titles, lambda t: len(t) == len(maps), "one for each map")
     box, n = bounding_box(np.any(maps, axis=0)), len(maps)
     size_mm = spacing_mm * np.array([max(1, s.stop - s.start) for s in box])
     options = {"subplot_kw": {"projection": "3d"}, "figsize": (4 * n, 4.5)}
     figure, axes = plt.subplots(1, n, squeeze=False, layout="constrained", **options)
     solid = dict(zip(LABEL_COLOURS.items(), (1, 0.12, 1), strict=True))
-    for each, segmentation, title in zip(axes[0], segmentations, titles, strict=True):
-        labels, parts, colours = segmentation[box][::step, ::step, ::step], [], []
-        for value, ((_, colour), opacity) in zip(COLOURS, solid.items(), strict=True):
+    for each, encoded, title in zip(axes[0], maps, titles, strict=True):
+        labels, parts, colours = encoded[box][::step, ::step, ::step], [], []
+        for value, ((_, colour), opacity) in enumerate(solid.items(), 1):
             mask = labels > 0 if value == 2 else labels == value
             parts.append(surface_quads(mask) * step * np.array(spacing_mm))
             colours += [(*to_rgb(colour), opacity)] * len(parts[-1])
@@ -419,9 +419,9 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
         if len(quads):
             solids = Poly3DCollection(quads, facecolors=colours, shade=True)
             each.add_collection3d(solids)
-        each.set(title=title, xlabel="R – L, mm", zlabel="I – S, mm")
+        each.set(title=title, xlabel="R – L, mm")
         each.set_ylabel("A – P, mm", labelpad=10)
-        each.zaxis.labelpad = 8
+        each.set_zlabel("I – S, mm", labelpad=8)
         each.set(xlim=(0, size_mm[0]), ylim=(0, size_mm[1]), zlim=(0, size_mm[2]))
         each.set_box_aspect(size_mm, zoom=0.85)
         each.locator_params(nbins=3)
@@ -525,7 +525,7 @@ class _Browser:
         """Draw the slice that the controls describe."""
         overlay = self.overlays.get(self.layer.value)
         overlay = overlay and replace(overlay, opacity=self.opacity.value)
-        figure = Figure(figsize=(6, 5.4), layout="constrained")
+        figure = plt.Figure(figsize=(6, 5.4), layout="constrained")
         view = {"index": self.index.value, "axis": self.plane.value}
         view |= {"spacing_mm": self.spacing_mm, "axes": figure.subplots()}
         plot_slices([self.channels[self.scan.value]], overlays=[overlay], **view)
@@ -579,7 +579,7 @@ def browse_cases(scores, load, **view):
         `axis` and `spacing_mm`, as in `plot_slices`.
     """
     check_option("load", load, callable, "a function of a case id")
-    check_option("scores", scores, lambda s: len(s.sort_values()), "a Series by case")
+    check_option("scores", scores, lambda s: len(s.sort_values() + 0), "a Series")
     ranking, unit = scores.sort_values(), scores.name or ""
     cases = [(f"{i}: {score:.2f} {unit}".strip(), i) for i, score in ranking.items()]
     _Browser(load, cases, **view).show()

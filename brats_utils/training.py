@@ -14,7 +14,7 @@ import pandas as pd
 from keras import ops
 
 from brats_utils import files, losses
-from brats_utils.generator import SEEN, check_pair
+from brats_utils.generator import CHANNELS, SEEN, check_pair
 from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.model import (
     BEST,
@@ -115,6 +115,7 @@ class Run:
 
     def __init__(self, output, description):
         self.output, self.description, self.rows = output, description, []
+        self.former_is_newest = False  # the newest state is damaged
 
     def resume(self, model):
         """Restore the run that the folder holds, if any; nothing is written.
@@ -155,6 +156,8 @@ class Run:
         """
         self.output.begin(self.description)
         self.output.claim([BEST, HISTORY, STATE, FORMER])
+        if self.former_is_newest:
+            os.replace(self.output.path / FORMER, self.output.path / STATE)
         if self.is_new:
             self.save(model)
 
@@ -196,7 +199,7 @@ class Run:
             if problems:
                 text = f"{problems[0]}; resuming from {path.name}, the state before it"
                 warnings.warn(text, stacklevel=4)
-                os.replace(path, state)
+            self.former_is_newest = bool(problems)
             return arrays, record
         if problems:
             text = f"{' and '.join(problems)}. If {BEST} is there it is the best model"
@@ -512,6 +515,7 @@ def train(
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
         checkpoint = Checkpoint(output, made_of, train_data, val_data, lend, verbose)
         checkpoint.seen = SEEN.setdefault(model, set())
+        CHANNELS[model] = train_data.modalities
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, callbacks, **times)
     model.set_weights(read_model(output.path / BEST)[0].get_weights())

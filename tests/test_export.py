@@ -172,3 +172,19 @@ def test_a_case_is_predicted_by_either_engine_and_not_mixed_up(
         times.append(path.stat().st_mtime_ns)
     changed = [a != b for a, b in zip(times, times[1:], strict=False)]
     assert changed == [False, True, False, True]  # each engine keeps what is its own
+
+
+@missing
+@pytest.mark.parametrize("kind", ["product", "softmax", "twice"])
+def test_what_is_no_plain_layer_is_told(kind):
+    inputs = keras.Input((None, None, None, 3))
+    convolution = layers.Conv3D(3, 3, padding="same")
+    x = {
+        "product": lambda: 2 * convolution(inputs),
+        "softmax": lambda: keras.ops.softmax(convolution(inputs)),
+        "twice": lambda: convolution(convolution(inputs)),
+    }[kind]()
+    outputs = layers.Conv3D(4, 1, activation="softmax")(x)
+    model = TrainedModel(keras.Model(inputs, outputs), DESCRIPTION)
+    with pytest.raises(ValueError, match="use engine='keras'"):
+        export.to_openvino(model)

@@ -42,13 +42,13 @@ MANIFEST = {"kind": "a", "format": 1, "made_from": {}, "files": {}, "cases": {}}
         ("yes", False, True),
         ("0", True, False),
         ("64, 64,32", (128, 128, 128), (64, 64, 32)),
-        ("none", (128, 128, 128), None),
         ("flair,t1", ("flair",), ("flair", "t1")),
         ("flair", ("flair", "t1"), ("flair",)),
         ("quick", "full", "quick"),
         ("2024", "full", "2024"),
         ("/data/x", Path("y"), Path("/data/x")),
-        ("none", Path("y"), None),
+        ("none", None, None),
+        ("~/x", Path("y"), Path.home() / "x"),
         ("/no", Path("y"), Path("/no")),
         ("text", None, "text"),
         ("7", None, 7),
@@ -66,7 +66,10 @@ def test_setting_reads_by_the_type_of_the_default(monkeypatch, text, default, va
 
 
 def test_J4_a_setting_that_cannot_be_read_is_named(monkeypatch):
+    monkeypatch.setenv("BRATS_MINUTES", "none")
+    assert setting("MINUTES", 8.0, or_none=True) is None
     texts = ["many", "1,2", "[1]", "{[]: 1}", "(((", "96", "1.5", "yes,no", "nan"]
+    texts.append("none")
     for default, fits in ((3, "96"), (True, ""), ((1, 2), "1,2"), (1.0, "96 1.5")):
         for text in set(texts) - set(fits.split()):
             monkeypatch.setenv("BRATS_EPOCHS", text)

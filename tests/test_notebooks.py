@@ -122,8 +122,14 @@ def test_G04_top_to_bottom_on_tiny_phantoms_then_each_again(tmp_path):
     trained.description["decoding"] = {"thresholds": [0.9, 0.9, 0.9]}
     # Tuned on the cases that are scored: it must not be used for their scores.
     evaluation.store_description(trained)
+    names = "by-hand/mine.txt", "by-hand.keras", "overfit.keras"
+    mine = [tmp_path / "models" / name for name in names]
+    mine[0].parent.mkdir()
+    for path in mine:
+        path.write_text("mine")
     for path in reversed(NOTEBOOKS):
         assert not warnings_in(execute(path, tmp_path, **TINY))
+    assert {path.read_text() for path in mine} == {"mine"}
     pd.testing.assert_frame_equal(pd.read_csv(table), scores)
     check_a_trained_model_on_other_scans(tmp_path, run_dir)
     check_folds_by_the_winners_recipe(tmp_path)

@@ -452,7 +452,11 @@ OF_OTHER_MODULES = [
     (
         plot_prediction,
         ["image", "truth", "prediction"],
-        {"channel": (3, -1, 0.5, "flair", None), "index": (99, 1.5), "axis": (3, "z")},
+        {
+            "channel": (3, -1, 0.5, "flair", None, 1.0, True),
+            "index": (99, 1.5),
+            "axis": (3, "z"),
+        },
     ),
     (plot_slices, [], {"volumes": (None, 5, "scan", [None], [np.zeros((2, 2))])}),
     (
@@ -462,8 +466,9 @@ OF_OTHER_MODULES = [
             "overlays": (5, "map", [None, None]),
             "overlays=labels": ([5], [np.zeros((4, 4))], [np.full((4, 4, 4), 3)]),
             "boxes": (5, "box", [None, None], [5], ["box"], [(slice(2), slice(2))]),
+            "boxes=boxes|boxes": ([(slice(2),) * 3], [(slice(0, 2),) * 4]),
             "sides": (5, [5], ["LR"], ["LRAPX"], "LR", [True, True]),
-            "window": (5, (1,), (2, 1), "01", (NAN, 1)),
+            "window": (5, (1,), (2, 1), "01", (NAN, 1), (0, 1, 2)),
         },
     ),
     (
@@ -476,6 +481,10 @@ OF_OTHER_MODULES = [
         [("segmentations", [np.ones((4, 4, 4), np.uint8)]), ("titles", ["a"])],
         {
             "segmentations": (None, 5, "map", [5], [np.zeros((2, 2))], []),
+            "segmentations=labels": (
+                [np.full((4, 4, 4), 3)],
+                [np.full((4, 4, 4), 0.5)],
+            ),
             "titles": (None, 5, ["a", "b"], []),
             "spacing_mm": (1, (1, 1), (0, 1, 1), "111", None),
             "step": (0, -1, 1.5, "2", None),
@@ -495,7 +504,10 @@ OF_OTHER_MODULES = [
     (
         browse_cases,
         [("scores", pd.Series([0.5], ["a"])), ("load", len)],
-        {"scores": (None, 5, "ids", np.zeros(3)), "load": (None, 5, "folder")},
+        {
+            "scores": (None, 5, "ids", np.zeros(3), pd.Series(["a"])),
+            "load": (None, 5, "folder"),
+        },
     ),
     (
         plot_history,

@@ -301,7 +301,18 @@ def test_browse_cases_begins_with_the_worst_and_keeps_one_case(
     assert [image() is None for _, image in loaded] == [True, False]
 
 
+def test_maps_given_as_lists_are_compared_as_arrays_are(toy):
+    image, segmentation = toy
+    changed = np.where(segmentation == 2, 0, segmentation)
+    arrays = plot_prediction(image, segmentation, changed)[3].images[-1].get_array()
+    maps = segmentation.tolist(), changed.tolist()
+    lists = plot_prediction(image, *maps)[3].images[-1].get_array()
+    np.testing.assert_array_equal(lists, arrays)
+    assert lists.count()
+
+
 def test_each_volume_has_its_own_slice():
+    assert len(plot_slices([np.ones((9, 9, 9))], index=np.uint8(5))) == 1
     volumes = [np.ones((9, 9, 9)), np.ones((4, 4, 4))]
     axes = plot_slices(volumes, index=[8, 3])
     assert len(axes) == 2
@@ -337,6 +348,11 @@ def test_surfaces_share_limits_and_show_what_there_is(toy):
     truth = toy[1]
     prediction = np.where(truth == 2, 2, 0)
     axes = plot_surfaces([truth, prediction], ["a", "b"], spacing_mm=(1, 1, 2), step=1)
+    as_lists = plot_surfaces([truth.tolist()], ["a"], spacing_mm=(1, 1, 2), step=1)
+    np.testing.assert_array_equal(
+        as_lists[0].collections[0].get_facecolor(),
+        axes[0].collections[0].get_facecolor(),
+    )
     colours = [np.unique(each.collections[0].get_facecolor()[:, 3]) for each in axes]
     assert [list(found.round(2)) for found in colours] == [[0.12, 1], [0.12]]
     assert axes[0].get_zlim() == axes[1].get_zlim() == (0, 8)

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import tree, write_case
+from keras import ops
 
 from brats_utils import training
 from brats_utils.augment import flip
@@ -1012,13 +1013,24 @@ def test_J3_channels_shared_cases_and_other_data_are_told_before_the_first_step(
         next(iter(rows.values()))["patient"] = "P7"
     inputs = keras.Input((8, 8, 8, 3))
     logits = keras.Model(inputs, keras.layers.Conv3D(4, 1)(inputs))
+
+    def small(**options):
+        options = {"activation": "softmax", "padding": "same", **options}
+        return keras.Model(inputs, keras.layers.Conv3D(4, 3, **options)(inputs))
+
     for change, told in (
         ({"model": unet((8, 8, 8, 4), filters=2, depth=1)}, "the model takes 4"),
         ({"model": unet((8, 8, 3), filters=2, depth=1)}, "the model takes"),
         ({"val_data": train_data}, "share 3 cases: .'BraTS20"),
         ({"train_data": val_data}, "share 1 cases"),
         ({"val_data": sibling}, "share 1 patients: .'P7'"),
-        ({"model": logits}, "has no activation; expected 'softmax'"),
+        ({"model": logits}, "expected probabilities: 'softmax' or 'sigmoid'"),
+        (
+            {"model": small(padding="valid")},
+            r"of \(1, 6, 6, 6, 4\) for \(1, 8, 8, 8, 3",
+        ),
+        ({"model": small(strides=2)}, r"of \(1, 4, 4, 4, 4\) for \(1, 8, 8, 8, 3"),
+        ({"model": small(activation="relu")}, "expected probabilities"),
         ({"train_data": None}, "train_data is None, expected a BratsGenerator"),
         ({"val_data": [1, 2]}, r"val_data is \[1, 2\]"),
     ):
@@ -1513,7 +1525,25 @@ def test_I5_what_a_function_or_a_slot_holds_is_compared_on_resume():
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for make_loss in (Weighted, make, lambda w: partial(make(w))):
+
+        def default(weight):
+            def loss(y, p, w=weight):
+                return w
+
+            return loss
+
+        def named(weight):
+            def loss(y, p, *, w=weight):
+                return w
+
+            return loss
+
+        def around(weight):
+            inner = make(weight)
+            return lambda y, p: inner(y, p)
+
+        kinds = (Weighted, make, lambda w: partial(make(w)), default, named, around)
+        for make_loss in kinds:
             one, same, other = (
                 json.dumps(make_loss(w), default=describe_object)
                 for w in (1.0, 1.0, 9.0)
@@ -1529,7 +1559,86 @@ def test_I5_what_a_function_or_a_slot_holds_is_compared_on_resume():
 
         json.dumps(with_module(), default=describe_object)  # a module is code
 
+        def recursive(y, p):
+            return recursive(y, p)
+
+        json.dumps(recursive, default=describe_object)
+
 
 def test_J4_numpy_sizes_are_sizes(split, tmp_path):
     sizes = np.array(data(split)[0].patch_shape)
     assert BratsGenerator(split / "train", patch_shape=sizes).patch_shape == (*sizes,)
+
+
+def test_H2_a_refused_call_leaves_a_damaged_state_where_it_is(split, tmp_path):
+    run_dir = tmp_path / "run"
+    run(split, run_dir, epochs=2)
+    (run_dir / "last.npz").write_bytes(b"cut")
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    with (
+        pytest.warns(UserWarning, match="resuming from last_but_one"),
+        pytest.raises(ValueError, match="learning_rate"),
+    ):
+        run(split, run_dir, epochs=4, learning_rate=0.5)
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_I4_a_model_in_memory_takes_the_channels_it_was_trained_on(split, tmp_path):
+    raw = split.parent / "raw"
+    options = {"crop_shape": (16, 16, 8), "jobs": 1}
+    channels = ("t2", "t1", "flair")
+    prepare_dataset(raw, tmp_path / "prepared", modalities=channels, **options)
+    split_dataset(tmp_path / "prepared", tmp_path / "split")
+    model = run(tmp_path / "split", tmp_path / "run", epochs=1)[0]
+    case = find_cases(raw)[0]
+    found = predict_case(model, case)
+    np.testing.assert_array_equal(found, predict_case(tmp_path / "run", case))
+    with pytest.raises(ValueError, match="modalities is .*'flair', 't1ce', 't2'"):
+        predict_case(model, case, modalities=("flair", "t1ce", "t2"))
+
+
+def border(y, p):
+    """A loss that, as Keras lets it, pools the labels."""
+    weight = ops.max_pool(y, 3, strides=1, padding="same")
+    return dice_cross_entropy_loss(y, p) + 0 * ops.mean(weight)
+
+
+def coarse(y, p):
+    """A loss that needs a grid of at least 4 voxels."""
+    return dice_cross_entropy_loss(y, p) + 0 * ops.mean(ops.average_pool(p, 4))
+
+
+@pytest.mark.parametrize("loss", [border, coarse])
+@pytest.mark.filterwarnings("ignore:.*a change in its code")
+def test_I5_a_loss_that_pools_trains(split, tmp_path, loss):
+    assert len(run(split, tmp_path / "run", epochs=1, loss=loss)[1]) == 1
+
+
+def test_J3_a_loss_that_costs_nothing_for_an_empty_map_is_refused(split, tmp_path):
+    with pytest.raises(ValueError, match="mape.* for the truth, .* for nothing"):
+        run(split, tmp_path / "run", epochs=1, loss="mape")
+
+
+def test_a_fixed_model_with_one_voxel_inside_takes_a_patch_that_is_no_cube(split):
+    x = inputs = keras.Input((12, 8, 8, 3))
+    x = keras.layers.Conv3D(4, 3, padding="same")(x)
+    pooled = keras.layers.GlobalAveragePooling3D(keepdims=True)(x)
+    x = keras.layers.Multiply()([x, keras.layers.Dense(4, "sigmoid")(pooled)])
+    model = keras.Model(inputs, keras.layers.Conv3D(4, 1, activation="softmax")(x))
+    options = {"model": model, "train_data": data(split, patch_shape=(12, 8, 8))[0]}
+    options["val_data"] = BratsGenerator(split / "val", patch_shape=(12, 8, 8))
+    run(split, split.parent / "cuboid", epochs=1, **options)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image, labels, rng: image,
+        lambda image, labels, rng: None,
+        lambda image, labels, rng: (image[:4], labels[:4]),
+    ],
+)
+def test_J4_what_a_function_for_augment_returns_is_checked(split, change):
+    batches = BratsGenerator(split / "train", patch_shape=(8, 8, 8), augment=change)
+    with pytest.raises(ValueError, match="what augment returns is "):
+        batches[0]
