@@ -34,8 +34,8 @@ class Case:
         for all that holds them as channels in this order.
     segmentation : Path or None
         The label map; None for a case to be predicted.
-    labels : str
-        How the label map is written, see `find_cases`.
+    labels : str or dict
+        How the label map is written, see `find_cases`; kept as text.
     """
 
     id: str
@@ -44,14 +44,15 @@ class Case:
     labels: str = "0124"
 
     def __post_init__(self):
-        """Take paths written as text, too."""
+        """Take paths written as text, and a table of labels, too."""
         try:
             images = {name: Path(path) for name, path in (self.images or {}).items()}
             segmentation = Path(self.segmentation) if self.segmentation else None
         except (AttributeError, TypeError) as error:
             expected = "images={modality: path}, segmentation=path or None"
             raise ValueError(f"Case: {error}, expected {expected}") from None
-        vars(self).update(images=images, segmentation=segmentation)  # it is frozen
+        kept = {"images": images, "segmentation": segmentation}
+        vars(self).update(kept, labels=label_code(self.labels))  # it is frozen
 
     @property
     def channels(self):
@@ -96,10 +97,9 @@ def check_distinct(cases):
     for case in cases:
         check_case(case)
         folder = next(iter(case.images.values())).parent
-        if other := seen.get(case.id.lower()):
+        if (other := seen.setdefault(case.id.lower(), folder)) is not folder:
             problem = f"cases is a list with {case.id} twice, in {other} and {folder}"
             raise ValueError(f"{problem}; expected each id once")
-        seen[case.id.lower()] = folder
     return cases
 
 
@@ -145,34 +145,38 @@ class Scan:
         return nifti.from_lps(volume, self.affine)
 
 
-def _read_description(path):
-    """Return the channels and the naming that a `dataset.json` states, if it is there.
+def _describe(folder, sets):
+    """Return the channels and the naming that a folder's `dataset.json` states.
 
     The channels are () if it does not name them. The naming is as of `naming`, () if it
-    does not name the labels; if a name is not understood, it says what to pass.
+    does not name the labels; if a name is not understood, it says what to pass. `sets`
+    keeps what was read: {folder: (channels, naming)}.
     """
-    described = read_json(path) if path.is_file() else {}
+    path = folder / "dataset.json"
+    if folder in sets or not path.is_file():
+        return sets.get(folder, ((), ()))
+    described = read_json(path)
     try:
         channels = labels.read_channel_names(described)
         table = labels.read_label_names(described.get("labels") or {})
         code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise BratsDataError(f"not as nnU-Net writes it: {e}", file=path) from None
-    return channels, ("dataset.json", code) if described.get("labels") else ()
+    said = ("dataset.json", code) if described.get("labels") else ()
+    return sets.setdefault(folder, (channels, said))
 
 
 def _place(path, sets):
     """Return (folder, case id) of a file, and which images it holds; () if unknown.
 
-    `sets` keeps what each `dataset.json` says: (channels, naming).
+    `sets` is that of `_describe`.
     """
     for named in (path.parent, path):  # the folder is, in Kaggle's nested sets
         case_id, key = labels.parse_name(named.name)
         if key:
             folder = named.parent
             case_id = case_id or folder.name
-            above = [f.name for f in folder.absolute().parents]
-            names = [folder.name, *above] if case_id != folder.name else above
+            names = [f.name for f in named.parents][case_id == folder.name :]
             first = case_id
             while labels.VISIT.fullmatch(first) and names:  # P1/20190301/flair.nii
                 first = names.pop(0)
@@ -182,15 +186,13 @@ def _place(path, sets):
     match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
     if not match:
         return None, ()
-    if root not in sets:
-        sets[root] = _read_description(root / "dataset.json")
+    channels = _describe(root, sets)[0]
     kind, name, case_id, number = match.groups()[:4]
     if kind == "labels":
         return (root, name), ("seg",)
     drawn, short = root / f"labels{path.parent.name[-2:]}", path.name[len(name) :]
     if (drawn / path.name).exists() and not (drawn / f"{case_id}{short}").exists():
         case_id, number = name, None  # label maps have no channel's number
-    channels = sets[root][0]
     if not channels and not number and labels.naming(case_id)[1] == "0213":
         channels = ALL_MODALITIES  # the order of Task01
     if not channels or int(number or 0) >= len(channels):
@@ -207,8 +209,7 @@ def _group_files(root):
         if not path.name.lower().endswith((".nii", ".nii.gz")):
             continue
         if str(path) != str(path).encode(errors="replace").decode():
-            name = ascii(path.relative_to(root).as_posix())
-            problem = f"the name {name} is not valid UTF-8"
+            problem = f"the name {str(path.relative_to(root))!a} is not valid UTF-8"
             raise BratsDataError(problem, file=root, advice="Rename it, in UTF-8")
         place, keys = _place(path, sets)
         for key in keys:
@@ -239,11 +240,10 @@ def _add_odd_segmentations(groups, leftovers):
         beside = [p.name for p in leftovers if p.parent == path.parent]
         rivals = [name for name in beside if "seg" in name.lower()]
         if len(places) * len(rivals) > 1:
-            names, ids = ", ".join(rivals), ", ".join(p[1] for p in places)
-            problem = f"no {places[0][1]}_seg file, and {names} might be that of {ids}"
-            advice = f"Rename the right one to {places[0][1]}_seg.nii"
-            where = {"case": places[0][1], "file": path.parent}
-            raise BratsDataError(problem, **where, advice=advice)
+            first, ids = places[0][1], ", ".join(p[1] for p in places)
+            problem = f"no {first}_seg file; {', '.join(rivals)} might be that of {ids}"
+            advice = f"Rename the right one to {first}_seg.nii"
+            raise BratsDataError(problem, case=first, file=path.parent, advice=advice)
         for place in places:
             given[place] = groups[place]["seg"] = path
             leftovers.remove(path)
@@ -305,11 +305,10 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
         If `labels` or `modalities` is not possible.
     """
     check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
-    labels = labels if labels == "auto" else label_code(labels)
-    if not (root := check_path("root", root)).is_dir():
-        advice = "Check the path; see data/README.md"
-        if root.is_file():
-            advice = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
+    labels = labels if str(labels) == "auto" else label_code(labels)
+    if not (root := _absolute(root)).is_dir():
+        unpack = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
+        advice = unpack if root.is_file() else "Check the path; see data/README.md"
         raise BratsDataError(f"there is no folder {root}", advice=advice)
     groups, leftovers, sets = _group_files(root)
     for (_, case_id), path in _add_odd_segmentations(groups, leftovers).items():
@@ -320,25 +319,25 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
         names = ", ".join(path.name for path in leftovers[:5])
         text = f"{len(leftovers)} files of unknown names are ignored: {names}"
         warnings.warn(text, stacklevel=2)
-    found, codes = [], _decide_labels(groups, sets) if labels == "auto" else {}
+    found, codes = [], _decide_labels(root, groups, sets) if labels == "auto" else {}
     for place, files in sorted(groups.items(), key=lambda pair: pair[0][1]):
-        channels = sets.get(place[0], ((), ()))[0] or ALL_MODALITIES
+        channels = *sets.get(place[0], [()])[0], *ALL_MODALITIES
         images = {m: files[m] for m in channels if m in files}
         found.append(Case(place[1], images, files.get("seg"), codes.get(place, labels)))
     return found
 
 
-def _decide_labels(groups, sets):
+def _decide_labels(root, groups, sets):
     """Return {(folder, id): label code} by descriptions, ids and label maps."""
     names = {}
     for place, files in groups.items():
-        roots = place[0], files["seg"].parent.parent if "seg" in files else None
-        said = next((sets[root][1] for root in roots if root in sets), ())
-        names[place] = said or labels.naming(place[1])
+        above, near = [place[0], *files.get("seg", root).parents], {root, place[0]}
+        said = [_describe(f, sets)[1] for f in above if near & {f, *f.parents}]
+        as_task01 = {f.name for f in above} & {"labelsTr", "labelsTs"}
+        names[place] = next(filter(None, said), labels.naming(place[1], as_task01))
     with ThreadPoolExecutor(2) as pool:
         drawn = [files.get("seg") for files in groups.values()]
-        found = pool.map(nifti.threes_and_fours, drawn)
-        values = dict(zip(groups, found, strict=True))
+        values = dict(zip(groups, pool.map(nifti.threes_and_fours, drawn), strict=True))
     unknown = set().union(*(values[p] for p in groups if not names[p][1]))
     usual = "0123" if unknown == {3} else "0124"
     drawn = ["seg" in files for p, files in groups.items() if not names[p][1]]
@@ -358,6 +357,12 @@ def _decide_labels(groups, sets):
             advice = f"Keep sets apart, or pass labels={labels.CONVENTIONS} or a table"
             raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
     return codes
+
+
+def _absolute(root):
+    """Return a folder with its name, which "." and ".." lack; links stay."""
+    root = check_path("root", root)
+    return root.resolve() if ".." in root.parts else root.absolute()
 
 
 def rename_odd_segmentation(root):
@@ -381,7 +386,7 @@ def rename_odd_segmentation(root):
     BratsDataError
         If it is not clear which file is the segmentation of which case.
     """
-    groups, leftovers, _ = _group_files(check_path("root", root))
+    groups, leftovers, _ = _group_files(_absolute(root))
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
@@ -537,8 +542,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
         problems, folder = [], next(iter(case.images.values())).parent
         _attempt(problems, folder, _paths, case, required)
         names = [m for m in case.images if modalities is None or m in modalities]
-        options = {"voxels": voxels, "thorough": True}
-        found, first = _read_files(case, names, problems, **options)
+        found, first = _read_files(case, names, problems, voxels=voxels, thorough=True)
         if first:
             _attempt(problems, first[0], nifti.check_spacing, first[1])
         images = [found[name] for name in names if name in found]

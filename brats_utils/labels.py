@@ -43,6 +43,7 @@ VISIT = re.compile(f"{_TIME}|{_DATE}", re.I)
 CONVENTIONS = ("0124", "0123", "0213")
 TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"
 TOLD_PED = "labels={1: 4, 2: 1, 3: 1, 4: 2} counts cysts as core"
+TOLD_TASK01 = "labels='0213' if 1 is oedema, as there, or '0123' or '0124'"
 # Which set a case id belongs to: (set, convention). Where the id does not settle the
 # convention, the second item is the `labels=` to suggest in the error.
 NAMINGS = {
@@ -51,7 +52,7 @@ NAMINGS = {
     r"brats[-_]gli[-_]\d+[-_]1\d\d": ("BraTS 2024, treated: 4 is a cavity", TOLD_GLI),
     r"brats[-_]ped": ("BraTS-PED: 1 ET, 2 NET, 3 cyst, 4 oedema", TOLD_PED),
     r"brats[-_](gli|ssa|men|met|goat)[-_]": ("BraTS 2023", "0123"),
-    r"(?<!.)brats_\d{3}$": ("the Decathlon's Task01", "0213"),
+    r"(?<!.)brats_\d{3}$": ("an id as in the Decathlon's Task01", "0213"),
 }
 # The labels that the names in a `dataset.json` mean; the first that fits counts.
 _MEANINGS = {
@@ -68,12 +69,15 @@ _REGION_WORDS = (
 )
 
 
-def naming(case_id):
+def naming(case_id, as_task01=True):
     """Return what the id of a case says about its labels.
 
     Parameters
     ----------
     case_id : str
+    as_task01 : bool
+        Whether the label map lies in a folder `labelsTr`, as the Decathlon's do; others
+        have ids like its ids.
 
     Returns
     -------
@@ -83,7 +87,8 @@ def naming(case_id):
     """
     parts = "(?i)(?:^|[-_])(?:"  # `train_BraTS-GLI-...` is of that set, too
     fits = (name for p, name in NAMINGS.items() if re.search(f"{parts}{p})", case_id))
-    return next(fits, ("the rest of this set", ""))
+    name, code = next(fits, ("the rest of this set", ""))
+    return name, code if as_task01 or code != "0213" else TOLD_TASK01
 
 
 def label_table(labels):
@@ -197,7 +202,8 @@ def read_channel_names(described):
     """
     names = described.get("channel_names") or described.get("modality") or {}
     names = [str(names[key]).lower() for key in sorted(names, key=int)]
-    channels = [parse_name(re.sub("[- ]", "_", name) + ".nii")[1] for name in names]
+    read = [parse_name(re.sub("[- ]", "_", name) + ".nii") for name in names]
+    channels = ["" if prefix else key for prefix, key in read]  # no "post-contrast T1"
     if not {*channels} <= {*ALL_MODALITIES}:
         raise ValueError(f"its channels are {names}, not {ALL_MODALITIES}")
     return tuple(channels)

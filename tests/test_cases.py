@@ -7,6 +7,7 @@ import re
 import shutil
 import unicodedata
 import warnings
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -1024,3 +1025,70 @@ def test_a_number_may_be_a_channel_in_one_id_and_belong_to_another(tmp_path):
     cases = find_cases(tmp_path, labels="0124")
     assert [case.id for case in cases] == ["p", "p_0001"]
     np.testing.assert_array_equal(load_case(cases[0])[0][..., 1], volumes["t1ce"])
+
+
+DESCRIBED = {"0": "background", "1": "edema", "2": "necrosis", "3": "enhancing tumor"}
+
+
+@pytest.mark.parametrize("place", ["labelsTr", "H0", "HGG/H0"])
+def test_I1_the_description_of_a_set_counts_wherever_its_label_maps_lie(
+    tmp_path, place
+):
+    write_case(tmp_path / "HGG" if "/" in place else tmp_path, "H0", seg_name=None)
+    _, segmentation = toy_volumes(0, SHAPE)
+    stored = nib.Nifti1Image(np.array([0, 2, 1, 0, 3], "u1")[segmentation], AFFINE)
+    (tmp_path / place).mkdir(exist_ok=True)
+    nib.save(stored, tmp_path / place / "H0_seg.nii")
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": DESCRIBED}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        [case] = find_cases(tmp_path)
+    np.testing.assert_array_equal(load_case(case)[1], segmentation)
+    assert len(case.images) == 4
+
+
+def test_I1_an_id_like_the_decathlons_in_another_layout_is_refused(tmp_path):
+    _, segmentation = toy_volumes(0, SHAPE)
+    stored = np.where(segmentation == 4, 3, segmentation)
+    write_case(tmp_path, "BraTS_001", segmentation=stored)
+    with pytest.raises(BratsDataError, match="Decathlon.*'0213'.*'0123'"):
+        find_cases(tmp_path)
+    [case] = find_cases(tmp_path, labels="0123")
+    np.testing.assert_array_equal(load_case(case)[1], segmentation)
+    case.segmentation.unlink()
+    assert find_cases(tmp_path)[0].id == "BraTS_001"  # to be predicted
+
+
+def test_A21_the_current_folder_may_be_a_patients(tmp_path, monkeypatch):
+    folder = write_case(tmp_path, "p7", seg_name="W39_1998.09.19_Segm.nii")
+    for path in folder.glob("p7_*"):
+        path.rename(folder / path.name.removeprefix("p7_"))
+    (folder / "sub").mkdir()
+    for here, root in ((folder, "."), (folder / "sub", "..")):
+        monkeypatch.chdir(here)
+        with pytest.warns(UserWarning, match="p7: W39"):
+            [case] = find_cases(root, labels="0124")
+        assert case.id == "p7" and load_case(case)[1].any()
+    monkeypatch.chdir(folder)
+    [(old, new)] = rename_odd_segmentation(".")
+    assert (old.name, new.name) == ("W39_1998.09.19_Segm.nii", "p7_seg.nii")
+
+
+def test_A21_the_current_folder_may_be_that_of_the_images(
+    phantoms, tmp_path, monkeypatch
+):
+    in_layout("decathlon", phantoms[:1], tmp_path)
+    images = tmp_path / "Task01_BrainTumour" / "imagesTr"
+    expected = [case.id for case in find_cases(images)]
+    monkeypatch.chdir(images)
+    assert [case.id for case in find_cases(".")] == expected
+
+
+def test_J4_label_tables_of_a_case_and_of_other_types(toy_set):
+    case = find_cases(toy_set)[0]
+    table = {1: 1, 2: 2, 3: 4}
+    assert replace(case, labels=table).labels == "0123"
+    with pytest.raises(ValueError, match="labels is"):
+        replace(case, labels={1: 7})
+    with pytest.raises(ValueError, match="labels is array"):
+        find_cases(toy_set, labels=np.array([0, 1, 2, 4]))

@@ -11,6 +11,7 @@ from brats_utils.labels import (
     label_table,
     naming,
     parse_name,
+    read_channel_names,
     read_label_names,
     region_volumes_ml,
 )
@@ -132,3 +133,13 @@ def test_R2_more_names_of_images(name, expected):
 def test_J4_labels_out_of_range_are_a_plain_error():
     with pytest.raises(ValueError, match="labels is"):
         label_table({1: float("inf")})
+
+
+@pytest.mark.parametrize(
+    "name", ["post-contrast T1", "ce_T1", "T1 FLAIR", "FLAIR_T2", "T1 post", "ADC"]
+)
+def test_I1_a_channel_that_is_more_than_a_modality_is_refused(name):
+    with pytest.raises(ValueError, match="its channels are"):
+        read_channel_names({"channel_names": {"0": name}})
+    named = {"modality": {"1": "T1w", "0": "FLAIR", "2": "t1 Gd", "3": "T2-FLAIR"}}
+    assert read_channel_names(named) == ("flair", "t1", "t1ce", "flair")
