@@ -639,6 +639,8 @@ class OutputFolder:
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
             strange = [name for name in new if os.path.lexists(folder / name)]
+            # A link to a folder cannot be exchanged for a folder.
+            new = new if self.path == self.final else names | ours["files"].keys()
             parents = {folder / p for n in new for p in PurePosixPath(n).parents[:-1]}
             strange += [str(p) for p in parents if p.is_symlink() or p.is_file()]
             if strange:

@@ -2,6 +2,7 @@
 
 import errno
 import lzma
+import math
 import os
 import stat
 import zipfile
@@ -114,6 +115,8 @@ def prepare_case(
     ValueError
         If an option is out of range, or `out` holds something else, or other cases
         that were prepared with other options (`min_labelled` apart).
+    OSError
+        If the disk has no room for the result.
     """
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
     check_case(case)
@@ -123,16 +126,20 @@ def prepare_case(
         if REPORT in output.former["files"]:
             problem = f"{out} holds a data set, which prepare_dataset changes whole"
             raise ValueError(f"{problem}; choose another folder")
-        kept = {i for i, c in output.manifest["cases"].items() if c["row"]["kept"]}
-        # Which cases are kept may differ from case to case.
-        before = {**output.manifest["made_from"], "min_labelled": min_labelled}
-        if kept - {case.id} and (differ := files.find_differences(before, options)):
-            problem = f"{out} holds cases with other options: {', '.join(differ)}"
-            raise ValueError(f"{problem}; choose another folder, or delete this one")
-        output.begin(options)
+        for case_id, record in output.manifest["cases"].items():
+            # Which cases are kept may differ from case to case.
+            made_of = {**record["made_of"], "min_labelled": min_labelled}
+            differ = files.find_differences(made_of, made_of | options)
+            if differ and record["row"]["kept"] and case_id != case.id:
+                problem = f"{out} holds cases with other options: {', '.join(differ)}"
+                raise ValueError(f"{problem}; delete it, or choose another folder")
+        _check_space([case], output, options)
+        before = output.manifest["files"]
         rows, bad = _prepare_all([case], output, options, jobs=1)
         if bad:
+            output.manifest["files"] = before
             raise bad[0]
+        output.begin(options)
         if not rows[0]["kept"]:
             output.remove(_names(case.id))  # of a call with other options
     return rows[0]
@@ -141,7 +148,7 @@ def prepare_case(
 def _folders(cases):
     """Return the folders in which the files of cases lie."""
     paths = [p for c in cases for p in (*c.images.values(), c.segmentation) if p]
-    return {path.parent for path in paths}
+    return {path.absolute().parent for path in paths}
 
 
 def _prepare(case, folder, options):
@@ -165,7 +172,8 @@ def _prepare_all(cases, output, options, jobs):
     made_of = {case.id: _made_of(case, options) for case in cases}
     todo = [case for case in cases if not _is_done(case.id, made_of[case.id], output)]
     work = (delayed(_prepare)(case, output.path, options) for case in todo)
-    pool = Parallel(jobs or os.cpu_count(), prefer="threads", return_as="generator")
+    jobs = max(1, min(jobs or os.cpu_count(), len(todo)))
+    pool = Parallel(jobs, prefer="threads", return_as="generator")
     bar, errors = {"total": len(todo), "unit": "case", "disable": not todo}, []
     try:
         bar = files.progress_bar(pool(work), desc="preparing", **bar)
@@ -252,25 +260,28 @@ def estimate_disk_gb(
     """
     _check_options(crop_shape, modalities)
     files.check_option("n_cases", n_cases, *files.whole(0))
-    voxels = float(np.prod(TYPICAL_BRAIN_BOX if crop_shape is None else crop_shape))
+    shape = TYPICAL_BRAIN_BOX if crop_shape is None else crop_shape
+    voxels = math.prod(map(float, shape))
     return n_cases * voxels * (2 * len(modalities) + 1) / 1e9
 
 
 def _find(raw, told):
-    """Return the folder, what is read, all cases, and those with a segmentation."""
+    """Return the folders of sets, what is read, all cases, and the labelled ones."""
     is_list = isinstance(raw, (list, tuple))
     cases = raw if is_list else find_cases(raw, labels=told, modalities=())
     check_distinct(cases)
-    if is_list and told != "auto":
+    if is_list and str(told) != "auto":
         code = labels.label_code(told)
         other = [f"{c.id} has {c.labels}" for c in cases if c.labels != code]
         expected = f"'auto', or what the cases say: {', '.join(other[:3])}"
-        files.check_option("labels", told, lambda _: not other, expected)
+        files.check_option("labels", code, lambda _: not other, expected)
     labelled, folders = [case for case in cases if case.segmentation], _folders(cases)
     if not labelled:
         raise BratsDataError(f"none of the {len(cases)} cases has a segmentation")
-    folder = Path(os.path.commonpath(folders) if is_list else raw).resolve()
-    return folder, folders if is_list else {folder, *folders}, cases, labelled
+    # A set is the folder around those of its cases, or holds them all itself.
+    around = {f.parent if f.name == c.id else f for c in cases for f in _folders([c])}
+    roots = around if is_list else {files.check_path("raw", raw).resolve()}
+    return roots, folders if is_list else roots | folders, cases, labelled
 
 
 def prepare_dataset(
@@ -333,13 +344,14 @@ def prepare_dataset(
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
     files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
     files.check_option("skip_bad", skip_bad, *files.BOOL)
-    raw, sources, cases, labelled = _find(raw, labels)
+    roots, sources, cases, labelled = _find(raw, labels)
     bad = _bad_headers(labelled, modalities)
     _refuse(bad, skip_bad)
-    patients, notes = find_patients(cases, raw)
+    patients, notes = find_patients(cases, *roots)
     codes = {case.labels for case in labelled}
     code = codes.pop() if len(codes) == 1 else "auto"
-    made_from = {"raw": str(raw), **options, "version": __version__, "labels": code}
+    raw = os.path.realpath(os.path.commonpath(roots))
+    made_from = {"raw": raw, **options, "version": __version__, "labels": code}
     with files.OutputFolder(out, "prepared", inputs=sources, beside=True) as output:
         valid = [case for case in labelled if case.id not in bad]
         _check_space(valid, output, options)

@@ -47,19 +47,19 @@ _EMPTY = re.compile(
 )
 
 
-def find_patients(cases, raw):
+def find_patients(cases, *roots):
     """Return the patient of each case: scans of one patient stay together in a split.
 
     Scans are of one patient if their ids say so, where the set's naming counts visits,
     or if a table with "mapping" in its name does. Such tables are looked for in the
-    folder, behind its links, and one level up.
+    folders, behind their links, and one level up.
 
     Parameters
     ----------
     cases : list of Case
-        All of a set.
-    raw : path
-        Their folder.
+        All of a set, or of several.
+    *roots : path
+        The folder of each set.
 
     Returns
     -------
@@ -77,7 +77,7 @@ def find_patients(cases, raw):
     ids = {c.id.lstrip("0") or "0": c.id for c in cases if c.id.isdigit()}
     ids |= {case.id.lower(): case.id for case in cases}
     links = {case.id: _links([case.id]) for case in cases}
-    tables = _mapping_tables(cases, Path(raw))
+    tables = _mapping_tables(cases, [*map(Path, roots)])
     matched = [(path.name, _link(links, ids, path)) for path in tables]
     groups, patients = unite(links), {}
     for case_ids, group in groups:
@@ -97,12 +97,12 @@ def _links(names):
     return {*names} | (_links(patients) if patients else set())
 
 
-def _mapping_tables(cases, raw):
+def _mapping_tables(cases, roots):
     """Return the tables that may say which scans are of one patient, each once."""
-    folders = {raw.absolute().parent, raw.resolve().parent}
+    folders = {f.parent for root in roots for f in (root.absolute(), root.resolve())}
     for path in {path for case in cases for path in case.images.values()}:
         folders |= {*path.absolute().parents[1:3], *path.resolve().parents[1:3]}
-    paths = itertools.chain(walk(raw), *(folder.glob("*.*") for folder in folders))
+    paths = itertools.chain(*map(walk, roots), *(f.glob("*.*") for f in folders))
     tables = (t for t in paths if _TABLE.fullmatch(t.name) and t.is_file())
     return sorted({table.resolve() for table in tables})
 
@@ -178,16 +178,12 @@ def _link(links, ids, path):
     matched, full = set(), {case_id.lower() for case_id in ids.values()}
     padded = any(name.startswith("0") and name.isdigit() for name in full)
     for row in rows:
-        named = {  # in other columns, only what is another case's id
-            c: n
-            for c, n in row.items()
-            if c == own or not _EMPTY.fullmatch(n)
-            if c in columns or (n.lower() in ids and not n.isdigit())
-        }
+        named = {c: n for c, n in row.items() if c == own or not _EMPTY.fullmatch(n)}
         # Patient 1 of one column is not number 1 of another; 001 may be a case's id.
         names = [
             f"{c} {n}" * (c != own and n.isdigit() and not (padded and n in full)) or n
-            for c, n in named.items()
+            for c, n in named.items()  # of other columns, only the ids of cases
+            if c in columns or (n.lower() in ids and not n.isdigit())
         ]
         same = {ids[name.lower()] for name in names if name.lower() in ids}
         for case_id in same:

@@ -517,3 +517,81 @@ def test_I3_one_folder_holds_cases_of_one_kind(toy_set, tmp_path):
         with pytest.raises(ValueError, match=f"other options: {[*other][0]}"):
             prepare_case(second, out, **{**kept, **other})
         assert tree(out) == before
+
+
+SMALL = {"crop_shape": (16, 16, 8), "min_labelled": 0}
+
+
+def test_H2_a_failing_case_changes_nothing_and_scalings_are_not_mixed(
+    toy_set, tmp_path
+):
+    first, second, third = find_cases(toy_set)[:3]
+    out = tmp_path / "out"
+    prepare_case(first, out, **SMALL)
+    damaged = toy_volumes(1)[0]["t2"].astype(np.float32)
+    damaged[3, 4, 5] = np.nan
+    for case in (first, third):
+        nib.save(nib.Nifti1Image(damaged, AFFINE), case.images["t2"])
+    before = tree(out)
+    with pytest.raises(BratsDataError, match="NaN"):
+        prepare_case(first, out, **SMALL, scaling="zscore")
+    with pytest.raises(BratsDataError, match="NaN"):
+        prepare_case(third, out, **SMALL)
+    assert tree(out) == before
+    with pytest.raises(ValueError, match="other options: scaling"):
+        prepare_case(second, out, **SMALL, scaling="zscore")
+    assert prepare_case(second, out, **SMALL)["kept"]
+
+
+def test_C02_room_for_one_case_is_checked_too(toy_set, tmp_path):
+    case, out = find_cases(toy_set)[0], tmp_path / "out"
+    with pytest.raises(OSError, match="1 cases need some"):
+        prepare_case(case, out, crop_shape=(100_000,) * 3)
+    for shape in ((2_000_000, 2_000_000, 2_500_000), (10**200,) * 3):
+        with pytest.raises(OSError, match="4 cases need some"):
+            prepare_dataset(toy_set, out, crop_shape=shape)
+    assert not out.exists()
+
+
+def test_J4_more_jobs_than_cases_and_a_table_of_labels(toy_set, tmp_path):
+    cases = [replace(c, labels={1: 1, 2: 2, 4: 4}) for c in find_cases(toy_set)]
+    told = {1: 1, 2: 2, 3: 4}
+    with pytest.raises(ValueError, match="labels is .* what the cases say"):
+        prepare_dataset(cases, tmp_path / "out", labels=told, **SMALL)
+    options = {"labels": {1: 1, 2: 2, 4: 4}, "jobs": 100_000}
+    assert (
+        prepare_dataset(cases, tmp_path / "out", **options, **SMALL)["kept"].sum() == 4
+    )
+
+
+def test_I2_a_list_of_cases_is_of_the_sets_that_hold_them(tmp_path, monkeypatch):
+    for n, name in enumerate(("a", "b")):
+        write_case(tmp_path / name, f"BraTS20_Training_{n:03}", seed=n)
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "other" / "deep" / "label_mapping.csv").write_text("id,name\n0,cat\n")
+    (tmp_path / "other" / "dead").symlink_to(tmp_path / "nowhere")
+    monkeypatch.chdir(tmp_path)
+    first, second = find_cases("a")[0], find_cases(tmp_path / "b")[0]
+    images = {m: os.path.relpath(path) for m, path in first.images.items()}
+    first = replace(first, images=images, segmentation=first.segmentation)
+    report = prepare_dataset([first, second], tmp_path / "out", **SMALL)
+    assert report["kept"].all() and not report.attrs["patients"]
+    (tmp_path / "b" / "meta").mkdir()
+    (tmp_path / "b" / "meta" / "name_mapping.csv").write_text(
+        "case_id,patient_id\nBraTS20_Training_000,P\nBraTS20_Training_001,P\n"
+    )
+    report = prepare_dataset([first, second], tmp_path / "out", **SMALL)
+    assert {*report["patient"]} == {"P"}
+
+
+def test_H1_volumes_that_were_moved_to_another_disk_are_not_exchanged(
+    toy_set, tmp_path
+):
+    out, _ = prepared_toys(toy_set, tmp_path)
+    (out / "images").rename(tmp_path / "disk")
+    (out / "images").symlink_to(tmp_path / "disk")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="prepared/images; move"):
+        prepared_toys(toy_set, tmp_path, scaling="zscore")
+    after = tree(tmp_path)
+    assert {path: after[path] for path in before} == before
