@@ -119,8 +119,7 @@ def check_option(name, value, fits, expected):
     """
     errors = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
     with contextlib.suppress(*errors):
-        in_order = not isinstance(value, set | frozenset | dict)
-        if in_order and fits(value):
+        if not isinstance(value, set | frozenset | dict) and fits(value):
             return
     raise ValueError(f"{name} is {value!r:.300}, expected {expected}")
 
@@ -320,7 +319,7 @@ def read_json(path):
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, expected an object")
@@ -458,15 +457,17 @@ def lies_in(folder, kind):
     -------
     found : bool
     """
-    folder = Path(folder).resolve()
-    return kind in [read_manifest(f).get("kind") for f in (folder, *folder.parents)]
+    for path in (Path(folder).resolve() / MANIFEST).parents:
+        with contextlib.suppress(ValueError):  # another program's manifest.json
+            if read_manifest(path).get("kind") == kind:
+                return True
+    return False
 
 
 def _is_intact(path, noted):
     """Return whether a file is as `describe_file` noted it; None was never complete."""
-    if not noted or not path.is_file() or path.stat().st_size != noted["bytes"]:
-        return False
-    return describe_file(path) == noted
+    there = noted and path.is_file() and path.stat().st_size == noted["bytes"]
+    return bool(there) and describe_file(path) == noted
 
 
 def find_changed(folder, files):
@@ -573,8 +574,7 @@ class OutputFolder:
             raise ValueError(f"{path} is not a lock of this project; move it")
         try:
             self._lock.acquire(timeout=0)
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            holder = f"process {os.getpid()} on {platform.node()} since {now}"
+            holder = f"process {os.getpid()} on {platform.node()} since {time.ctime()}"
             path.write_text(holder, encoding="utf-8")
             if self._spare.exists():  # killed within _exchange
                 self._spare.rename(self._new if self.final.exists() else self.final)

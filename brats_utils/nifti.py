@@ -33,6 +33,7 @@ FORMATS = {
 GEOMETRY = re.compile("pixdim|[qs]form_code|quatern|qoffset|srow|xyzt_units")
 NO_ORIENTATION = "its header states no orientation; LAS is assumed"
 WRITTEN_BY = "brats_utils"  # in the header of our label maps: those may be replaced
+_OF_SYSTEMS = "__macosx", "lost+found", "$recycle.bin", "system volume information"
 _LPS = nib.orientations.axcodes2ornt("LPS")
 
 
@@ -265,7 +266,7 @@ def walk(root):
     Parameters
     ----------
     root : path
-        Links are followed; hidden files and folders are left out, and macOS's.
+        Links are followed; hidden files and folders are left out, and the system's.
 
     Yields
     ------
@@ -285,7 +286,7 @@ def walk(root):
     seen = set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         real = os.path.realpath(folder)
-        visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        visible = (f for f in folders if f[0] != "." and f.lower() not in _OF_SYSTEMS)
         folders[:] = [] if real in seen else sorted(visible)
         if real not in seen:
             for name in sorted(name for name in names if not name.startswith(".")):

@@ -14,19 +14,15 @@ import pandas as pd
 from joblib import Parallel, delayed
 
 from brats_utils import __version__, files, labels, volumes
-from brats_utils.cases import (
-    check_case,
-    check_cases,
-    check_distinct,
-    find_cases,
-    read_scan,
-)
+from brats_utils.cases import check_cases, check_distinct, find_cases, read_scan
 from brats_utils.nifti import BratsDataError, check_spacing, file_states, spacing_mm
 from brats_utils.split import KINDS, find_patients
 
 REPORT = "cases.csv"
 # Voxels along X, Y and Z of the box around a large brain, to estimate disk space with.
 TYPICAL_BRAIN_BOX = (145, 180, 150)
+# What zipfile raises for damaged archives.
+_BAD = EOFError, OSError, UnicodeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error
 LOSS_TO_WARN_OF = 0.05  # share of the tumour outside our own crop
 
 
@@ -119,7 +115,7 @@ def prepare_case(
         If the disk has no room for the result.
     """
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
-    check_case(case)
+    check_distinct([case])
     if case.segmentation is None:
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
     with files.OutputFolder(out, "prepared", inputs=_folders([case])) as output:
@@ -450,7 +446,9 @@ def extract(archive, folder, *, max_gb=100):
             output.start_over({"archive": Path(archive).name}, names)
             zipped.extractall(output.path)
             output.put_in_place()
-    except (EOFError, lzma.LZMAError, zipfile.BadZipFile, zlib.error) as error:
+    except _BAD as error:
+        if getattr(error, "errno", None) not in (None, errno.EINVAL):
+            raise  # the disk's
         is_zip = str(archive).lower().endswith(".zip")
         advice = "download it again" if is_zip else "unpack it with tar or 7-Zip"
         raise ValueError(f"{archive}: {error}; {advice}") from None
@@ -467,12 +465,13 @@ def _check_archive(zipped, root, max_gb):
     for entry in entries:
         if "\\" in entry.filename:  # of Windows: a folder there, a part of a name here
             problems.append(f"{entry.filename!r} has backslashes; use another tool")
-        inside = (root / entry.filename).resolve().is_relative_to(root)
-        if not inside or stat.S_ISLNK(entry.external_attr >> 16):
+        outside = {"..", "/", "//"} & {*PurePosixPath(entry.filename).parts}
+        if outside or stat.S_ISLNK(entry.external_attr >> 16):
             problems.append(f"{entry.filename!r} leads out of the folder")
-    names = {entry.filename for entry in entries if not entry.is_dir()}
-    parents = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    if mixed := names & (parents | {files.MANIFEST}):
+    names = {str(PurePosixPath(e.filename)) for e in entries if not e.is_dir()}
+    # With an x, the last part is a name: "a/" holds "a/x".
+    folders = {str(f) for e in entries for f in PurePosixPath(f"{e.filename}x").parents}
+    if mixed := (names & folders) | ({files.MANIFEST} & (names | folders)):
         problems.append(f"it cannot hold a file named {mixed.pop()!r}")
     if problems:
         raise ValueError(f"{zipped.filename}: {problems[0]}")

@@ -121,9 +121,12 @@ def test_json_round_trip(tmp_path):
     assert read_json(tmp_path / "a.json") == value
 
 
+MANY = b'{"a": ' + b"1" * 5000 + b"}"  # digits
+
+
 def test_R3_broken_json_is_named(tmp_path):
     path = tmp_path / "x.json"
-    for data in (b"{", b"[1]", b"", b"\xff\xfe", b"[" * 100_000, b"3", b"null"):
+    for data in (b"{", b"[1]", b"", b"\xff\xfe", b"[" * 100_000, b"3", b"null", MANY):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"x\.json"):
             read_json(path)
@@ -483,6 +486,13 @@ def a_link(target):
         ({"good": "x", "/tmp/out": "x"}, "leads out"),
         ({"good": "x", **a_link("/etc")}, "leads out"),
         ({"good": "x", "bomb": bytes(2_000_000)}, "unpacks to"),
+        ({"a/../b": "x"}, "leads out"),
+        *(
+            ({name: ""}, "manifest.json")
+            for name in ("./manifest.json", "manifest.json/")
+        ),
+        ({"manifest.json/x": "x"}, "manifest.json"),
+        ({"a": "x", "a/": ""}, "a file named 'a'"),
     ],
 )
 def test_G01_a_hostile_archive_is_refused_whole(tmp_path, entries, message):
@@ -627,6 +637,9 @@ def test_a_folder_in_ours_a_link_to_it_and_one_beside_it(tmp_path):
         assert not lies_in(tmp_path / name, "split"), name
     for name in ("beside", "missing", "ours/.."):
         assert not lies_in(tmp_path / name, "phantoms"), name
+    for text in ('{"short_name": "web app"}', "[", '{"files": {}, "cases": {}}'):
+        (tmp_path / "ours" / "set" / "manifest.json").write_text(text)  # of others
+        assert lies_in(tmp_path / "ours" / "set" / "case", "phantoms")
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/x"])
@@ -635,3 +648,22 @@ def test_a_file_outside_its_folder_is_refused(tmp_path, name):
         output.begin({})
         with pytest.raises(ValueError, match="outside"):
             output.claim([name])
+
+
+@pytest.mark.parametrize("kind", ["names", "front", "bzip2"])
+def test_R4_a_damaged_archive_of_any_kind_is_named(tmp_path, kind):
+    path = tmp_path / "a.zip"
+    method = zipfile.ZIP_BZIP2 if kind == "bzip2" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("é.nii", np.random.default_rng(0).bytes(9000))
+    data = bytearray(path.read_bytes())
+    if kind == "names":
+        data = data.replace("é".encode(), b"\xff\xfe")
+    elif kind == "front":
+        del data[:500]
+    else:
+        data[300] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.zip.*; download it again"):
+        extract(path, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]

@@ -24,6 +24,7 @@ from brats_utils.nifti import (
     save_volume,
     spacing_mm,
     to_lps,
+    walk,
 )
 
 FIELDS = {  # offset and type in a NIfTI-1 header
@@ -619,3 +620,13 @@ def test_an_error_says_where_what_and_what_to_do():
     error = BratsDataError("too short", file="x.nii", advice="Download it again")
     assert str(error.of("001")) == "001, x.nii: too short. Download it again."
     assert str(BratsDataError("no scans")) == "no scans."
+
+
+@pytest.mark.parametrize(
+    "name", ["lost+found", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"]
+)
+def test_A24_folders_of_the_system_are_left_out(tmp_path, name):
+    for path in (tmp_path / name / "x.nii", tmp_path / "set" / "y.nii"):
+        path.parent.mkdir()
+        path.touch()
+    assert [path.name for path in walk(tmp_path)] == ["y.nii"]
