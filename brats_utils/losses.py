@@ -349,6 +349,24 @@ def _check_can_be_loaded(model):
         random.setstate(state)
 
 
+def _check_probabilities(model):
+    """Raise unless a model gives probabilities on the grid of its input."""
+    small = size_factor(model) * max(2, 8 // size_factor(model))
+    *grid, channels = model.input_shape[1:]
+    shape = (1, *(n or small for n in grid), channels)
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    try:
+        y = ops.convert_to_numpy(model(x))
+    except Exception as error:  # whatever a layer raises
+        raise ValueError(f"the model fails for {shape}: {str(error)[:200]}") from None
+    total = y.sum(-1) if y.shape[-1] == len(LABELS) else 1
+    fits = y.shape[:-1] == x.shape[:-1] and y.max() <= 1.01
+    if not fits or y.min() < 0 or np.abs(total - 1).max() > 0.01:
+        found = f"gives {y.min():.2g} to {y.max():.2g} of {y.shape} for {shape}"
+        advice = "'softmax' or 'sigmoid' in a last layer of the input's size"
+        raise ValueError(f"the model {found}; expected probabilities: {advice}")
+
+
 def check_loss(loss, model):
     """Raise unless a model gives probabilities, and its loss rates the truth best.
 
@@ -365,41 +383,24 @@ def check_loss(loss, model):
         Says what the loss does instead, or that the model has other outputs.
     """
     check_model(model)
-    outputs, grid = model.output_shape[-1], model.input_shape[1:-1]
+    outputs = model.output_shape[-1]
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
     _check_can_be_loaded(model)
-    factor = size_factor(model)
-    small = factor * max(2, 8 // factor)
-    shape = (1, *(n or small for n in grid), model.input_shape[-1])
-    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    try:
-        y = ops.convert_to_numpy(model(x))
-    except Exception as error:  # whatever a layer raises
-        raise ValueError(f"the model fails for {shape}: {str(error)[:200]}") from None
-    total = y.sum(-1) if outputs == len(LABELS) else 1
-    fits = y.shape[:-1] == x.shape[:-1] and y.max() <= 1
-    if not fits or y.min() < 0 or np.abs(total - 1).max() > 0.01:
-        found = f"gives {y.min():.2g} to {y.max():.2g} of {y.shape} for {x.shape}"
-        advice = "'softmax' or 'sigmoid' in a last layer of the input's size"
-        raise ValueError(f"the model {found}; expected probabilities: {advice}")
+    _check_probabilities(model)
     labels, function = np.indices((8, 8, 8)).sum(0)[None] % 4, keras.losses.get(loss)
     truth = ops.convert_to_tensor(labels[..., None], "float32")  # as Keras hands it on
     table = np.eye(4) if outputs == len(LABELS) else IN_REGION
     perfect = ops.convert_to_tensor(table[labels], "float32")
-    wrong = {"its opposite": 1 - perfect, "nothing": 0 * perfect}
+    maps = perfect, 1 - perfect, 0 * perfect
     try:
-        right, *costs = [
-            float(ops.mean(function(truth, p))) for p in (perfect, *wrong.values())
-        ]
+        right, opposite, nothing = [float(ops.mean(function(truth, p))) for p in maps]
     except Exception as error:  # whatever Keras and its backends raise at other shapes
         found = f"which fails: {str(error)[:100]}"
     else:
-        worse = [
-            f"{c:.3g} for {n}" for n, c in zip(wrong, costs, strict=True) if right > c
-        ]
-        if not worse:  # NaN is found while training
+        if not (right > opposite or right > nothing):  # NaN is found while training
             return
-        found = f"which is {right:.3g} for the truth, {worse[0]}"
+        found = f"which is {right:.3g} for the truth, {opposite:.3g} for its opposite, "
+        found += f"{nothing:.3g} for nothing"
     expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
     raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
 

@@ -10,6 +10,7 @@ import pytest
 from brats_utils.prepare import prepare_dataset
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 SHAPE = (24, 24, 16)
