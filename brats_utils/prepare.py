@@ -351,10 +351,10 @@ def prepare_dataset(
     with files.OutputFolder(out, "prepared", inputs=sources, beside=True) as output:
         valid = [case for case in labelled if case.id not in bad]
         _check_space(valid, output, options)
-        output.begin(made_from)
         rows, errors = _prepare_all(valid, output, options, jobs)
         bad |= {error.case: str(error) for error in errors}
         _refuse(bad, skip_bad)
+        output.begin(made_from)
         _forget_others(output, rows, patients)
         report = _report(rows, cases, bad, patients)
         output.claim([REPORT])
