@@ -145,19 +145,20 @@ class Scan:
         return nifti.from_lps(volume, self.affine)
 
 
-def _describe(folder, sets):
+def _describe(folder, sets, numbered=True):
     """Return the channels and the naming that a folder's `dataset.json` states.
 
-    The channels are () if it does not name them. The naming is as of `naming`, () if it
-    does not name the labels; if a name is not understood, it says what to pass. `sets`
-    keeps what was read: {folder: (channels, naming)}.
+    The channels are () if it does not name them, or if no file has a channel's number
+    and their names do not matter. The naming is as of `naming`, () if it does not name
+    the labels; if a name is not understood, it says what to pass. `sets` keeps what was
+    read: {folder: (channels, naming)}.
     """
     path = folder / "dataset.json"
     if folder in sets or not path.is_file():
         return sets.get(folder, ((), ()))
     described = read_json(path)
     try:
-        channels = labels.read_channel_names(described)
+        channels = labels.read_channel_names(described) if numbered else ()
         table = labels.read_label_names(described.get("labels") or {})
         code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
@@ -186,10 +187,10 @@ def _place(path, sets):
     match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
     if not match:
         return None, ()
-    channels = _describe(root, sets)[0]
     kind, name, case_id, number = match.groups()[:4]
     if kind == "labels":
         return (root, name), ("seg",)
+    channels = _describe(root, sets)[0]
     drawn, short = root / f"labels{path.parent.name[-2:]}", path.name[len(name) :]
     if (drawn / path.name).exists() and not (drawn / f"{case_id}{short}").exists():
         case_id, number = name, None  # label maps have no channel's number
@@ -332,7 +333,7 @@ def _decide_labels(root, groups, sets):
     names = {}
     for place, files in groups.items():
         above, near = [place[0], *files.get("seg", root).parents], {root, place[0]}
-        said = [_describe(f, sets)[1] for f in above if near & {f, *f.parents}]
+        said = [_describe(f, sets, False)[1] for f in above if near & {f, *f.parents}]
         as_task01 = {f.name for f in above} & {"labelsTr", "labelsTs"}
         names[place] = next(filter(None, said), labels.naming(place[1], as_task01))
     with ThreadPoolExecutor(2) as pool:

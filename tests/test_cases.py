@@ -1030,16 +1030,21 @@ def test_a_number_may_be_a_channel_in_one_id_and_belong_to_another(tmp_path):
 DESCRIBED = {"0": "background", "1": "edema", "2": "necrosis", "3": "enhancing tumor"}
 
 
-@pytest.mark.parametrize("place", ["labelsTr", "H0", "HGG/H0"])
-def test_I1_the_description_of_a_set_counts_wherever_its_label_maps_lie(
-    tmp_path, place
-):
-    write_case(tmp_path / "HGG" if "/" in place else tmp_path, "H0", seg_name=None)
+@pytest.mark.parametrize(
+    "name",
+    ["labelsTr/H0_seg.nii", "labelsTr/H0.nii", "H0/H0_seg.nii", "HGG/H0/seg.nii"],
+)
+def test_I1_the_description_of_a_set_counts_wherever_its_label_maps_lie(tmp_path, name):
+    path = tmp_path / name
+    folder = path.parent.parent if path.parent.name == "H0" else tmp_path / "imagesTr"
+    write_case(folder, "H0", seg_name=None)
     _, segmentation = toy_volumes(0, SHAPE)
     stored = nib.Nifti1Image(np.array([0, 2, 1, 0, 3], "u1")[segmentation], AFFINE)
-    (tmp_path / place).mkdir(exist_ok=True)
-    nib.save(stored, tmp_path / place / "H0_seg.nii")
-    (tmp_path / "dataset.json").write_text(json.dumps({"labels": DESCRIBED}))
+    path.parent.mkdir(exist_ok=True)
+    nib.save(stored, path)
+    # The names of its channels do not matter: the files have names of their own.
+    described = {"labels": DESCRIBED, "channel_names": {"0": "MRI_FLAIR"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(described))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         [case] = find_cases(tmp_path)
