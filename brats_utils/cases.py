@@ -341,15 +341,15 @@ def _decide_labels(root, groups, sets):
         values = dict(zip(groups, pool.map(nifti.threes_and_fours, drawn), strict=True))
     unknown = set().union(*(values[p] for p in groups if not names[p][1]))
     usual = "0123" if unknown == {3} else "0124"
-    drawn = ["seg" in files for p, files in groups.items() if not names[p][1]]
+    codes, drawn = {}, ["seg" in f for p, f in groups.items() if not names[p][1]]
     if any(drawn) and not unknown & {4}:  # nothing says it
         text = "label 3 and no label 4" if unknown else "neither label 3 nor label 4"
         text += " in this set: 1 is read as core, 2 as oedema, 3 as enhancing tumour; "
         warnings.warn(f"{text}pass labels= to find_cases if they are not", stacklevel=3)
-    codes = {}
     for place, (name, code) in names.items():
         where = {"case": place[1], "file": groups[place].get("seg")}
-        if "=" in code and where["file"]:
+        as_a_rule = "'0124'" in code and {4} in values.values()  # only that has a 4
+        if "=" in code and where["file"] and not as_a_rule:
             problem = f"what its labels mean is not certain ({name})"
             raise BratsDataError(problem, **where, advice=f"Pass labels=, say {code}")
         codes[place] = usual if not code or "=" in code else code

@@ -1060,8 +1060,13 @@ def test_I1_an_id_like_the_decathlons_in_another_layout_is_refused(tmp_path):
         find_cases(tmp_path)
     [case] = find_cases(tmp_path, labels="0123")
     np.testing.assert_array_equal(load_case(case)[1], segmentation)
+    write_case(tmp_path, "BraTS_002")  # its label 4 says which it is
+    with pytest.raises(BratsDataError, match="BraTS_001.* label 3"):
+        find_cases(tmp_path)
     case.segmentation.unlink()
-    assert find_cases(tmp_path)[0].id == "BraTS_001"  # to be predicted
+    found = find_cases(tmp_path)
+    assert [case.id for case in found] == ["BraTS_001", "BraTS_002"]
+    assert 4 in load_case(found[1])[1]
 
 
 def test_A21_the_current_folder_may_be_a_patients(tmp_path, monkeypatch):
