@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from brats_utils import labels, nifti
-from brats_utils.files import BOOL, check_option, check_path, read_json
+from brats_utils.files import BOOL, check_option, read_json
 from brats_utils.labels import ALL_MODALITIES, MODALITIES, are_modalities, label_code
 from brats_utils.nifti import BratsDataError, load_labels, save_segmentation, walk  # noqa: F401
 from brats_utils.volumes import brain_mask, check_image, find_doubts
@@ -156,12 +156,14 @@ def _describe(folder, sets, numbered=True):
     path = folder / "dataset.json"
     if folder in sets or not path.is_file():
         return sets.get(folder, ((), ()))
-    described = read_json(path)
     try:
+        described = read_json(path)
         channels = labels.read_channel_names(described) if numbered else ()
         table = labels.read_label_names(described.get("labels") or {})
         code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        if not numbered:  # another program's
+            return (), ()
         raise BratsDataError(f"not as nnU-Net writes it: {e}", file=path) from None
     said = ("dataset.json", code) if described.get("labels") else ()
     return sets.setdefault(folder, (channels, said))
@@ -307,7 +309,7 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     """
     check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
     labels = labels if str(labels) == "auto" else label_code(labels)
-    if not (root := _absolute(root)).is_dir():
+    if not (root := nifti.absolute(root)).is_dir():
         unpack = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
         advice = unpack if root.is_file() else "Check the path; see data/README.md"
         raise BratsDataError(f"there is no folder {root}", advice=advice)
@@ -360,12 +362,6 @@ def _decide_labels(root, groups, sets):
     return codes
 
 
-def _absolute(root):
-    """Return a folder with its name, which "." and ".." lack; links stay."""
-    root = check_path("root", root)
-    return root.resolve() if ".." in root.parts else root.absolute()
-
-
 def rename_odd_segmentation(root):
     """Rename segmentations with another name to `<id>_seg`, as in Kaggle's folder 355.
 
@@ -387,7 +383,7 @@ def rename_odd_segmentation(root):
     BratsDataError
         If it is not clear which file is the segmentation of which case.
     """
-    groups, leftovers, _ = _group_files(_absolute(root))
+    groups, leftovers, _ = _group_files(nifti.absolute(root))
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"

@@ -351,7 +351,7 @@ def _check_can_be_loaded(model):
 
 def _check_probabilities(model):
     """Raise unless a model gives probabilities on the grid of its input."""
-    small = size_factor(model) * max(2, 8 // size_factor(model))
+    small = size_factor(model) * max(2, 32 // size_factor(model))
     *grid, channels = model.input_shape[1:]
     shape = (1, *(n or small for n in grid), channels)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -363,7 +363,8 @@ def _check_probabilities(model):
     fits = y.shape[:-1] == x.shape[:-1] and y.max() <= 1.01
     if not fits or y.min() < 0 or np.abs(total - 1).max() > 0.01:
         found = f"gives {y.min():.2g} to {y.max():.2g} of {y.shape} for {shape}"
-        advice = "'softmax' or 'sigmoid' in a last layer of the input's size"
+        last = "'softmax'" if y.shape[-1] == len(LABELS) else "'sigmoid'"
+        advice = f"{last} in a last layer of the input's size"
         raise ValueError(f"the model {found}; expected probabilities: {advice}")
 
 
@@ -387,7 +388,8 @@ def check_loss(loss, model):
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
     _check_can_be_loaded(model)
     _check_probabilities(model)
-    labels, function = np.indices((8, 8, 8)).sum(0)[None] % 4, keras.losses.get(loss)
+    # Slabs: a loss may ask for smooth borders.
+    labels, function = np.indices((8, 8, 8))[:1] // 2, keras.losses.get(loss)
     truth = ops.convert_to_tensor(labels[..., None], "float32")  # as Keras hands it on
     table = np.eye(4) if outputs == len(LABELS) else IN_REGION
     perfect = ops.convert_to_tensor(table[labels], "float32")
@@ -470,7 +472,8 @@ def _kept(function):
                     functions.append(content)
                     kept.append(f"{content.__module__}.{content.__qualname__}")
             elif not isinstance(content, types.ModuleType | type):
-                with contextlib.suppress(ValueError, TypeError, RecursionError):
+                undescribed = NotImplementedError, RecursionError, TypeError, ValueError
+                with contextlib.suppress(*undescribed):
                     json.dumps(content, default=describe_object)
                     kept.append(content)
     return kept
@@ -502,10 +505,11 @@ def describe_object(value):
     state, whole = getattr(value, "__dict__", None), object.__getstate__(value)
     if isinstance(whole, tuple):  # it has slots, too
         state = {**(state or {}), **whole[1]}
-    cells = _kept(value)
     name = getattr(value, "__qualname__", None)
     place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
-    if state is None or (name and not place.startswith(("keras.", "brats_utils."))):
+    known = place.startswith(("keras.", "brats_utils."))
+    cells = [] if known else _kept(value)
+    if state is None or (name and not known):
         text = f"{place}: a change in its code is not noticed when a run is resumed"
         warnings.warn(text, stacklevel=2)
     if name or state is None:
@@ -513,8 +517,8 @@ def describe_object(value):
     config = value.get_config() if hasattr(value, "get_config") else {}
     config.pop("name", None)  # Keras numbers it
     if isinstance(value, keras.losses.Loss):
-        known = vars(keras.losses.Loss())
-        state = {key: each for key, each in state.items() if key not in known}
+        common = vars(keras.losses.Loss())
+        state = {key: each for key, each in state.items() if key not in common}
     elif config:  # a layer or a model: its state is Keras's own
         state = {}
     return {"class": type(value), **config, **state}

@@ -260,6 +260,21 @@ def check_unedited(folder, files):
             raise ValueError(f"{problem}; move it, or choose another folder")
 
 
+def absolute(root):
+    """Return a folder with its name, which "." and ".." lack; links stay.
+
+    Parameters
+    ----------
+    root : path
+
+    Returns
+    -------
+    root : Path
+    """
+    root = check_path("root", root)
+    return root.resolve() if ".." in root.parts else root.absolute()
+
+
 def walk(root):
     """Yield each file below a root once, sorted in each folder.
 

@@ -99,12 +99,24 @@ def _links(names):
 
 def _mapping_tables(cases, roots):
     """Return the tables that may say which scans are of one patient, each once."""
-    folders = {f.parent for root in roots for f in (root.absolute(), root.resolve())}
+    roots = [root.absolute() for root in roots]
+    folders = {f.parent for root in roots for f in (root, root.resolve())}
+    around = Path(os.path.commonpath(roots))  # of several sets; it may be a whole disk
+    folders |= {around, around.parent}
     for path in {path for case in cases for path in case.images.values()}:
         folders |= {*path.absolute().parents[1:3], *path.resolve().parents[1:3]}
     paths = itertools.chain(*map(walk, roots), *(f.glob("*.*") for f in folders))
     tables = (t for t in paths if _TABLE.fullmatch(t.name) and t.is_file())
     return sorted({table.resolve() for table in tables})
+
+
+def _check_quotes(rows):
+    """Raise if a cell's quotation marks never end: it would hold all that follows."""
+    try:
+        list(rows)
+    except csv.Error as error:  # of others, such as 6" or "a" b, the text is clear
+        if str(error).startswith("unexpected end"):
+            raise csv.Error("its quotation marks do not match") from None
 
 
 def read_csv(path):
@@ -136,21 +148,22 @@ def read_csv(path):
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty, or holds other data")
-        form = {"delimiter": max(",;\t", key=lines[0].count), "strict": True}
+        form = {"delimiter": max(",;\t", key=lines[0].count)}
+        _check_quotes(csv.reader(lines, strict=True, **form))
         names = [n.strip() for n in next(csv.reader(lines, **form))]
         twice = [name for name in names if names.count(name) > 1]
         if twice := [*filter(_OF_PATIENTS.fullmatch, twice)]:
             raise csv.Error(f"it has two columns named {twice[0]}")
         rows = [*csv.DictReader(lines, restval="", **form)]
-        if long := [row for row in rows if any(row.pop(None, ()))]:
+        if long := [row for row in rows if any(row.get(None, ()))]:
             raise csv.Error(f"a row has more cells than the first: {long[0]}")
         if "" in names[1:] and any(row.get("") for row in rows):
             raise csv.Error(f"columns without names hold cells; is {names[0]} a title?")
     except csv.Error as error:
-        why = "its quotation marks do not match" if "expect" in str(error) else error
-        problem = f"{path} is not a text table: {why}"
+        problem = f"{path} is not a text table: {error}"
         raise ValueError(f"{problem}; save it as csv, or remove it") from None
-    return [{str(k).strip(): str(v).strip() for k, v in row.items()} for row in rows]
+    cells = [[(k, v) for k, v in row.items() if k is not None] for row in rows]
+    return [{k.strip(): v.strip() for k, v in row} for row in cells]
 
 
 def _link(links, ids, path):

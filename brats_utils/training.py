@@ -385,6 +385,7 @@ def _follow_plan(
         compile_for(total * len(train_data))
         run.resume(model)
         checkpoint.seen |= train_data.name_images()
+        CHANNELS[checkpoint.own] = train_data.modalities
         bar.n, bar.total = len(run.rows), total
         if len(run.rows) < stop:
             if not checkpoint.began:
@@ -514,8 +515,7 @@ def train(
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
         checkpoint = Checkpoint(output, made_of, train_data, val_data, lend, verbose)
-        checkpoint.seen = SEEN.setdefault(model, set())
-        CHANNELS[model] = train_data.modalities
+        checkpoint.seen, checkpoint.own = SEEN.setdefault(model, set()), model
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, callbacks, **times)
     model.set_weights(read_model(output.path / BEST)[0].get_weights())

@@ -1102,3 +1102,10 @@ def test_J4_label_tables_of_a_case_and_of_other_types(toy_set):
         replace(case, labels={1: 7})
     with pytest.raises(ValueError, match="labels is array"):
         find_cases(toy_set, labels=np.array([0, 1, 2, 4]))
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"labels": ["tumour"]}', "{"])
+def test_I1_a_dataset_json_of_another_program_says_nothing(tmp_path, text):
+    write_case(tmp_path, "BraTS20_Training_001")
+    (tmp_path / "dataset.json").write_text(text)
+    assert find_cases(tmp_path)[0].labels == "0124"

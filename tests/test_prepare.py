@@ -594,3 +594,13 @@ def test_H1_volumes_that_were_moved_to_another_disk_are_not_exchanged(
     with pytest.raises(ValueError, match="prepared/images; move"):
         prepared_toys(toy_set, tmp_path, scaling="zscore")
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("folder", ["HGG", "PA/20190301"])
+def test_I2_a_list_of_cases_finds_the_table_above_the_set(tmp_path, folder):
+    for n, place in enumerate((folder, "LGG")):
+        write_case(tmp_path / "set" / place, f"s{n}", seed=n)
+    (tmp_path / "name_mapping.csv").write_text("case_id,patient_id\ns0,P\ns1,P\n")
+    cases = find_cases(tmp_path / "set", labels="0124")
+    report = prepare_dataset(cases, tmp_path / "out", **SMALL)
+    assert {*report["patient"]} == {"P"}

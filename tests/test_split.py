@@ -668,7 +668,7 @@ def test_I2_a_remark_that_is_an_id_unites_only_these_two(tmp_path):
     assert patients_of(tmp_path, IDS, "case_id,patient_id,remark", *rows) == 3
 
 
-@pytest.mark.parametrize("cells", ['"5 mm', '"Left" side'])
+@pytest.mark.parametrize("cells", ['"5 mm', '"Left side'])
 def test_I2_an_open_quote_does_not_swallow_rows(tmp_path, cells):
     rows = [f"{i},P{n // 2},{'' if n else cells}" for n, i in enumerate(IDS)]
     with pytest.raises(ValueError, match="mapping.csv .* quotation mark"):
@@ -682,3 +682,15 @@ def test_I2_a_comma_too_many_and_a_column_named_more(tmp_path, n):
     assert patients_of(tmp_path, IDS, "case_id,patient_id", *comma) == 2
     more = [row + ",x" for row in rows]
     assert patients_of(tmp_path, IDS, "case_id,patient_id,more", *more) == 2
+
+
+def test_R3_quotation_marks_that_close_or_stand_inside_are_text(tmp_path):
+    notes = ['6" tall', '"big" lesion', '"a" ', '"a, b"']
+    rows = [
+        f"{i},P{n // 2},{note}"
+        for n, (i, note) in enumerate(zip(IDS, notes, strict=True))
+    ]
+    assert patients_of(tmp_path, IDS, "case_id,patient_id,note", *rows) == 2
+    long = [f"{i},P{n // 2},40,more" for n, i in enumerate(IDS)]
+    with pytest.raises(ValueError, match="more cells than the first: .*'more'"):
+        patients_of(tmp_path, IDS, "case_id,patient_id,life expectancy", *long)

@@ -32,6 +32,7 @@ from brats_utils.losses import (
     describe_object,
     dice_cross_entropy_loss,
     dice_focal_loss,
+    dice_loss,
 )
 from brats_utils.model import (
     has_gpu,
@@ -1026,7 +1027,7 @@ def test_J3_channels_shared_cases_and_other_data_are_told_before_the_first_step(
         ({"val_data": train_data}, "share 3 cases: .'BraTS20"),
         ({"train_data": val_data}, "share 1 cases"),
         ({"val_data": sibling}, "share 1 patients: .'P7'"),
-        ({"model": logits}, "expected probabilities: 'softmax' or 'sigmoid'"),
+        ({"model": logits}, "expected probabilities: 'softmax' in a last"),
         (
             {"model": small(padding="valid")},
             r"of \(1, 6, 6, 6, 4\) for \(1, 8, 8, 8, 3",
@@ -1644,3 +1645,48 @@ def test_J4_what_a_function_for_augment_returns_is_checked(split, change):
     batches = BratsGenerator(split / "train", patch_shape=(8, 8, 8), augment=change)
     with pytest.raises(ValueError, match="what augment returns is "):
         batches[0]
+
+
+def test_I4_a_refused_call_does_not_change_the_channels_of_a_model(split, tmp_path):
+    model = run(split, tmp_path / "run", epochs=1)[0]
+    case = find_cases(split.parent / "raw")[0]
+    expected = predict_case(model, case)
+    options = {
+        "crop_shape": (16, 16, 8),
+        "jobs": 1,
+        "modalities": ("t2", "t1", "flair"),
+    }
+    prepare_dataset(split.parent / "raw", tmp_path / "prepared", **options)
+    split_dataset(tmp_path / "prepared", tmp_path / "split")
+    with pytest.raises(ValueError, match="holds a run with other settings"):
+        run(tmp_path / "split", tmp_path / "run", epochs=1, model=model)
+    np.testing.assert_array_equal(predict_case(model, case), expected)
+
+
+def smooth(y, p):
+    """Dice with a price on borders."""
+    steps = ops.abs(p[:, 1:] - p[:, :-1])
+    return dice_loss(y, p) + 2 * ops.mean(steps)
+
+
+@pytest.mark.filterwarnings("ignore:.*a change in its code")
+def test_I5_a_loss_that_asks_for_smooth_borders_trains(split, tmp_path):
+    assert len(run(split, tmp_path / "run", epochs=1, loss=smooth)[1]) == 1
+
+
+def test_I5_of_kerass_own_losses_the_defaults_are_not_noted():
+    class Net(keras.Model):
+        def __init__(self, thing):
+            super().__init__()
+
+    net = Net(object())
+
+    def with_net(y, p, net=net):
+        return net(y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss = keras.losses.SparseCategoricalCrossentropy()
+        noted = json.loads(json.dumps(loss, default=describe_object))
+        assert noted["fn"].endswith(".sparse_categorical_crossentropy")
+        json.dumps(with_net, default=describe_object)  # cannot be described: left out
