@@ -181,7 +181,7 @@ def write_phantom(
         check_unedited(folder.path, noted)
         folder.claim(names)  # refuses a user's file before anything is deleted
         folder.start_over(settings, names)
-        jobs = min(jobs or -1, len(cases) or 1)  # -1: one per core
+        jobs = min(jobs or -1, len(cases))  # -1: one per core
         Parallel(jobs, prefer="threads")(
             delayed(_write_case)(folder, root, case, index, seed, tuple(shape), wide)
             for case, (_, index) in zip(cases, patients, strict=True)
