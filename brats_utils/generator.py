@@ -363,11 +363,13 @@ class BratsGenerator(keras.utils.PyDataset):
         change = augment_patch if self.augment is True else self.augment
         if not change:
             return image, labels
-        changed = change(image, labels, rng)
-        pair = isinstance(changed, tuple | list)
-        shapes = [np.shape(x) for x in changed] if pair else changed
-        expected = [image.shape, labels.shape]
-        files.check_option("what augment returns", shapes, expected.__eq__, expected)
+        changed, shapes = change(image, labels, rng), (image.shape, labels.shape)
+
+        def fits(pair):
+            return len(pair) == 2 and (pair[0].shape, pair[1].shape) == shapes
+
+        expected = f"an image {shapes[0]} and labels {shapes[1]}"
+        files.check_option("what augment returns", changed, fits, expected)
         return changed
 
 
@@ -393,7 +395,8 @@ def check_pair(train_data, val_data, model, factor):
         data.check_fit(model.input_shape, factor)
     channels, others = train_data.modalities, val_data.modalities
     expected = f"{channels}, as in train_data"
-    files.check_option("modalities of val_data", others, channels.__eq__, expected)
+    same = [*others] == [*channels]
+    files.check_option("modalities of val_data", others, lambda _: same, expected)
     one_set = train_data.settings.get("raw") == val_data.settings.get("raw")
     for what in ("case", "patient") if one_set else ("case",):
         sides = [[r.get(what) for r in d.rows.values()] for d in (train_data, val_data)]
