@@ -358,14 +358,15 @@ def _check_probabilities(model):
     try:
         y = ops.convert_to_numpy(model(x))
     except Exception as error:  # whatever a layer raises
-        raise ValueError(f"the model fails for {shape}: {str(error)[:200]}") from None
+        problem = f"the model fails on an image of shape {shape}: {str(error)[:200]}"
+        raise ValueError(problem) from None
     total = y.sum(-1) if y.shape[-1] == len(LABELS) else 1
     fits = y.shape[:-1] == x.shape[:-1] and y.max() <= 1.01
     if not fits or y.min() < 0 or np.abs(total - 1).max() > 0.01:
-        found = f"gives {y.min():.2g} to {y.max():.2g} of {y.shape} for {shape}"
-        last = "'softmax'" if y.shape[-1] == len(LABELS) else "'sigmoid'"
-        advice = f"{last} in a last layer of the input's size"
-        raise ValueError(f"the model {found}; expected probabilities: {advice}")
+        found = f"{y.shape}, values from {y.min():.2g} to {y.max():.2g}"
+        last = "softmax" if y.shape[-1] == len(LABELS) else "sigmoid"
+        expected = f"probabilities on the same grid: end it with a {last}"
+        raise ValueError(f"the model maps {shape} to {found}; expected {expected}")
 
 
 def check_loss(loss, model):
@@ -401,8 +402,8 @@ def check_loss(loss, model):
     else:
         if not (right > opposite or right > nothing):  # NaN is found while training
             return
-        found = f"which is {right:.3g} for the truth, {opposite:.3g} for its opposite, "
-        found += f"{nothing:.3g} for nothing"
+        found = f"which is {right:.3g} for the truth, {opposite:.3g} for its opposite "
+        found += f"and {nothing:.3g} for an empty map"
     expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
     raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
 

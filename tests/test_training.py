@@ -1027,13 +1027,13 @@ def test_J3_channels_shared_cases_and_other_data_are_told_before_the_first_step(
         ({"val_data": train_data}, "share 3 cases: .'BraTS20"),
         ({"train_data": val_data}, "share 1 cases"),
         ({"val_data": sibling}, "share 1 patients: .'P7'"),
-        ({"model": logits}, "expected probabilities: 'softmax' in a last"),
+        ({"model": logits}, "same grid: end it with a softmax"),
         (
             {"model": small(padding="valid")},
-            r"of \(1, 6, 6, 6, 4\) for \(1, 8, 8, 8, 3",
+            r"\(1, 8, 8, 8, 3\) to \(1, 6, 6, 6, 4\)",
         ),
-        ({"model": small(strides=2)}, r"of \(1, 4, 4, 4, 4\) for \(1, 8, 8, 8, 3"),
-        ({"model": small(activation="relu")}, "expected probabilities"),
+        ({"model": small(strides=2)}, r"\(1, 8, 8, 8, 3\) to \(1, 4, 4, 4, 4\)"),
+        ({"model": small(activation="relu")}, "expected probabilities on the same"),
         ({"train_data": None}, "train_data is None, expected a BratsGenerator"),
         ({"val_data": [1, 2]}, r"val_data is \[1, 2\]"),
     ):
@@ -1618,7 +1618,7 @@ def test_I5_a_loss_that_pools_trains(split, tmp_path, loss):
 
 
 def test_J3_a_loss_that_costs_nothing_for_an_empty_map_is_refused(split, tmp_path):
-    with pytest.raises(ValueError, match="mape.* for the truth, .* for nothing"):
+    with pytest.raises(ValueError, match="mape.* for the truth, .* for an empty map"):
         run(split, tmp_path / "run", epochs=1, loss="mape")
 
 
