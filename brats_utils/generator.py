@@ -363,13 +363,11 @@ class BratsGenerator(keras.utils.PyDataset):
         change = augment_patch if self.augment is True else self.augment
         if not change:
             return image, labels
-        changed, shapes = change(image, labels, rng), (image.shape, labels.shape)
-
-        def fits(pair):
-            return len(pair) == 2 and (pair[0].shape, pair[1].shape) == shapes
-
-        expected = f"an image {shapes[0]} and labels {shapes[1]}"
-        files.check_option("what augment returns", changed, fits, expected)
+        changed, shapes = change(image, labels, rng), [image.shape, labels.shape]
+        pair = isinstance(changed, tuple | list)
+        found = [np.shape(x) for x in changed] if pair else type(changed).__name__
+        name = "what augment returns, by shape,"
+        files.check_option(name, found, lambda f: f == shapes, shapes)
         return changed
 
 

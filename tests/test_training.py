@@ -1643,7 +1643,9 @@ def test_a_fixed_model_with_one_voxel_inside_takes_a_patch_that_is_no_cube(split
 )
 def test_J4_what_a_function_for_augment_returns_is_checked(split, change):
     batches = BratsGenerator(split / "train", patch_shape=(8, 8, 8), augment=change)
-    with pytest.raises(ValueError, match="what augment returns is "):
+    with pytest.raises(
+        ValueError, match="what augment returns, by shape, is .*expected"
+    ):
         batches[0]
 
 
