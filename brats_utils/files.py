@@ -546,11 +546,10 @@ class OutputFolder:
             what = "the current folder or one above it" if here else "a mounted disk"
             problem = f"the output {self.final} is {what}, which cannot be replaced"
             raise ValueError(f"{problem} in one step; choose a folder inside it")
-        name = self.final.name
-        self._new = self.final.with_name(f".{name}-new")
+        names = (f".{self.final.name}{end}" for end in ("-new", "-old", ".lock"))
+        self._new, self._spare, lock = map(self.final.with_name, names)
         self.path = self._new if beside else self.final
-        self._spare = self.final.with_name(f".{name}-old")
-        self._lock = FileLock(self.final.with_name(f".{name}.lock"))
+        self._lock, self._is_new = FileLock(lock), beside or not self.path.exists()
 
     def _check_owner(self):
         """Raise if one of our paths holds what we did not write."""
@@ -595,10 +594,14 @@ class OutputFolder:
         return read_manifest(path) or {**blank, "files": {}, "cases": {}}
 
     def __exit__(self, kind, error, traceback):
-        """Save the manifest and release the lock."""
+        """Save the manifest, unless a failed call has written nothing; unlock."""
+        files = [self.path / name for name in (*self.manifest["files"], MANIFEST)]
+        blank = not (self.manifest["cases"] or any(map(Path.exists, files[:-1])))
         try:
-            if (self.path / MANIFEST).exists():
+            if files[-1].exists():
                 self.save()
+                if error and blank:
+                    _unlink(self.path.parent if self._is_new else self.path, files)
         finally:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
@@ -662,10 +665,19 @@ class OutputFolder:
         Raises
         ------
         ValueError
-            As `clear` and `claim` do.
+            If others changed one of our files, nothing is deleted then; or as `claim`.
         """
-        self.clear()
-        self.begin(made_from)
+        changed = [
+            name
+            for name, noted in self.manifest["files"].items()
+            if noted and (path := self.path / name).is_file() and not path.is_symlink()
+            if path.stat().st_size != noted["bytes"]
+        ]
+        if changed:
+            problem = f"{self.path} holds files that others changed: {changed[:5]}"
+            raise ValueError(f"{problem}; move them, or choose another folder")
+        _unlink(self.path, self.manifest["files"])
+        self.manifest |= {"files": {}, "cases": {}, "made_from": made_from}
         self.claim(names)
 
     @contextlib.contextmanager
@@ -728,26 +740,6 @@ class OutputFolder:
         for name in names:
             del self.manifest["files"][name]
         self.save()
-
-    def clear(self):
-        """Delete our files and forget the cases.
-
-        Raises
-        ------
-        ValueError
-            If others changed one of them; nothing is deleted then.
-        """
-        changed = [
-            name
-            for name, noted in self.manifest["files"].items()
-            if noted and (path := self.path / name).is_file() and not path.is_symlink()
-            if path.stat().st_size != noted["bytes"]
-        ]
-        if changed:
-            problem = f"{self.path} holds files that others changed: {changed[:5]}"
-            raise ValueError(f"{problem}; move them, or choose another folder")
-        _unlink(self.path, self.manifest["files"])
-        self.manifest |= {"files": {}, "cases": {}}
 
     def put_in_place(self):
         """Exchange the folder beside for the final one; keep the user's own files."""

@@ -615,6 +615,9 @@ R2_NAMES = {
     "plain": "deep/patient-7/{}.nii.gz t2f t1n t1c t2w seg patient-7",
     "upper": "a/P7/{}.NII.GZ FLAIR T1 T1CE T2 SEG P7",
     "brain": "x/57_{}.nii brain_flair brain_t1 brain_t1ce brain_t2 final_seg 57",
+    "post": "P1_{}.nii.gz FLAIR T1 T1post T2 seg P1",
+    "wide": "P1_{}.nii.gz FLAIR T1w T1_CE T2w seg P1",
+    "lumiere": "Patient-001/{}.nii.gz FLAIR T1 CT1 T2 seg Patient-001",
     "bids": "sub-01-{}.nii.gz FLAIR T1w T1ce T2w seg sub-01",
 }
 

@@ -199,8 +199,7 @@ def test_H1_links_whose_targets_changed_do_not_block_the_next_call(tmp_path):
         (tmp_path / "out" / "link").symlink_to(tmp_path / "target")
         output.manifest["files"]["link"] = describe_file(tmp_path / "target")
         (tmp_path / "target").write_text("much longer")
-        output.clear()
-        output.claim(["link"])
+        output.start_over({}, ["link"])
     assert (tmp_path / "target").read_text() == "much longer"
 
 
@@ -255,12 +254,25 @@ def test_R3_what_is_no_manifest_is_named(tmp_path):
             read_manifest(tmp_path)
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_H2_a_first_call_that_fails_leaves_no_trace(tmp_path, beside):
+    (tmp_path / "empty").mkdir()
+    before = tree(tmp_path)
+    for name in ("new", "empty"):
+        with pytest.raises(ZeroDivisionError):
+            with OutputFolder(tmp_path / name, "a", beside=beside) as output:
+                output.start_over({}, ["part/one"])
+                with output.write("part/one"):
+                    raise ZeroDivisionError
+    assert tree(tmp_path) == before and sorted(tmp_path.iterdir()) == [
+        tmp_path / "empty"
+    ]
+
+
 def fill(path, names, kind="a", **options):
     """Write an output folder with some files."""
     with OutputFolder(path, kind, **options) as output:
-        output.clear()
-        output.begin({"names": names})
-        output.claim(names)
+        output.start_over({"names": names}, names)
         for name in names:
             with output.write(name) as temporary:
                 temporary.write_text(name)
