@@ -502,7 +502,7 @@ def drop_islands(segmentation, share):
     segmentation[~kept[islands]] = 0
 
 
-def check_shape(shape, name="crop_shape", least=1):
+def check_shape(shape, name="crop_shape"):
     """Raise unless a shape is three whole numbers, or None.
 
     Parameters
@@ -511,8 +511,6 @@ def check_shape(shape, name="crop_shape", least=1):
         Voxels along X, Y and Z.
     name : str
         Of the option, for the message.
-    least : int
-        The smallest number allowed.
 
     Raises
     ------
@@ -520,8 +518,8 @@ def check_shape(shape, name="crop_shape", least=1):
         If it is something else.
     """
     if shape is not None:
-        expected = f"three whole numbers of at least {least}, or None"
-        check_option(name, shape, are(3, whole(least)[0]), expected)
+        expected = "three whole numbers of at least 1, or None"
+        check_option(name, shape, are(3, whole(1)[0]), expected)
 
 
 def _plane_counts(mask):

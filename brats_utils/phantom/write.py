@@ -13,7 +13,6 @@ from brats_utils.labels import ALL_MODALITIES
 from brats_utils.nifti import check_unedited, save_volume
 from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
 from brats_utils.phantom.wide import draw_wide_patient
-from brats_utils.volumes import check_shape
 
 SET_FOLDER = "BraTS2020_{0}Data/MICCAI_BraTS2020_{0}Data"
 # As in folder 355 of the Kaggle set, one segmentation has another name.
@@ -88,7 +87,11 @@ def _check_arguments(compressed, wide, jobs, shape, **numbers):
     files.check_option("compressed", compressed, *files.BOOL)
     files.check_option("wide", wide, *files.BOOL)
     files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
-    check_shape(() if shape is None else shape, "shape", least=16)
+    fit, expected = (
+        files.are(3, files.whole(16)[0]),
+        "three whole numbers of at least 16",
+    )
+    files.check_option("shape", shape, fit, expected)
     settings = {name: int(value) for name, value in numbers.items()}
     settings |= {"wide": True} if wide else {}
     settings |= {"shape": [int(n) for n in shape], "compressed": bool(compressed)}
