@@ -19,11 +19,12 @@ from brats_utils.generator import CHANNELS, SEEN
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
-MOST_UNPACKED = 10  # times the size of a .keras file: Keras does not compress
+# Times the size of a .keras file; Keras hardly compresses, so more is a "zip bomb".
+MOST_UNPACKED = 10
 BEST = "best.keras"  # in the folder of a run
 NO_START = "Choose what fits, or no start (notebook 04: BRATS_START=none)"
 PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
-# Chosen on real scans, of which a network that knows only phantoms finds too little.
+# Tuned on real scans, where a network trained on phantoms only misses much tumour.
 PHANTOM_DECODING = {"thresholds": [0.3, 0.2, 0.3], "min_island": 0.5}
 # All that depends on the rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
@@ -37,9 +38,9 @@ KERNEL = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"
 INSTANCE = {"groups": -1, "epsilon": 1e-5}
 
 
-def _among(possible, told):
-    """Return what `check_option` needs for one of some whole numbers; True is none."""
-    return (lambda n: files.is_whole(n) and n in possible), told
+def _among(possible, expected):
+    """Return `fits` and `expected` of `check_option` for a few whole numbers."""
+    return (lambda n: files.is_whole(n) and n in possible), expected
 
 
 def _check_sizes(sizes, factor):
@@ -362,10 +363,10 @@ def model_table(model, input_shape=None):
     shape = own if input_shape is None else input_shape
 
     def fits(shape):
-        like = len(shape) == len(own) and shape[-1] == own[-1]
-        return like and all(files.is_whole(n, 1) for n in shape)
+        same_rank = len(shape) == len(own) and shape[-1] == own[-1]
+        return same_rank and all(files.is_whole(n, 1) for n in shape)
 
-    expected = f"a shape like {own}: the model has open sizes, pass input_shape"
+    expected = f"numbers that fit its {own}; where that has None, pass input_shape"
     files.check_option("input_shape", shape, fits, expected)
     shape = tuple(shape)
     if shape != own:
@@ -386,7 +387,9 @@ def model_table(model, input_shape=None):
 
 
 def describe_model(model):
-    """Return a model's configuration without its names, which Keras may number.
+    """Return a model's configuration with layer numbers instead of layer names.
+
+    Keras numbers default names per session, so that equal models differ in names.
 
     Parameters
     ----------
@@ -397,7 +400,7 @@ def describe_model(model):
     config : dict
         What JSON can hold.
     """
-    numbers = {}  # of the layers, in the order in which the configuration names them
+    numbers = {}  # {layer name: number}, in the order in which the config uses them
 
     def strip(value):
         if isinstance(value, dict):
@@ -422,7 +425,7 @@ def write_model(model, path, description):
     Parameters
     ----------
     model : keras.Model
-        Functional; its first output is kept, neither loss nor optimizer is. Mixed
+        Functional. Only its first output is saved, without loss and optimizer. Mixed
         precision is saved as float32: half precision cannot be pooled on a CPU.
     path : path
         Ends in `.keras`; the temporary path of an atomic write.
@@ -430,12 +433,12 @@ def write_model(model, path, description):
         Stored in the archive as `brats.json`, with Keras's version and backend.
     """
     made_by = {"keras": keras.__version__, "backend": keras.backend.backend()}
-    bare = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
-    if any(layer.compute_dtype != "float32" for layer in bare.layers):
-        weights = bare.get_weights()
-        bare = keras.models.clone_model(bare, clone_function=_in_float32)
-        bare.set_weights(weights)
-    bare.save(path)
+    saved = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
+    if any(layer.compute_dtype != "float32" for layer in saved.layers):
+        weights = saved.get_weights()
+        saved = keras.models.clone_model(saved, clone_function=_in_float32)
+        saved.set_weights(weights)
+    saved.save(path)
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(DESCRIPTION, json.dumps(description | made_by, indent=1))
 
@@ -511,36 +514,37 @@ def read_model(path):
             unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > MOST_UNPACKED * path.stat().st_size:
                 raise ValueError(f"it would unpack to {unpacked / 1e6:.0f} MB")
-            described = DESCRIPTION in archive.namelist()
-            text = archive.read(DESCRIPTION) if described else "{}"
+            has_description = DESCRIPTION in archive.namelist()
+            text = archive.read(DESCRIPTION) if has_description else "{}"
             description = dict(json.loads(text))
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
         found = "damaged, holds code (Lambda layers) or comes from another version"
         problem = f"{path} cannot be loaded: it is {found} than Keras"
         raise ValueError(f"{problem} {keras.__version__}: {error}") from None
-    if described:
+    if has_description:
         check_description(model, description, path)
         SEEN[model] = {*map(str, description.get("train_images", ()))}
         CHANNELS[model] = description["modalities"]
     return model, description
 
 
-def _facts(model):
-    """Return what a user chose of a U-Net, by name."""
-    facts, kinds = {"channels": model.input_shape[-1]}, tuple(CONV.values())
-    first = next((layer for layer in model.layers if isinstance(layer, kinds)), None)
-    if first:
-        depth = (size_factor(model) // first.strides[0]).bit_length()
-        facts |= {"filters": first.kernel.shape[-1], "depth": depth}
-        facts["stem_stride"] = first.strides[0]
-    return facts
+def _unet_options(model):
+    """Return the options that a U-Net was made with, as its layers show them."""
+    options, kinds = {"channels": model.input_shape[-1]}, tuple(CONV.values())
+    stem = next((layer for layer in model.layers if isinstance(layer, kinds)), None)
+    if stem:
+        # Each stage but the first halves the resolution: the factor is 2^(depth - 1).
+        depth = (size_factor(model) // stem.strides[0]).bit_length()
+        options |= {"filters": stem.kernel.shape[-1], "depth": depth}
+        options["stem_stride"] = stem.strides[0]
+    return options
 
 
 def start_from(start, model, train_data, val_data):
     """Give a model the weights of another, to start training from.
 
-    If the models have other outputs (labels, regions), the last layer keeps its own.
+    If their outputs differ (labels or regions), the last layer is not copied.
 
     Parameters
     ----------
@@ -567,25 +571,26 @@ def start_from(start, model, train_data, val_data):
     if start is None:
         return None, ()
     path = find_model("start", start)
-    source, described = read_model(path)
-    if described and [*described["modalities"]] != [*train_data.modalities]:
-        problem = f"start={start!r} takes {described['modalities']}, train_data has "
+    source, description = read_model(path)
+    if description and [*description["modalities"]] != [*train_data.modalities]:
+        problem = f"start={start!r} takes {description['modalities']}, train_data has "
         raise ValueError(f"{problem}{train_data.modalities}. {NO_START}")
-    images, case_ids = SEEN.get(source, set()), described.get("train_cases", ())
-    if seen := val_data.known_cases(images, map(str, case_ids)):
-        problem = f"start={start!r} was trained on {len(seen)} cases of val_data"
-        raise ValueError(f"{problem}: {seen[:5]}; validate with others. {NO_START}")
-    theirs, ours = _facts(source), _facts(model)
-    pairs = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
-    differ = [f"{name} {a}, not {b}" for name, a, b in pairs if a != b]
-    pairs = [[x for x in each.layers if x.weights] for each in (source, model)]
-    shapes = [[[w.shape for w in x.weights] for x in each[:-1]] for each in pairs]
+    images, case_ids = SEEN.get(source, set()), description.get("train_cases", ())
+    if known := val_data.known_cases(images, map(str, case_ids)):
+        problem = f"start={start!r} was trained on {len(known)} cases of val_data"
+        raise ValueError(f"{problem}: {known[:5]}; validate with others. {NO_START}")
+    theirs, ours = _unet_options(source), _unet_options(model)
+    options = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
+    differ = [f"{name} {a}, not {b}" for name, a, b in options if a != b]
+    weighted = [[x for x in each.layers if x.weights] for each in (source, model)]
+    # Without the last layer, whose shapes depend on the number of outputs.
+    shapes = [[[w.shape for w in x.weights] for x in each[:-1]] for each in weighted]
     if differ or shapes[0] != shapes[1]:
         found = "; ".join(differ) or "other layers"
         problem = f"start={start!r} does not fit the model: it has {found}"
         raise ValueError(f"{problem}. {NO_START}")
     copied = []
-    for old, new in zip(*pairs, strict=True):
+    for old, new in zip(*weighted, strict=True):
         if [w.shape for w in old.weights] == [w.shape for w in new.weights]:
             new.set_weights(old.get_weights())
             copied += zip(new.weights, old.get_weights(), strict=True)
@@ -609,23 +614,23 @@ def check_description(model, description, path):
     ValueError
         Names what differs.
     """
-    outputs = {"labels 0..3": 4, "WT, TC, ET": 3}
-    version, takes = str(description.get("keras")), description.get("modalities")
-    takes = takes if isinstance(takes, list) else []
-    gives, major = outputs.get(str(description.get("outputs"))), version.split(".")[0]
-    expected = {
-        "channels in": (len(takes), model.input_shape[-1]),
-        "channels out": (gives, model.output_shape[-1]),
+    n_outputs = {"labels 0..3": 4, "WT, TC, ET": 3}.get(str(description.get("outputs")))
+    modalities, version = description.get("modalities"), str(description.get("keras"))
+    n_inputs = len(modalities) if isinstance(modalities, list) else 0
+    major, our_major = (v.split(".")[0] for v in (version, keras.__version__))
+    expected = {  # what the description says, and what is found
+        "channels in": (n_inputs, model.input_shape[-1]),
+        "channels out": (n_outputs, model.output_shape[-1]),
         "normalisation": (description.get("normalisation"), NORMALISATION),
         "orientation": (description.get("orientation"), "LPS"),
         "decoding": (type(description.get("decoding", {})), dict),
         "train_cases": (type(description.get("train_cases", [])), list),
         "train_images": (type(description.get("train_images", [])), list),
-        f"Keras (install keras=={version})": (major, keras.__version__.split(".")[0]),
+        f"Keras (install keras=={version})": (major, our_major),
     }
-    other = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
-    if other:
-        raise ValueError(f"{path} does not fit its description: {'; '.join(other)}")
+    differ = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]
+    if differ:
+        raise ValueError(f"{path} does not fit its description: {'; '.join(differ)}")
     if version != keras.__version__:
         text = f"{path} was made by Keras {version}; this is {keras.__version__}"
         warnings.warn(text, stacklevel=3)
@@ -662,6 +667,7 @@ def advice_on_memory(model, data):
         if not has_gpu() and hasattr(os, "sysconf"):  # Windows has no sysconf
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
+            # Caught below, like an error of the backend in the `with` block.
             raise MemoryError(f"a step keeps {needed:.1e} of {memory:.1e} bytes")
         yield
     except Exception as error:  # each backend has a class of its own

@@ -527,12 +527,14 @@ SAYS = "expected|nowhere|multiples|set |choose|must end|convert|takes|no seg|Pro
 SAYS += "|check the|there is no|case's images|has a segmentation|one shape"
 
 
-def is_refused(function, arguments, name):
+def is_refused(function, arguments, name, value):
     """Return what is wrong with how a function takes a value; empty if nothing."""
     try:
         function(**arguments)
     except ValueError as error:
         text = str(error)
+        if value is None and re.search(r"expected .*or None\b", text):
+            return f"offers what was refused: {text[:150]}"
         if not re.search(rf"\b({name})\b", text):
             return f"does not name it: {text[:150]}"
         return "" if re.search(SAYS, text) else f"says nothing possible: {text[:150]}"
@@ -555,7 +557,8 @@ def test_J4_impossible_values_are_one_plain_error(toys, monkeypatch, tmp_path, r
             name, _, called = name.partition("=")
             for value in values:
                 value = toys.blind if value is UNLABELLED else value
-                found = is_refused(function, {**possible, name: value}, called or name)
+                arguments = {**possible, name: value}
+                found = is_refused(function, arguments, called or name, value)
                 n += 1
                 if found:
                     wrong.append(f"{function.__name__}({name}={value!r:.40}) {found}")
