@@ -15,9 +15,10 @@ from brats_utils.labels import ALL_MODALITIES, MODALITIES, are_modalities, label
 from brats_utils.nifti import BratsDataError, load_labels, save_segmentation, walk  # noqa: F401
 from brats_utils.volumes import brain_mask, check_image, find_doubts
 
-# Of the Decathlon and of nnU-Net: folder, name, id of the case, number of the channel.
-_IN_FOLDERS = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(\.gz)?)")
-_ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # of Kaggle's folder 355
+# Paths of the Decathlon and of nnU-Net: kind of folder, file name without its suffix,
+# case id, number of the channel.
+_TASK_PATH = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(?:\.gz)?)")
+_ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # in folder 355 of the Kaggle set
 _ID = re.compile(r"[^/\\\0]*[^/\\\0\s][^/\\\0]*")
 
 
@@ -44,15 +45,16 @@ class Case:
     labels: str = "0124"
 
     def __post_init__(self):
-        """Take paths written as text, and a table of labels, too."""
+        """Convert paths given as text to Path, and a table of labels to text."""
         try:
             images = {name: Path(path) for name, path in (self.images or {}).items()}
             segmentation = Path(self.segmentation) if self.segmentation else None
         except (AttributeError, TypeError) as error:
             expected = "images={modality: path}, segmentation=path or None"
             raise ValueError(f"Case: {error}, expected {expected}") from None
-        kept = {"images": images, "segmentation": segmentation}
-        vars(self).update(kept, labels=label_code(self.labels))  # it is frozen
+        labels = label_code(self.labels)
+        # The attributes of a frozen dataclass cannot be assigned.
+        vars(self).update(images=images, segmentation=segmentation, labels=labels)
 
     @property
     def channels(self):
@@ -61,7 +63,7 @@ class Case:
 
 
 def check_case(case):
-    """Raise one plain error if an argument is not a case.
+    """Raise a ValueError if an argument is not a valid case.
 
     Parameters
     ----------
@@ -77,7 +79,7 @@ def check_case(case):
 
 
 def check_distinct(cases):
-    """Return cases as a list; raise unless all are, and no two have the same id.
+    """Return cases as a list; raise if an item is no valid case, or an id is repeated.
 
     Parameters
     ----------
@@ -135,7 +137,7 @@ class Scan:
 
     @cached_property
     def doubts(self):
-        """Return what is strange about the case as a whole, a list of str."""
+        """Return warnings about the case as a whole, a list of str."""
         found = find_doubts(self.volumes, self.brain_mask, self.segmentation)
         oriented = self.header["qform_code"] or self.header["sform_code"]
         return found if oriented else [*found, nifti.NO_ORIENTATION]
@@ -145,57 +147,60 @@ class Scan:
         return nifti.from_lps(volume, self.affine)
 
 
-def _describe(folder, sets, numbered=True):
+def _read_description(folder, descriptions, need_channels=True):
     """Return the channels and the naming that a folder's `dataset.json` states.
 
-    The channels are () if it does not name them, or if no file has a channel's number
-    and their names do not matter. The naming is as of `naming`, () if it does not name
-    the labels; if a name is not understood, it says what to pass. `sets` keeps what was
-    read: {folder: (channels, naming)}.
+    The channels are a tuple of modalities, empty if they are not named or not needed.
+    Where they are not needed, the file may be another program's: one that cannot be
+    read is ignored. The naming is as `labels.naming` returns it, () if the labels are
+    not named; if their names are not understood, its second item is what to pass.
+    `descriptions` caches {folder: (channels, naming)}.
     """
     path = folder / "dataset.json"
-    if folder in sets or not path.is_file():
-        return sets.get(folder, ((), ()))
+    if folder in descriptions or not path.is_file():
+        return descriptions.get(folder, ((), ()))
     try:
-        described = read_json(path)
-        channels = labels.read_channel_names(described) if numbered else ()
-        table = labels.read_label_names(described.get("labels") or {})
+        content = read_json(path)
+        channels = labels.read_channel_names(content) if need_channels else ()
+        table = labels.read_label_names(content.get("labels") or {})
         code = label_code(table) if len(table) > 1 else "labels={1: ..., 2: ...}"
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-        if not numbered:  # another program's
+        if not need_channels:
             return (), ()
         raise BratsDataError(f"not as nnU-Net writes it: {e}", file=path) from None
-    said = ("dataset.json", code) if described.get("labels") else ()
-    return sets.setdefault(folder, (channels, said))
+    naming = ("dataset.json", code) if content.get("labels") else ()
+    return descriptions.setdefault(folder, (channels, naming))
 
 
-def _place(path, sets):
-    """Return (folder, case id) of a file, and which images it holds; () if unknown.
+def _identify(path, descriptions):
+    """Return the place (folder, case id) of a file's case, and what the file holds.
 
-    `sets` is that of `_describe`.
+    What it holds is a tuple of modalities, or ("seg",); () if the name is unknown.
+    `descriptions` is the cache of `_read_description`.
     """
-    for named in (path.parent, path):  # the folder is, in Kaggle's nested sets
+    for named in (path.parent, path):  # Kaggle has folders named as files, too
         case_id, key = labels.parse_name(named.name)
         if key:
             folder = named.parent
             case_id = case_id or folder.name
-            names = [f.name for f in named.parents][case_id == folder.name :]
-            first = case_id
-            while labels.VISIT.fullmatch(first) and names:  # P1/20190301/flair.nii
-                first = names.pop(0)
-                case_id = f"{first}_{case_id}"
+            # P1/20190301/flair.nii: prepend folders until one is more than a date.
+            parents = iter((folder if case_id == folder.name else named).parents)
+            name = case_id
+            while labels.VISIT.fullmatch(name):
+                name = next(parents).name
+                case_id = f"{name}_{case_id}"
             return (folder, case_id), (key,)
     root = path.parent.parent
-    match = _IN_FOLDERS.fullmatch("/".join(path.parts[-2:]))
-    if not match:
+    if not (match := _TASK_PATH.fullmatch("/".join(path.parts[-2:]))):
         return None, ()
-    kind, name, case_id, number = match.groups()[:4]
+    kind, stem, case_id, number = match.groups()
     if kind == "labels":
-        return (root, name), ("seg",)
-    channels = _describe(root, sets)[0]
-    drawn, short = root / f"labels{path.parent.name[-2:]}", path.name[len(name) :]
-    if (drawn / path.name).exists() and not (drawn / f"{case_id}{short}").exists():
-        case_id, number = name, None  # label maps have no channel's number
+        return (root, stem), ("seg",)
+    channels = _read_description(root, descriptions)[0]
+    folder, suffix = root / f"labels{path.parent.name[-2:]}", path.name[len(stem) :]
+    # Label maps have no channel number: if one is named a_0001, that is the case id.
+    if (folder / path.name).exists() and not (folder / f"{case_id}{suffix}").exists():
+        case_id, number = stem, None
     if not channels and not number and labels.naming(case_id)[1] == "0213":
         channels = ALL_MODALITIES  # the order of Task01
     if not channels or int(number or 0) >= len(channels):
@@ -206,65 +211,71 @@ def _place(path, sets):
 
 
 def _group_files(root):
-    """Return {(folder, id): {key: path}}, [files of no known name], descriptions."""
-    groups, leftovers, sets = {}, [], {}
-    for path in walk(root):
-        if not path.name.lower().endswith((".nii", ".nii.gz")):
-            continue
+    """Group the NIfTI files below a folder by case.
+
+    Returns {place: {modality or "seg": path}} with the places of `_identify`, a list of
+    the files that belong to no case, and the cache of `_read_description`.
+    """
+    groups, leftovers, descriptions = {}, [], {}
+    paths = (p for p in walk(root) if p.name.lower().endswith((".nii", ".nii.gz")))
+    for path in paths:
         if str(path) != str(path).encode(errors="replace").decode():
             problem = f"the name {str(path.relative_to(root))!a} is not valid UTF-8"
             raise BratsDataError(problem, file=root, advice="Rename it, in UTF-8")
-        place, keys = _place(path, sets)
+        place, keys = _identify(path, descriptions)
+        leftovers += [path] if not keys else []
         for key in keys:
             files = groups.setdefault(place, {})
             if files.setdefault(key, path) != path:
                 problem = f"two files for {key}: {files[key].name} and {path.name}"
                 where = {"case": place[1], "file": path.parent}
                 raise BratsDataError(problem, **where, advice="Keep one of them")
-        leftovers += [] if keys else [path]
-    # Label maps may have a folder of their own, as in UPENN-GBM; others without images
-    # are not those of a case, such as `<id>_brain_segm`.
-    for place in [place for place in groups if [*groups[place]] == ["seg"]]:
+    # A label map without images beside it: in UPENN-GBM, label maps have a folder of
+    # their own; elsewhere it is another file of a similar name, as `<id>_brain_segm`.
+    for place in [p for p, files in groups.items() if files.keys() == {"seg"}]:
         path, case_id = groups.pop(place)["seg"], place[1].lower()
         same = [p for p in groups if p[1].lower() == case_id and "seg" not in groups[p]]
-        above = map(str.lower, path.relative_to(root).parts)
-        if labels.FOLDERS & {*above} and len(same) == 1:
+        parts = {part.lower() for part in path.relative_to(root).parts}
+        if len(same) == 1 and parts & labels.FOLDERS:
             groups[same[0]]["seg"] = path
         else:
             leftovers.append(path)
-    return groups, leftovers, sets
+    return groups, leftovers, descriptions
 
 
 def _add_odd_segmentations(groups, leftovers):
-    """Give folder 355 its label map, which has another name; return {place: path}."""
-    given = {}
+    """Give folder 355 its label map, which has another name; return {place: path}.
+
+    `groups` and `leftovers` are those of `_group_files`, and are changed.
+    """
+    added = {}
     for path in [path for path in leftovers if _ODD.fullmatch(path.name)]:
         places = [p for p in groups if p[0] == path.parent and "seg" not in groups[p]]
-        beside = [p.name for p in leftovers if p.parent == path.parent]
-        rivals = [name for name in beside if "seg" in name.lower()]
-        if len(places) * len(rivals) > 1:
+        names = [p.name for p in leftovers if p.parent == path.parent]
+        rivals = [name for name in names if "seg" in name.lower()]  # and itself
+        if places and len(places) + len(rivals) > 2:
             first, ids = places[0][1], ", ".join(p[1] for p in places)
             problem = f"no {first}_seg file; {', '.join(rivals)} might be that of {ids}"
             advice = f"Rename the right one to {first}_seg.nii"
             raise BratsDataError(problem, case=first, file=path.parent, advice=advice)
         for place in places:
-            given[place] = groups[place]["seg"] = path
+            added[place] = groups[place]["seg"] = path
             leftovers.remove(path)
-    return given
+    return added
 
 
 def _check_complete(root, groups, leftovers, modalities):
     """Raise one error that lists all missing modalities and doubled case ids."""
     if not groups:
-        here = ", ".join(sorted(p.name for p in Path(root).iterdir())[:8]) or "nothing"
+        here = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         problem = f"no BraTS case (<id>_flair.nii, ...) in {root}; it holds: {here}"
         raise BratsDataError(problem, advice="Pass the folder that holds the cases")
     problems, seen = [], {}
     for (folder, case_id), files in groups.items():
-        strange = [p.name for p in leftovers if p.parent == folder]
+        unknown = [p.name for p in leftovers if p.parent == folder]
         if missing := [m for m in modalities if m not in files]:
-            found = f"; not understood there: {', '.join(strange)}" * bool(strange)
-            problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}{found}")
+            note = f"; not understood there: {', '.join(unknown)}" if unknown else ""
+            problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}{note}")
         if (other := seen.setdefault(case_id.lower(), folder)) != folder:
             problems.append(f"{case_id} appears twice: {other} and {folder}")
     if problems:
@@ -313,50 +324,60 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
         unpack = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
         advice = unpack if root.is_file() else "Check the path; see data/README.md"
         raise BratsDataError(f"there is no folder {root}", advice=advice)
-    groups, leftovers, sets = _group_files(root)
+    groups, leftovers, descriptions = _group_files(root)
     for (_, case_id), path in _add_odd_segmentations(groups, leftovers).items():
         warnings.warn(f"{case_id}: {path.name} is its segmentation", stacklevel=2)
     _check_complete(root, groups, leftovers, modalities)
     if leftovers:
+        # Possible label maps come first.
         leftovers.sort(key=lambda path: "seg" not in path.name.lower())
         names = ", ".join(path.name for path in leftovers[:5])
         text = f"{len(leftovers)} files of unknown names are ignored: {names}"
         warnings.warn(text, stacklevel=2)
-    found, codes = [], _decide_labels(root, groups, sets) if labels == "auto" else {}
-    for place, files in sorted(groups.items(), key=lambda pair: pair[0][1]):
-        channels = *sets.get(place[0], [()])[0], *ALL_MODALITIES
-        images = {m: files[m] for m in channels if m in files}
-        found.append(Case(place[1], images, files.get("seg"), codes.get(place, labels)))
-    return found
+    cases = []
+    codes = _decide_labels(root, groups, descriptions) if labels == "auto" else {}
+    for place, files in sorted(groups.items(), key=lambda pair: pair[0][1]):  # by id
+        # The order of `images` is that of the channels in a file, see `Case`.
+        order = *descriptions.get(place[0], [()])[0], *ALL_MODALITIES
+        images = {m: files[m] for m in order if m in files}
+        cases.append(Case(place[1], images, files.get("seg"), codes.get(place, labels)))
+    return cases
 
 
-def _decide_labels(root, groups, sets):
-    """Return {(folder, id): label code} by descriptions, ids and label maps."""
-    names = {}
+def _decide_labels(root, groups, descriptions):
+    """Return {place: label code} by descriptions, ids and values in the label maps.
+
+    A `dataset.json` near the case comes before the naming of its id. If neither is
+    known, the values in all such label maps decide together.
+    """
+    namings, codes = {}, {}
     for place, files in groups.items():
-        above, near = [place[0], *files.get("seg", root).parents], {root, place[0]}
-        said = [_describe(f, sets, False)[1] for f in above if near & {f, *f.parents}]
-        as_task01 = {f.name for f in above} & {"labelsTr", "labelsTs"}
-        names[place] = next(filter(None, said), labels.naming(place[1], as_task01))
+        folders = [place[0], *files.get("seg", root).parents]
+        inside = [f for f in folders if f == place[0] or f.is_relative_to(root)]
+        stated = [_read_description(f, descriptions, False)[1] for f in inside]
+        as_task01 = {f.name for f in folders} & {"labelsTr", "labelsTs"}
+        namings[place] = next(filter(None, stated), labels.naming(place[1], as_task01))
     with ThreadPoolExecutor(2) as pool:
-        drawn = [files.get("seg") for files in groups.values()]
-        values = dict(zip(groups, pool.map(nifti.threes_and_fours, drawn), strict=True))
-    unknown = set().union(*(values[p] for p in groups if not names[p][1]))
-    usual = "0123" if unknown == {3} else "0124"
-    codes, drawn = {}, ["seg" in f for p, f in groups.items() if not names[p][1]]
-    if any(drawn) and not unknown & {4}:  # nothing says it
-        text = "label 3 and no label 4" if unknown else "neither label 3 nor label 4"
+        paths = [files.get("seg") for files in groups.values()]
+        values = dict(zip(groups, pool.map(nifti.threes_and_fours, paths), strict=True))
+    unnamed = [p for p in groups if "seg" in groups[p] and not namings[p][1]]
+    found = set().union(*(values[place] for place in unnamed))
+    default = "0123" if found == {3} else "0124"
+    if unnamed and 4 not in found:  # a guess: only a 4 is certain to be enhancing
+        text = "label 3 and no label 4" if found else "neither label 3 nor label 4"
         text += " in this set: 1 is read as core, 2 as oedema, 3 as enhancing tumour; "
         warnings.warn(f"{text}pass labels= to find_cases if they are not", stacklevel=3)
-    for place, (name, code) in names.items():
+    for place, (name, code) in namings.items():
         where = {"case": place[1], "file": groups[place].get("seg")}
-        as_a_rule = "'0124'" in code and {4} in values.values()  # only that has a 4
-        if "=" in code and where["file"] and not as_a_rule:
+        # A code with "=" is advice: the naming does not settle the convention. Of those
+        # that TOLD_TASK01 suggests, only 0124 has a 4.
+        settled = code == labels.TOLD_TASK01 and {4} in values.values()
+        if "=" in code and where["file"] and not settled:
             problem = f"what its labels mean is not certain ({name})"
             raise BratsDataError(problem, **where, advice=f"Pass labels=, say {code}")
-        codes[place] = usual if not code or "=" in code else code
-        if strange := values[place] - labels.label_table(codes[place]).keys():
-            problem = f"label {strange.pop()}, but {name} writes labels {codes[place]}"
+        codes[place] = default if not code or "=" in code else code
+        if others := values[place] - labels.label_table(codes[place]).keys():
+            problem = f"label {others.pop()}, but {name} writes labels {codes[place]}"
             advice = f"Keep sets apart, or pass labels={labels.CONVENTIONS} or a table"
             raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
     return codes
@@ -387,19 +408,20 @@ def rename_odd_segmentation(root):
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
-        # With the separator of its images; those may have no id in their names.
-        name, n = next(iter(groups[folder, case_id].values())).name, len(case_id)
-        start = name[: n + 1] if name.startswith(case_id) else f"{case_id}_"
-        renamed.append((old, old.rename(folder / f"{start}seg{suffix}")))
+        # "_" or "-" after the id, as its images have; some are named without an id.
+        name = next(iter(groups[folder, case_id].values())).name
+        prefix = name[: len(case_id) + 1] if name.startswith(case_id) else f"{case_id}_"
+        renamed.append((old, old.rename(folder / f"{prefix}seg{suffix}")))
     return renamed
 
 
-def _paths(case, modalities):
-    """Return what to read of a case's files: {path: modalities asked for, or ["seg"]}.
+def _files_to_read(case, modalities):
+    """Return {path: the modalities to read from it, or ["seg"]} for a case.
 
     Its first image comes first, asked for or not: all others must lie on its grid.
     """
     known, expected = {*ALL_MODALITIES}.issuperset, f"some of {ALL_MODALITIES}"
+    # An iterator has no length: it could be read only once.
     check_option("modalities", modalities, lambda m: len(m) > -1 and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
@@ -410,12 +432,12 @@ def _paths(case, modalities):
 
 
 def _channel(case, volume, modality):
-    """Return one modality (X, Y, Z) of what a file holds."""
+    """Return one modality (X, Y, Z) of a file's volume, which may hold all of them."""
     return volume[..., [*case.images].index(modality)] if volume.ndim == 4 else volume
 
 
 def _attempt(problems, path, check, *arguments, **options):
-    """Return what a check returns; or None, with (path, error) added to `problems`."""
+    """Call a check; if it fails, add (path, error) to `problems` and return None."""
     try:
         return check(*arguments, **options)
     except BratsDataError as error:
@@ -425,11 +447,11 @@ def _attempt(problems, path, check, *arguments, **options):
 def _read_files(case, modalities, problems, *, voxels=True, thorough=False):
     """Return the volumes of a case, {modality or "seg": array}, and its grid.
 
-    The grid is the path and header of the first file that can be read. What is wrong
-    is added to `problems`.
+    The grid is (path, header) of the first file that can be read. Errors are added to
+    `problems` as (path, error).
     """
     volumes, first = {}, None
-    for path, wanted in _paths(case, modalities).items():
+    for path, wanted in _files_to_read(case, modalities).items():
         channels = 1 if wanted == ["seg"] else case.channels
         header = _attempt(problems, path, nifti.read_header, path, channels)
         if not header:
@@ -537,7 +559,7 @@ def check_cases(cases, *, voxels=True, modalities=None):
     rows, required = [], MODALITIES if modalities is None else modalities
     for case in check_distinct(cases):
         problems, folder = [], next(iter(case.images.values())).parent
-        _attempt(problems, folder, _paths, case, required)
+        _attempt(problems, folder, _files_to_read, case, required)
         names = [m for m in case.images if modalities is None or m in modalities]
         found, first = _read_files(case, names, problems, voxels=voxels, thorough=True)
         if first:

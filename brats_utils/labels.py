@@ -1,4 +1,4 @@
-"""Label values, tumour regions, their names and colours: stated here."""
+"""Label values, tumour regions, their names and colours, and how files write them."""
 
 import contextlib
 import re
@@ -28,7 +28,8 @@ _FILES = {
     "t2": "(?:brain_)?(?:t2|t2w)",
     "seg": "(?:final_)?(?:segm?|tumor_segmentation|glistrboost_manuallycorrected)",
 }
-FOLDERS = {"images_segm", "labelstr", "labels", "masks", "segmentations"}  # of seg
+# Folders of label maps, in lower case.
+FOLDERS = {"images_segm", "labelstr", "labels", "masks", "segmentations"}
 _KEY = "|".join(f"(?P<{key}>{names})" for key, names in _FILES.items())
 _NAME = re.compile(rf"(?:(.+?)[-_])??(?:{_KEY})\.nii(?:\.gz)?", re.I)
 # A name that only says when a scan was made: the patient is its folder.
@@ -41,11 +42,11 @@ _TIME = (
 VISIT = re.compile(f"{_TIME}|{_DATE}", re.I)
 # How files write background, core, oedema and enhancing tumour, in this order.
 CONVENTIONS = ("0124", "0123", "0213")
+# What to pass as `labels=` where the id of a case does not settle the convention.
 TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"
 TOLD_PED = "labels={1: 4, 2: 1, 3: 1, 4: 2} counts cysts as core"
 TOLD_TASK01 = "labels='0213' if 1 is oedema, as there, or '0123' or '0124'"
-# Which set a case id belongs to: (set, convention). Where the id does not settle the
-# convention, the second item is the `labels=` to suggest in the error.
+# Which set a case id belongs to: (set, convention, or one of the hints above).
 NAMINGS = {
     r"brats[-_]?(1[789]|20|2021)_|tcga-\w\w-\w{4}": ("BraTS 2017-2021", "0124"),
     r"upenn[-_]gbm[-_]|ucsf[-_]pdgm[-_]": ("UPENN-GBM and UCSF-PDGM", "0124"),
@@ -85,9 +86,9 @@ def naming(case_id, as_task01=True):
         The set of that naming, and one of `CONVENTIONS` or, if its labels cannot be
         told by the name, what to pass; empty if the naming is not known.
     """
-    parts = "(?i)(?:^|[-_])(?:"  # `train_BraTS-GLI-...` is of that set, too
-    fits = (name for p, name in NAMINGS.items() if re.search(f"{parts}{p})", case_id))
-    name, code = next(fits, ("the rest of this set", ""))
+    start = "(?i)(?:^|[-_])(?:"  # `train_BraTS-GLI-...` is of that set, too
+    known = (name for p, name in NAMINGS.items() if re.search(f"{start}{p})", case_id))
+    name, code = next(known, ("the rest of this set", ""))
     return name, code if as_task01 or code != "0213" else TOLD_TASK01
 
 
@@ -118,8 +119,9 @@ def label_table(labels):
         else:
             pairs = (pair.split(":") for pair in labels.split())
         table = {0: 0} | {float(value): float(label) for value, label in pairs}
-        whole = table.keys() <= {*range(256)} and {*table.values()} <= LABELS.keys()
-        if whole and len(table) > 1 and table[0] == 0:
+        # A fraction equals no whole number, so it is refused here.
+        valid = table.keys() <= {*range(256)} and {*table.values()} <= LABELS.keys()
+        if valid and len(table) > 1 and table[0] == 0:
             return {int(value): int(label) for value, label in table.items()}
     problem = f"labels is {labels!r}, expected 'auto', one of {CONVENTIONS}, or a "
     problem += "table from the files' values to 0, 1, 2, 4, such as {1: 1, 2: 2, 3: 4}"
@@ -179,7 +181,8 @@ def are_modalities(names):
     known : bool
     """
     in_order = not isinstance(names, set | frozenset)
-    return in_order and len(names) == len({*names} & {*ALL_MODALITIES})  # no text
+    # Not a str either: its letters are no modalities.
+    return in_order and len(names) == len({*names} & {*ALL_MODALITIES})
 
 
 def read_channel_names(described):
@@ -202,8 +205,9 @@ def read_channel_names(described):
     """
     names = described.get("channel_names") or described.get("modality") or {}
     names = [str(names[key]).lower() for key in sorted(names, key=int)]
-    read = [parse_name(re.sub("[- ]", "_", name) + ".nii") for name in names]
-    channels = ["" if prefix else key for prefix, key in read]  # no "post-contrast T1"
+    # Read as file names; a prefix may change the meaning, as in "post-contrast T1".
+    parsed = [parse_name(re.sub("[- ]", "_", name) + ".nii") for name in names]
+    channels = ["" if prefix else key for prefix, key in parsed]
     if not {*channels} <= {*ALL_MODALITIES}:
         raise ValueError(f"its channels are {names}, not {ALL_MODALITIES}")
     return tuple(channels)
@@ -223,19 +227,21 @@ def read_label_names(names):
     table : dict of int to int
         See `label_table`; empty if a name is not understood.
     """
+    # (name, value), whichever of the two is the key.
     pairs = [(v, k) if str(k).isdigit() else (k, v) for k, v in names.items()]
     if any(isinstance(values, list) for _, values in pairs):
         regions = {str(name): {*np.ravel(v).tolist()} for name, v in pairs if v != 0}
-        outermost = sorted(regions, key=lambda name: -len(regions[name]))
+        outermost_first = sorted(regions, key=lambda name: -len(regions[name]))
+        named = all(map(re.search, _REGION_WORDS, outermost_first))
+        # In how many regions a value lies: 2 (oedema) in one, 1 in two, 4 in all three.
         depths = Counter(value for region in regions.values() for value in region)
-        named = len(regions) == 3 and all(map(re.search, _REGION_WORDS, outermost))
-        sizes = [len(regions[name]) for name in outermost]
-        nested = named and (sizes, sorted(depths.values())) == ([3, 2, 1], [1, 2, 3])
+        sizes = sorted(map(len, regions.values()))
+        nested = named and sizes == sorted(depths.values()) == [1, 2, 3]
         return {v: (2, 1, 4)[d - 1] for v, d in depths.items()} if nested else {}
     table = {}
     for name, value in pairs:
-        fits = (x for p, x in _MEANINGS.items() if re.search(p, str(name), re.I))
-        table[int(value)] = next(fits, None)
+        found = (x for p, x in _MEANINGS.items() if re.search(p, str(name), re.I))
+        table[int(value)] = next(found, None)
     doubtful = None in table.values() or [*table.values()].count(4) > 1
     return {} if doubtful else table
 
@@ -265,9 +271,9 @@ def relabel(values, table):
     known = sum(np.count_nonzero(values == old) for old in table)
     if known != values.size:
         found = zip(*np.unique(values, return_counts=True), strict=True)
-        strange = [f"{v:g} in {n} voxels" for v, n in found if v not in table]
+        others = [f"{v:g} in {n} voxels" for v, n in found if v not in table]
         problem = f"expected only the labels {list(table)}, found "
-        raise ValueError(problem + ", ".join(strange[:5]))
+        raise ValueError(problem + ", ".join(others[:5]))
     relabelled = values.astype(np.uint8)
     for old, new in table.items():
         if old != new:

@@ -19,7 +19,8 @@ MAX_VOXELS = 2**28
 AGAIN = "The file is incomplete or damaged; download it again"
 CORRECT = "Correct its header with nibabel, or export the file again"
 CONVERT = "Unpack it, or convert it to one .nii.gz (nibabel.save, SimpleITK, dcm2niix)"
-# What reads a file that begins like this, or what the file is instead.
+# How files begin: the key is the class that reads the header, or the name of a format
+# that is refused. The first that matches counts.
 FORMATS = {
     nib.Nifti1Header: rb".{344}n\+1\0",
     nib.Nifti2Header: rb".{4}n\+2\0.{532}",
@@ -33,7 +34,7 @@ FORMATS = {
 GEOMETRY = re.compile("pixdim|[qs]form_code|quatern|qoffset|srow|xyzt_units")
 NO_ORIENTATION = "its header states no orientation; LAS is assumed"
 WRITTEN_BY = "brats_utils"  # in the header of our label maps: those may be replaced
-_OF_SYSTEMS = "__macosx", "lost+found", "$recycle.bin", "system volume information"
+_SYSTEM_DIRS = "__macosx", "lost+found", "$recycle.bin", "system volume information"
 _LPS = nib.orientations.axcodes2ornt("LPS")
 
 
@@ -73,21 +74,23 @@ def _is_singular(affine):
 
 
 def _repair(header):
-    """Do nibabel's repairs, and those of an affine that leave no doubt what it was."""
+    """Repair what nibabel can, and an affine where its meaning is certain."""
     sizes = abs(header["pixdim"][1:4])
     header.check_fix()
     if header["qform_code"] and _is_singular(header.get_sform()):
         header["sform_code"] = 0
-    header["pixdim"][1:4] = sizes  # a size of 0 is not taken for 1 mm
+    header["pixdim"][1:4] = sizes  # check_fix turns a size of 0 into 1 mm
     length = math.hypot(header["quatern_b"], header["quatern_c"], header["quatern_d"])
-    for axis in "bcd" if 1 < length < 1.001 else "":  # it was rounded
+    # A unit quaternion that was rounded; nibabel refuses one that is too long.
+    for axis in "bcd" if 1 < length < 1.001 else "":
         header[f"quatern_{axis}"] /= length
 
 
 def _parse_header(start, path, channels):
-    """Return the header in the first bytes of a file; raise unless it can be read.
+    """Return the header of a file, checked, from its first bytes `start`.
 
-    It must ask for as many volumes as `channels`, not too large, on a grid.
+    It must state `channels` volumes that are not too large, and an affine that can be
+    inverted.
     """
     kind = next(kind for kind, sign in FORMATS.items() if re.match(sign, start, re.S))
     if isinstance(kind, str):
@@ -95,18 +98,19 @@ def _parse_header(start, path, channels):
         _refuse(path, problem, AGAIN if "too short" in kind else CONVERT)
     # Extensions hold notes of other programs, no geometry: they are not read.
     header = kind(start[: kind.sizeof_hdr], check=False)
-    voxels = header.get_value_label("datatype")
-    if not re.fullmatch("u?int(8|16|32|64)|float(32|64)", voxels):
-        _refuse(path, f"its voxels are {voxels}", "Save them as integers or floats")
+    dtype = header.get_value_label("datatype")
+    if not re.fullmatch("u?int(8|16|32|64)|float(32|64)", dtype):
+        _refuse(path, f"its voxels are {dtype}", "Save them as integers or floats")
     try:
         _repair(header)
-        header.get_slope_inter()
+        header.get_slope_inter()  # raises if it is not valid
         shape, affine = header.get_data_shape(), header.get_best_affine()
     except Exception as error:  # damaged bytes make nibabel raise many kinds
         _refuse(path, f"its header or affine is not valid: {error}")
     wanted = f"{channels} images in one file" if channels > 1 else "a 3-D volume"
-    images = [length for length in shape[3:] if length != 1]
-    if len(shape) < 3 or min(shape) < 1 or images != [channels] * (channels > 1):
+    # The axes after the third: one over the channels at most, and others of length 1.
+    more = [length for length in shape[3:] if length != 1]
+    if len(shape) < 3 or min(shape) < 1 or more != ([channels] if channels > 1 else []):
         _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
     if math.prod(shape) > MAX_VOXELS:
         _refuse(path, f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
@@ -119,31 +123,36 @@ def _parse_header(start, path, channels):
 
 
 def _read(path, channels, *, voxels):
-    """Return a file's header, and its contents unpacked; or only how it begins."""
+    """Return a file's header and all its bytes, unpacked; check its length.
+
+    Without `voxels`, the bytes are only those read for the header, and the length of a
+    packed file is checked roughly.
+    """
     try:
         with open(path, "rb") as file:
             # A header lies in the first 128 KB, whatever else the file would unpack to.
-            contents, found = file.read(2**17), file.seek(0, 2)
+            contents, size = file.read(2**17), file.seek(0, os.SEEK_END)
             packed = contents[:2] == b"\x1f\x8b"
             unpack = igzip.open if packed else (lambda stored: stored)
-            start = unpack(io.BytesIO(contents)).read(544)  # of NIfTI-2
+            start = unpack(io.BytesIO(contents)).read(544)  # of NIfTI-2, the longer one
             header = _parse_header(start, path, channels)
             sizes = *header.get_data_shape(), channels, header.get_data_dtype().itemsize
             expected = int(header["vox_offset"]) + math.prod(sizes)
             # gzip packs 1032 bytes into one at most, and adds a few per cent.
             least = expected // 1032 if packed else expected
-            most = expected + (expected // 8 + 2**20) * packed
-            if voxels and least <= found <= most:
+            most = expected + expected // 8 + 2**20 if packed else expected
+            if voxels and least <= size <= most:
                 file.seek(0)
-                # A byte more than expected: it reads the checksum, and shows a bomb.
+                # A byte more than expected, so that the gzip checksum is read, and a
+                # file that unpacks to far more is noticed without unpacking it all.
                 contents = unpack(file).read(expected + 1)
-                found, least, most = len(contents), expected, expected
+                size, least, most = len(contents), expected, expected
     except (EOFError, OverflowError, OSError, isal_zlib.error) as error:
         advice = "Check its path and access" if getattr(error, "errno", 0) else AGAIN
         _refuse(path, f"cannot be read: {error}", advice)
-    if not least <= found <= most:
-        kind, advice = ("shorter", AGAIN) if found < least else ("longer", CORRECT)
-        problem = f"the file is {found} bytes long, {kind} than the {expected} bytes"
+    if not least <= size <= most:
+        kind, advice = ("shorter", AGAIN) if size < least else ("longer", CORRECT)
+        problem = f"the file is {size} bytes long, {kind} than the {expected} bytes"
         _refuse(path, f"{problem} its header asks for", advice)
     return header, contents
 
@@ -238,7 +247,7 @@ def load_labels(path, labels="0124"):
 
 
 def check_unedited(folder, files):
-    """Raise if others have changed a volume, and not damaged it.
+    """Raise if a volume was edited: it differs from the manifest and is still valid.
 
     Parameters
     ----------
@@ -255,13 +264,13 @@ def check_unedited(folder, files):
     complete = {name: noted for name, noted in files.items() if noted}
     for path in (Path(folder, name) for name in find_changed(folder, complete)):
         with contextlib.suppress(BratsDataError):
-            read_volume(path)
+            read_volume(path)  # a damaged one is not an edit, and may be overwritten
             problem = f"{path} was changed after it was written"
             raise ValueError(f"{problem}; move it, or choose another folder")
 
 
 def absolute(root):
-    """Return a folder with its name, which "." and ".." lack; links stay.
+    """Return a folder as an absolute path, so that it has a name; keep links.
 
     Parameters
     ----------
@@ -290,8 +299,8 @@ def walk(root):
     Raises
     ------
     BratsDataError
-        If a folder cannot be read, or a link leads nowhere: what is behind it would be
-        missing without a word.
+        If a folder cannot be read, or a link is broken: the files behind it would be
+        left out without a message.
     """
 
     def refuse(error):
@@ -300,17 +309,17 @@ def walk(root):
 
     seen = set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        real = os.path.realpath(folder)
-        visible = (f for f in folders if f[0] != "." and f.lower() not in _OF_SYSTEMS)
-        folders[:] = [] if real in seen else sorted(visible)
-        if real not in seen:
-            for name in sorted(name for name in names if not name.startswith(".")):
-                path = Path(folder, name)
-                if not os.path.exists(path):
-                    advice = "Connect the disk it is on, or remove the link"
-                    _refuse(path, "leads nowhere", advice)
-                yield path
+        visible = (f for f in folders if f[0] != "." and f.lower() not in _SYSTEM_DIRS)
+        folders[:] = sorted(visible)
+        if (real := os.path.realpath(folder)) in seen:  # a second link to it, or a loop
+            folders[:], names = (), ()
         seen.add(real)
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(folder, name)
+            if not os.path.exists(path):
+                advice = "Connect the disk it is on, or remove the link"
+                _refuse(path, "leads nowhere", advice)
+            yield path
 
 
 def file_states(paths):
@@ -399,7 +408,7 @@ def threes_and_fours(path):
     Returns
     -------
     values : set of int
-        Empty if there is no file, or it cannot be read: that is told when it is used.
+        Empty if there is no file, or it cannot be read: reading the case raises that.
     """
     with contextlib.suppress(BratsDataError):
         if path is not None:

@@ -19,28 +19,28 @@ from brats_utils.labels import VISIT
 from brats_utils.nifti import BratsDataError, walk
 
 KINDS, SIDES = ("images", "masks"), ("train", "val")
-# A patient's id, before the number or the date of the visit.
-_VISIT = re.compile(
+# Ids of scans, where group 1 is the patient: the number or date of a visit follows.
+_NUMBERED_ID = re.compile(
     r"(?i)((?:.+[-_])?(?:brats1[789]_[^_]+_[^_]+|brats-[a-z]+-\d+"
     r"|brats_(?:gli|ssa|men|mets?|goat|peds?)_\d+"
     r"|(?:upenn[-_]gbm|ucs[fd][-_]p[a-z]+|rhuh(?:[-_]gbm)?)[-_]\d+|tcga-\w\w-\w{4})"
     r"|sub-[^_]+(?=_))[-_].+"
 )
-_DATED = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
-_TABLE = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
-# Columns that name patients, and not what is known about them.
-_NUMBER = (
+_DATED_ID = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
+_TABLE_NAME = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
+# Headers of columns that name patients, not their age, sex, site and so on.
+_ID_WORDS = (
     "(?:ids?|identi\\w*|n[or°]|num|numbers?|nummer|names?|codes?|keys?|uu?id|guid|barcode"
     "|label|index|hash|ref(?:erence)?|pseudonyms?|folder|in|study)"
 )
-_OF_PATIENTS = re.compile(
+_PATIENT_COLUMN = re.compile(
     r"(?i)(?!.*(site|instit|sex|gender|weight|surviv|(?<![a-z])age))"
-    rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_NUMBER}[\W_]*)*\d*(\(.*)?"
+    rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_ID_WORDS}[\W_]*)*\d*(\(.*)?"
     r"|(?!.*(site|instit|cent|hospital|scan|session|study|device|collect|cohort|visit"
     r"|rater|reader|series|protocol|data.?set|group|file)).*"
     r"(?<![a-z])ids?(?![a-z]).*|name|brats[\W_]?(?:20)?\d\d"  # not a doctor's name
 )
-_PERSON = re.compile(r"(?i).*(patient|person|participant|mrn)")
+_PERSON_COLUMN = re.compile(r"(?i).*(patient|person|participant|mrn)")
 _SEED = "a whole number from 0 to 2**32 - 1"
 _EMPTY = re.compile(
     r"(?i)[\W_]*(n/?a|nv|nan|nat|null|none|unknown|not available)?[\W_]*"
@@ -73,48 +73,54 @@ def find_patients(cases, *roots):
     ValueError
         If a table cannot be read, or names none of the cases.
     """
-    # 001 is 1 in a spreadsheet.
+    # {name in lower case: case id}; a spreadsheet writes 001 as 1.
     ids = {c.id.lstrip("0") or "0": c.id for c in cases if c.id.isdigit()}
     ids |= {case.id.lower(): case.id for case in cases}
-    links = {case.id: _links([case.id]) for case in cases}
-    tables = _mapping_tables(cases, [*map(Path, roots)])
-    matched = [(path.name, _link(links, ids, path)) for path in tables]
+    links = {case.id: _add_patients([case.id]) for case in cases}
+    matched = []
+    for path in _find_tables(cases, [*map(Path, roots)]):
+        matched.append((path.name, _apply_table(links, ids, path)))
     groups, patients = unite(links), {}
     for case_ids, group in groups:
-        # The shortest name that is no case's, such as TCGA's, or the id itself.
+        # The shortest name that is not a case id, such as TCGA-02-0006; or the id.
         names = [name for name in group if name.lower() not in ids]
         name = min(names, key=lambda n: (len(n), n), default=case_ids[0])
         patients |= dict.fromkeys(case_ids, name)
     several = sum(len(case_ids) > 1 for case_ids, _ in groups)
-    told = f"of {len(cases)} ids matched, {several} patients with several scans"
-    return patients, [f"{name}: {n} {told}" for name, n in matched]
+    summary = f"of {len(cases)} ids matched, {several} patients with several scans"
+    return patients, [f"{name}: {n} {summary}" for name, n in matched]
 
 
-def _links(names):
-    """Return names of scans, and the patients they belong to."""
-    found = [p.fullmatch(name) for name in names for p in (_VISIT, _DATED)]
+def _add_patients(names):
+    """Return names of scans, with the patients that these names contain."""
+    found = [p.fullmatch(name) for name in names for p in (_NUMBERED_ID, _DATED_ID)]
     patients = {match[1] for match in found if match} - {*names}
-    return {*names} | (_links(patients) if patients else set())
+    # A patient's name may end in another visit: <patient>_<week>_<date>.
+    return {*names} | (_add_patients(patients) if patients else set())
 
 
-def _mapping_tables(cases, roots):
-    """Return the tables that may say which scans are of one patient, each once."""
+def _find_tables(cases, roots):
+    """Return the paths of tables that may say which scans are of one patient."""
     roots = [root.absolute() for root in roots]
     folders = {f.parent for root in roots for f in (root, root.resolve())}
-    around = Path(os.path.commonpath(roots))  # of several sets; it may be a whole disk
-    folders |= {around, around.parent}
+    # The common folder of several sets may be a whole disk: it is not walked.
+    common = Path(os.path.commonpath(roots))
+    folders |= {common, common.parent}
     for path in {path for case in cases for path in case.images.values()}:
         folders |= {*path.absolute().parents[1:3], *path.resolve().parents[1:3]}
     paths = itertools.chain(*map(walk, roots), *(f.glob("*.*") for f in folders))
-    tables = (t for t in paths if _TABLE.fullmatch(t.name) and t.is_file())
+    tables = (t for t in paths if _TABLE_NAME.fullmatch(t.name) and t.is_file())
     return sorted({table.resolve() for table in tables})
 
 
 def _check_quotes(rows):
-    """Raise if a cell's quotation marks never end: it would hold all that follows."""
+    """Raise if a quotation mark is never closed: its cell would hold all that follows.
+
+    `rows` is a strict reader. What else it refuses, such as 6" or "a" b, is readable.
+    """
     try:
         list(rows)
-    except csv.Error as error:  # of others, such as 6" or "a" b, the text is clear
+    except csv.Error as error:
         if str(error).startswith("unexpected end"):
             raise csv.Error("its quotation marks do not match") from None
 
@@ -144,63 +150,70 @@ def read_csv(path):
     except UnicodeDecodeError:
         text = data.decode("latin-1")
     lines = [line for line in re.split("\r\n|\r|\n", text) if line.strip()]
-    lines = lines[1:] if lines and lines[0].startswith("sep=") else lines  # of Excel
+    # Excel writes the separator first, as "sep=;".
+    lines = lines[1:] if lines and lines[0].startswith("sep=") else lines
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty, or holds other data")
-        form = {"delimiter": max(",;\t", key=lines[0].count)}
-        _check_quotes(csv.reader(lines, strict=True, **form))
-        names = [n.strip() for n in next(csv.reader(lines, **form))]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice := [*filter(_OF_PATIENTS.fullmatch, twice)]:
+        dialect = {"delimiter": max(",;\t", key=lines[0].count)}
+        _check_quotes(csv.reader(lines, strict=True, **dialect))
+        names = [n.strip() for n in next(csv.reader(lines, **dialect))]
+        patient_columns = [name for name in names if _PATIENT_COLUMN.fullmatch(name)]
+        if twice := [c for c in patient_columns if patient_columns.count(c) > 1]:
             raise csv.Error(f"it has two columns named {twice[0]}")
-        rows = [*csv.DictReader(lines, restval="", **form)]
-        if long := [row for row in rows if any(row.get(None, ()))]:
-            raise csv.Error(f"a row has more cells than the first: {long[0]}")
+        rows = [*csv.DictReader(lines, restval="", **dialect)]
+        # DictReader puts the cells beyond the header under the key None.
+        if too_long := [row for row in rows if any(row.get(None, ()))]:
+            raise csv.Error(f"a row has more cells than the first: {too_long[0]}")
         if "" in names[1:] and any(row.get("") for row in rows):
             raise csv.Error(f"columns without names hold cells; is {names[0]} a title?")
     except csv.Error as error:
         problem = f"{path} is not a text table: {error}"
         raise ValueError(f"{problem}; save it as csv, or remove it") from None
-    cells = [[(k, v) for k, v in row.items() if k is not None] for row in rows]
-    return [{k.strip(): v.strip() for k, v in row} for row in cells]
+    return [{k.strip(): v.strip() for k, v in r.items() if k is not None} for r in rows]
 
 
-def _link(links, ids, path):
-    """Add what a table says to the links of the cases; return how many it names."""
-    rows = [  # 1.0 is the patient 1, where a spreadsheet knew gaps in the column
+def _apply_table(links, ids, path):
+    """Add the names that a table gives cases to `links`; return how many it matches.
+
+    `links` is as in `unite`; `ids` is {name in lower case: case id}.
+    """
+    rows = [  # a spreadsheet writes patient 1 as 1.0 if the column has gaps
         {k: re.sub(r"^(\d+)\.0+$", r"\1", v) for k, v in row.items()}
         for row in read_csv(path)
     ]
-    # "NA" may be a case's id in the set's own column, and means nothing in others.
-    names = {c: {r[c].lower() for r in rows} for c in (rows or [{}])[0]}
-    hits = {c: len({ids[n] for n in names[c] if n in ids}) for c in names}
-    known = [c for c in hits if _OF_PATIENTS.fullmatch(c)]
-    own = max([*known, *hits], key=hits.get, default=None)  # the known, if equal
-    columns = [c for c in hits if c == own or c in known]
-    if columns == [own] and hits[own]:
-        text = f"{path} has the ids in {own!r} and no column of patients that is known"
-        warnings.warn(f"{text}: if there is one, call it patient_id", stacklevel=3)
-    for column in filter(_PERSON.match, columns):
-        ours = [r for r in rows if any(r[c].lower() in ids for c in columns)]
-        blank = [r for r in ours if not r[column]]
+    cells = {c: {row[c].lower() for row in rows} for c in (rows or [{}])[0]}
+    hits = {c: len({ids[n] for n in cells[c] if n in ids}) for c in cells}
+    patient_columns = [c for c in hits if _PATIENT_COLUMN.fullmatch(c)]
+    # The column that names most cases; of equals, max returns the first.
+    id_column = max([*patient_columns, *hits], key=hits.get, default=None)
+    columns = [c for c in hits if c == id_column or c in patient_columns]
+    if columns == [id_column] and hits[id_column]:
+        text = f"{path} has the ids in {id_column!r} and no column of patients that is "
+        warnings.warn(f"{text}known: if there is one, call it patient_id", stacklevel=3)
+    for column in filter(_PERSON_COLUMN.match, columns):
+        ours = [row for row in rows if any(row[c].lower() in ids for c in columns)]
+        blank = [row for row in ours if not row[column]]
         if blank and len(blank) < len(ours):
-            named = next(filter(None, map(blank[0].get, columns)))
-            problem = f"{path} leaves {column} empty for {named} (were cells merged?)"
+            name = next(filter(None, map(blank[0].get, columns)))
+            problem = f"{path} leaves {column} empty for {name} (were cells merged?)"
             raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
-    matched, full = set(), {case_id.lower() for case_id in ids.values()}
-    padded = any(name.startswith("0") and name.isdigit() for name in full)
+    matched, known = set(), {case_id.lower() for case_id in ids.values()}
+    # If some ids are written as 001, a number may be an id in any column.
+    number_ids = known if any(i.isdigit() and i[0] == "0" for i in known) else set()
     for row in rows:
-        named = {c: n for c, n in row.items() if c == own or not _EMPTY.fullmatch(n)}
-        # Patient 1 of one column is not number 1 of another; 001 may be a case's id.
-        names = [
-            f"{c} {n}" * (c != own and n.isdigit() and not (padded and n in full)) or n
-            for c, n in named.items()  # of other columns, only the ids of cases
-            if c in columns or (n.lower() in ids and not n.isdigit())
-        ]
+        names = []
+        for column, name in row.items():
+            # Of columns that do not name patients, only case ids count.
+            used = column in columns or (name.lower() in ids and not name.isdigit())
+            # "NA" may be a case id in the id column; in others it means nothing.
+            if used and (column == id_column or not _EMPTY.fullmatch(name)):
+                # Patient 1 of one column is not number 1 of another.
+                is_id = column == id_column or not name.isdigit() or name in number_ids
+                names.append(name if is_id else f"{column} {name}")
         same = {ids[name.lower()] for name in names if name.lower() in ids}
         for case_id in same:
-            links[case_id] |= _links(names)
+            links[case_id] |= _add_patients(names)
         matched |= same
     if not matched:
         problem = f"{path} names none of these cases ({next(iter(ids.values()))}, ...)"
@@ -223,11 +236,12 @@ def unite(links):
     """
     groups = []  # of (names in lower case, names, case ids)
     for case_id, names in links.items():
-        keys, names, ids = {name.lower() for name in names}, set(names), [case_id]
-        for group in [group for group in groups if group[0] & keys]:
+        lowered, names, ids = {name.lower() for name in names}, set(names), [case_id]
+        # This case joins all groups that share a name with it into one.
+        for group in [group for group in groups if group[0] & lowered]:
             groups.remove(group)
-            keys, names, ids = keys | group[0], names | group[1], ids + group[2]
-        groups.append((keys, names, ids))
+            lowered, names, ids = lowered | group[0], names | group[1], ids + group[2]
+        groups.append((lowered, names, ids))
     return sorted((sorted(ids), names) for _, names, ids in groups)
 
 
@@ -263,7 +277,7 @@ def name_images(row):
 
 
 def _group_by_patient(cases):
-    """Return lists of case ids that must be on one side, sorted."""
+    """Return lists of case ids that must stay together: same patient or images."""
     links = {}
     for case_id, record in cases.items():
         links[case_id] = {f"patient {record['patient']}", *name_images(record["row"])}
@@ -271,8 +285,8 @@ def _group_by_patient(cases):
 
 
 def _choose_sides(groups, ratio, seed):
-    """Return the numbers of the groups of each side, as splitfolders chooses."""
-    # It copies files, so it is given empty ones: it decides, and no data moves.
+    """Return {"train": indices of groups, "val": ...}, as splitfolders chooses them."""
+    # splitfolders copies files: it is given an empty file for each group.
     with tempfile.TemporaryDirectory() as workspace:
         staging, chosen = Path(workspace, "staging"), Path(workspace, "chosen")
         (staging / "groups").mkdir(parents=True)
@@ -284,22 +298,23 @@ def _choose_sides(groups, ratio, seed):
 
 
 def _choose_folds(groups, folds, seed):
-    """Return the numbers of the groups in "fold0/train", "fold0/val" and so on."""
+    """Return {"fold0/train": indices of groups, "fold0/val": ..., ...}."""
     parts = KFold(folds, shuffle=True, random_state=seed).split(groups)
     names = (f"fold{fold}/{side}" for fold in range(folds) for side in SIDES)
     return dict(zip(names, itertools.chain(*parts), strict=True))
 
 
 def _split(prepared, out, kind, choose, least, why, **choice):
-    """Choose which groups of scans go into which folder; return {folder: case ids}.
+    """Split a prepared data set and write the result; return {folder: case ids}.
 
-    `choose` takes the groups, at least so many, and the choice.
+    `choose(groups, **choice)` returns {folder: indices of groups}; it needs at least
+    `least` groups. `why` ends the message if that, or a folder without case, fails.
     """
     prepared = files.check_path("prepared", prepared).resolve()
     manifest = _read_prepared(prepared)
     groups = _group_by_patient(manifest["cases"])
-    numbers = choose(groups, **choice) if len(groups) >= least else {}
-    ids = {f: sorted(i for n in numbers[f] for i in groups[n]) for f in numbers}
+    chosen = choose(groups, **choice) if len(groups) >= least else {}
+    ids = {f: sorted(i for n in chosen[f] for i in groups[n]) for f in chosen}
     if not ids or not all(ids.values()):
         n, advice = len(manifest["cases"]), "Provide more cases, or lower min_labelled"
         problem = f"{n} kept cases of {len(groups)} patients cannot be split {why}"
