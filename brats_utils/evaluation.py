@@ -16,18 +16,19 @@ from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
 
+# The values that `tune_decoding` tries.
 THRESHOLDS = np.round(np.arange(0.2, 0.81, 0.05), 2)
 MIN_ISLAND = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 MIN_ET_VOXELS = (0, 25, 50, 100, 200, 400)
-LEAST_GAIN = 0.001  # of mean Dice: less is chance
+LEAST_GAIN = 0.001  # in mean Dice; smaller ones count as chance
 
 # The diagonal of BraTS's 240×240×155 mm grid: the official HD95 where only one of
 # prediction and truth holds the region.
 MISSED_REGION_MM = float(np.sqrt(240**2 + 240**2 + 155**2))
 
-
 # BraTS 2023: parts of a lesion are at most 6 mm apart, smaller ones do not count.
-GROWN, SMALL_LESION_MM3, MISSED_LESION_MM = 3, 50, 374.0
+DILATION, SMALL_LESION_MM3, MISSED_LESION_MM = 3, 50, 374.0
+# Voxels that share an edge (18 neighbours), or only a corner (26), are connected.
 EDGES, CORNERS = (ndimage.generate_binary_structure(3, n) for n in (2, 3))
 
 
@@ -153,26 +154,26 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
     The rules of BraTS 2023, glioma.
     """
     prediction, truth = _as_pair(prediction, truth, spacing_mm)
-    dilated = ndimage.binary_dilation(truth, EDGES, iterations=GROWN)
+    dilated = ndimage.binary_dilation(truth, EDGES, iterations=DILATION)
     zones, n_lesions = ndimage.label(dilated, CORNERS)
     components, n_components = ndimage.label(prediction, CORNERS)
-    rows, known, missed = [], set(), (0.0, MISSED_LESION_MM)
-    for lesion in range(1, n_lesions + 1):
-        zone = zones == lesion
+    rows, matched, missed = [], set(), (0.0, MISSED_LESION_MM)
+    for number in range(1, n_lesions + 1):
+        zone = zones == number
         touching = set(components[zone & prediction].tolist())
-        known |= touching
-        own = truth & zone
-        if np.count_nonzero(own) * np.prod(spacing_mm) > SMALL_LESION_MM3:
+        matched |= touching
+        lesion = truth & zone
+        if np.count_nonzero(lesion) * np.prod(spacing_mm) > SMALL_LESION_MM3:
             found = np.isin(components, [*touching])
-            scores = dice(found, own), hd95(found, own, spacing_mm)
+            scores = dice(found, lesion), hd95(found, lesion, spacing_mm)
             rows.append(scores if touching else missed)
-    rows += [missed] * (n_components - len(known))
+    rows += [missed] * (n_components - len(matched))  # false positives
     return tuple(np.mean(rows or [(1.0, 0.0)], axis=0).tolist())
 
 
-def _share(part, whole, false):
-    """Return part / whole. If whole is 0, return 1.0 if `false` is 0 too, else 0.0."""
-    return float(part / whole) if whole else float(false == 0)
+def _share(part, whole, n_errors):
+    """Return part / whole. If whole is 0, return 1.0 without errors, else 0.0."""
+    return float(part / whole) if whole else float(n_errors == 0)
 
 
 def _score_region(prediction, truth, n_voxels, spacing_mm):
@@ -360,12 +361,12 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     if (manifest := files.read_manifest(folder)).get("kind") == "predictions":
         states = {case.id: nifti.file_states(case.images.values()) for case in cases}
         stale = [i for i in states if manifest["cases"].get(i) != states[i]]
-        advice = "not predicted by this folder's model from these scans: predict again"
-        _raise_for(stale, advice)
-        noted = {path.name: manifest["files"].get(path.name) for _, path in found}
-        edited = files.find_changed(folder, noted)
-        advice = "changed since it was predicted: score it in a folder of its own"
-        _raise_for(edited, f"{advice}, or predict again")
+        problem = "not predicted by this folder's model from these scans: predict again"
+        _raise_for(stale, problem)
+        recorded = {path.name: manifest["files"].get(path.name) for _, path in found}
+        edited = files.find_changed(folder, recorded)
+        problem = "changed since it was predicted: score it in a folder of its own"
+        _raise_for(edited, f"{problem}, or predict again")
     return pd.DataFrame([_score_file(path, case, lesions) for case, path in found])
 
 
@@ -373,12 +374,12 @@ def _decoded_dice(probabilities, truth, decoding):
     """Return the Dice of WT, TC and ET of a case, with one decoding."""
     from brats_utils.inference import decode_probabilities  # Keras: scores need none
 
-    found = decode_probabilities(probabilities, **decoding)
-    return [dice(np.isin(found, v), np.isin(truth, v)) for v in REGIONS.values()]
+    predicted = decode_probabilities(probabilities, **decoding)
+    return [dice(np.isin(predicted, v), np.isin(truth, v)) for v in REGIONS.values()]
 
 
-def _trials(decoding, step):
-    """Return decodings with other values of one threshold, or of a least size."""
+def _candidates(decoding, step):
+    """Return decodings that differ in one option: steps 0 to 2 are the thresholds."""
     if step == len(REGIONS):
         return [{**decoding, "min_island": share} for share in MIN_ISLAND]
     if step > len(REGIONS):
@@ -390,9 +391,9 @@ def _trials(decoding, step):
 def tune_decoding(cases):
     """Choose the keywords of `decode_probabilities` by the mean Dice over cases.
 
-    The threshold of WT first, then TC's, then ET's, then which islands to keep, then
-    the least enhancing volume. If they are tuned on few cases and scored on the same,
-    the gain is too optimistic.
+    One option after the other: the thresholds of WT, TC and ET, then which islands to
+    keep, then the least enhancing volume. If they are tuned on few cases and scored on
+    the same, the gain is too optimistic.
 
     Parameters
     ----------
@@ -411,10 +412,10 @@ def tune_decoding(cases):
     """
     from brats_utils.inference import PLAIN, region_probabilities
 
-    def mean_dice(decoding):
-        return np.mean([_decoded_dice(*case, decoding) for case in kept], axis=0)
+    def mean_dice(decoding):  # of WT, TC and ET
+        return np.mean([_decoded_dice(*crop, decoding) for crop in crops], axis=0)
 
-    kept, plain = [], []
+    crops, plain = [], []
     files.check_option("cases", cases, iter, "pairs of probabilities and truth")
     for probabilities, truth in cases:
         regions = region_probabilities(probabilities)
@@ -422,24 +423,25 @@ def tune_decoding(cases):
         expected = f"{grid}, as of its probabilities"
         files.check_option("shape of truth", shape, grid.__eq__, expected)
         encode_labels(truth)  # raises if it holds other values
+        # Outside this box no candidate predicts tumour, and there is none.
         box = bounding_box((regions[..., 0] > THRESHOLDS[0]) | (truth > 0))
-        kept.append((np.array(regions[box]), np.array(truth[box])))
+        crops.append((np.array(regions[box]), np.array(truth[box])))
         plain.append(_decoded_dice(np.asarray(probabilities)[box], truth[box], {}))
-    files.check_option("cases", kept, len, "at least one case to tune on")
+    files.check_option("cases", crops, len, "at least one case to tune on")
     plain = np.mean(plain, axis=0)
     best, tuned = PLAIN, mean_dice(PLAIN)
     for step in range(len(REGIONS) + 2):
-        found = [(mean_dice(trial), trial) for trial in _trials(best, step)]
-        score, trial = max(found, key=lambda pair: pair[0].mean())
+        scored = [(mean_dice(each), each) for each in _candidates(best, step)]
+        score, candidate = max(scored, key=lambda pair: pair[0].mean())
         if score.mean() > tuned.mean() + LEAST_GAIN:
-            best, tuned = trial, score
+            best, tuned = candidate, score
     if tuned.mean() <= plain.mean() + LEAST_GAIN:
         best, tuned = {}, plain
     return best, pd.DataFrame({"plain": plain, "tuned": tuned}, index=list(REGIONS))
 
 
-def _check_file(trained):
-    """Raise unless a model is of a file in which a description can be stored."""
+def _check_writable(trained):
+    """Raise unless a model comes from a file in which a description can be stored."""
     path = trained.path
     if not trained.description or path is None or path.suffix != ".keras":
         problem = "is no .keras file with a description, to store a decoding in"
@@ -462,11 +464,12 @@ def store_description(trained):
     """
     from brats_utils.model import BEST, DESCRIPTION
 
-    _check_file(trained)
+    _check_writable(trained)
     path = trained.path
-    own = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
-    run = files.OutputFolder(path.parent, "run") if own else contextlib.nullcontext()
-    with run, run.write(BEST) if own else files.atomic_write(path) as temporary:
+    of_run = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
+    run = files.OutputFolder(path.parent, "run") if of_run else contextlib.nullcontext()
+    # The folder of a run also records the new checksum of its best model.
+    with run, run.write(BEST) if of_run else files.atomic_write(path) as temporary:
         with zipfile.ZipFile(path) as old, zipfile.ZipFile(temporary, "w") as new:
             for entry in old.infolist():
                 if entry.filename != DESCRIPTION:
@@ -474,12 +477,12 @@ def store_description(trained):
             new.writestr(DESCRIPTION, json.dumps(trained.description, indent=1))
 
 
-def _was_seen(case, description):
+def _was_trained_on(case, description):
     """Return whether a model was trained on a case; by id if it lists no images."""
-    images, row = {*map(str, description.get("train_images", ()))}, {}
+    images = {*map(str, description.get("train_images", ()))}
     if not images:
         return case.id in description.get("train_cases", ())
-    modalities = description.get("modalities", ())
+    modalities, row = description.get("modalities", ()), {}
     scan = read_scan(case, modalities, labelled=False)
     for name, volume in zip(modalities, scan.volumes, strict=True):
         row[f"{name}_raw_mean"], row[f"{name}_raw_sd"] = nonzero_statistics(volume)
@@ -487,7 +490,7 @@ def _was_seen(case, description):
 
 
 def tune_model(run_dir, cases, **options):
-    """Tune the decoding of a trained model on validation cases, and store it with it.
+    """Tune the decoding of a trained model on validation cases, and store it.
 
     Parameters
     ----------
@@ -506,24 +509,24 @@ def tune_model(run_dir, cases, **options):
     Raises
     ------
     ValueError
-        If the file has no description, or the model was trained on one of the cases; it
-        is left as it is then.
+        If the file has no description, or the model was trained on one of the cases.
+        The file is then unchanged.
     """
     from brats_utils.inference import check_options, load_model, predict_scan
 
     cases = _check_labelled(cases)
     trained = load_model(run_dir)
     check_options([trained], options, ("modalities", "flips", "patch_shape"))
-    _check_file(trained)
-    seen = [case.id for case in cases if _was_seen(case, trained.description)]
-    _raise_for(sorted(seen), "were in the training; tune on others")
+    _check_writable(trained)
+    known = [case.id for case in cases if _was_trained_on(case, trained.description)]
+    _raise_for(sorted(known), "were in the training; tune on others")
 
-    def predicted():
+    def predictions():  # one at a time: only crops of them are kept in memory
         for case in cases:
             found = predict_scan([trained], case, **options)
             truth, affine = nifti.load_labels(case.segmentation, case.labels)
             yield found.probabilities, nifti.to_lps(truth, affine)[found.box]
 
-    trained.description["decoding"], gain = tune_decoding(predicted())
+    trained.description["decoding"], gain = tune_decoding(predictions())
     store_description(trained)
     return gain

@@ -19,7 +19,8 @@ try:
 except ImportError:  # it is optional; `to_openvino` says how to install it
     ov = None
 
-BATCHES, LARGEST_FALL = 16, 0.005  # to calibrate with; of the Dice, to keep int8
+# Training batches to calibrate with, and by how much the Dice of int8 may be lower.
+BATCHES, LARGEST_FALL = 16, 0.005
 KERAS_ONLY = "OpenVINO does not compute it here; use engine='keras'"
 CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
 TO_CHANNELS_FIRST, TO_CHANNELS_LAST = np.array([[0, 4, 1, 2, 3], [0, 2, 3, 4, 1]])
@@ -32,14 +33,17 @@ class OpenVinoModel(keras.Model):
 
     def predict_on_batch(self, x):
         """Return the probabilities (B, X, Y, Z, K) of a batch (B, X, Y, Z, C)."""
-        if self.ready is None or self.ready[0] != x.shape:
+        if x.shape not in self.ready:  # which holds the last shape only
             self.graph.reshape(x.shape)  # a fixed shape is computed faster
-            self.ready = x.shape, ov.Core().compile_model(self.graph, "CPU", CONFIG)
-        return np.array(self.ready[1](np.ascontiguousarray(x, np.float32))[0])
+            self.ready = {x.shape: ov.Core().compile_model(self.graph, "CPU", CONFIG)}
+        return np.array(self.ready[x.shape](np.ascontiguousarray(x, np.float32))[0])
 
 
 def _round(x, low, high, levels=256):
-    """Return a node rounded to so many levels, one of them 0; then int8 follows."""
+    """Return a node rounded to so many levels, one of them 0.
+
+    OpenVINO computes the convolutions of such nodes in int8.
+    """
     step = (high - low) / (levels - 1)
     low = np.round(low / step) * step
     bounds = [op.constant(np.float32(x)) for x in (low, low + (levels - 1) * step)]
@@ -47,7 +51,7 @@ def _round(x, low, high, levels=256):
 
 
 def _per_channel(weights):
-    """Return weights (C,) as an array that goes with (B, C, X, Y, Z)."""
+    """Return weights (C,) in a shape that broadcasts with (B, C, X, Y, Z)."""
     return ops.convert_to_numpy(weights).reshape(1, -1, 1, 1, 1)
 
 
@@ -55,10 +59,10 @@ def _convolve(layer, x, ranges):
     """Return a convolution, or a transposed one; in int8 if its range is known."""
     transposed = isinstance(layer, layers.Conv3DTranspose)
     values = ops.convert_to_numpy(layer.kernel).transpose(4, 3, 0, 1, 2).copy()
-    kernel, others = op.constant(values), (0 if transposed else 1, *SPACE)
+    kernel, all_but_output = op.constant(values), (0 if transposed else 1, *SPACE)
     if layer.name in ranges:
         x = _round(x, *ranges[layer.name])
-        largest = np.abs(values).max(others, keepdims=True) + 1e-8  # by channel
+        largest = np.abs(values).max(all_but_output, keepdims=True) + 1e-8
         kernel = _round(kernel, -largest, largest, 255)
     convolve = op.convolution_backprop_data if transposed else op.convolution
     padding = {"same": "SAME_UPPER", "valid": "VALID"}[layer.padding]
@@ -67,7 +71,7 @@ def _convolve(layer, x, ranges):
 
 
 def _normalise(layer, x):
-    """Return the instance normalisation; other groups do not pass `_check`."""
+    """Return the instance normalisation; `_check_outputs` refuses other groups."""
     x = op.mvn(x, SPACE, True, layer.epsilon, "INSIDE_SQRT")
     x = op.multiply(x, _per_channel(layer.gamma)) if layer.scale else x
     return op.add(x, _per_channel(layer.beta)) if layer.center else x
@@ -81,8 +85,8 @@ def _resample(layer, x):
     return op.interpolate(x, np.float32(layer.size), "nearest", "scales", axes=SPACE)
 
 
-def _apply(layer, inputs, ranges):
-    """Return the node of a layer from those of its inputs."""
+def _convert_layer(layer, inputs, ranges):
+    """Return the OpenVINO node of a Keras layer, from the nodes of its inputs."""
     x, name = inputs[0], type(layer).__name__
     name = layer.activation.__name__ if name == "Activation" else name
     operations = {
@@ -103,21 +107,22 @@ def _apply(layer, inputs, ranges):
     return operations[name]()
 
 
-def _make_model(model, ranges):
+def _convert_model(model, ranges):
     """Return an OpenVinoModel, in int8 where the range of a convolution is given."""
     made = OpenVinoModel(model.inputs[0], model.outputs[0], name=model.name)
     image = op.parameter([-1] * 4 + [model.input_shape[-1]], np.float32)
+    # {id of a Keras tensor: node}; tensors are not hashable.
     nodes = {id(made.inputs[0]): op.transpose(image, TO_CHANNELS_FIRST)}
     for layer in made.operations[1:]:
         inputs = [nodes.get(id(each)) for each in keras.tree.flatten(layer.input)]
-        nodes[id(layer.output)] = _apply(layer, inputs, ranges)
+        nodes[id(layer.output)] = _convert_layer(layer, inputs, ranges)
     last = op.transpose(nodes[id(made.outputs[0])], TO_CHANNELS_LAST)
-    made.graph, made.ready = ov.Model([last], [image]), None
+    made.graph, made.ready = ov.Model([last], [image]), {}
     return made
 
 
-def _check(model):
-    """Raise unless OpenVINO computes what Keras does, of a small random image."""
+def _check_outputs(model):
+    """Raise unless OpenVINO and Keras agree on a small random image."""
     sizes = [size or 2 * size_factor(model) for size in model.input_shape[1:]]
     x = np.random.default_rng(0).normal(size=(1, *sizes)).astype(np.float32)
     difference = model.predict_on_batch(x) - ops.convert_to_numpy(model(x))
@@ -128,21 +133,22 @@ def _check(model):
 def _find_ranges(model, data):
     """Return {layer: [least, largest value]} of what enters each convolution."""
     convolutions = [layer for layer in model.layers if hasattr(layer, "kernel")]
-    ends = [ops.stack([ops.min(x.input), ops.max(x.input)]) for x in convolutions]
-    watch, indices = keras.Model(model.inputs[0], ends), range(min(len(data), BATCHES))
-    watch.jit_compile = False
-    found = np.mean([watch.predict_on_batch(data[i][0]) for i in indices], axis=0)
-    found = np.clip(found.reshape(-1, 2), [-np.inf, 1e-6], [0, np.inf])
-    return {x.name: ends for x, ends in zip(convolutions, found.tolist(), strict=True)}
+    limits = [ops.stack([ops.min(x.input), ops.max(x.input)]) for x in convolutions]
+    observer, n = keras.Model(model.inputs[0], limits), min(len(data), BATCHES)
+    observer.jit_compile = False
+    means = np.mean([observer.predict_on_batch(data[i][0]) for i in range(n)], axis=0)
+    # Each range has to contain 0, which padding adds.
+    ranges = np.clip(means.reshape(-1, 2), [-np.inf, 1e-6], [0, np.inf]).tolist()
+    return {x.name: each for x, each in zip(convolutions, ranges, strict=True)}
 
 
 def _mean_dice(model, data):
     """Return the mean Dice of WT, TC and ET over all patches."""
     metrics = [losses.RegionDice(region) for region in labels.ENCODED_REGIONS]
-    for x, truth in map(data.__getitem__, range(len(data))):
-        found = model.predict_on_batch(x)
+    for x, truth in (data[i] for i in range(len(data))):
+        predicted = model.predict_on_batch(x)
         for metric in metrics:
-            metric.update_state(truth, found)
+            metric.update_state(truth, predicted)
     return float(np.mean([metric.result() for metric in metrics]))
 
 
@@ -169,12 +175,12 @@ def to_openvino(trained):
     """
     if ov is None:
         raise ImportError("OpenVINO is missing: pip install openvino")
-    made, ranges = _make_model(trained.model, {}), trained.description.get("int8")
-    _check(made)
-    made = _make_model(trained.model, ranges) if ranges else made
-    kind = f"OpenVINO {'int8' if ranges else 'float32'}"
-    described = {**trained.description, "engine": kind}
-    return dataclasses.replace(trained, model=made, description=described)
+    model, ranges = _convert_model(trained.model, {}), trained.description.get("int8")
+    _check_outputs(model)  # in float32, as int8 differs from Keras
+    model = _convert_model(trained.model, ranges) if ranges else model
+    engine = f"OpenVINO {'int8' if ranges else 'float32'}"
+    description = {**trained.description, "engine": engine}
+    return dataclasses.replace(trained, model=model, description=description)
 
 
 def calibrate_int8(trained, train_data, val_data):
@@ -203,7 +209,7 @@ def calibrate_int8(trained, train_data, val_data):
     generator.check_pair(train_data, val_data, model, size_factor(model))
     trained.description.pop("int8", None)
     plain, ranges = to_openvino(trained).model, _find_ranges(model, train_data)
-    models = {"float32": plain, "int8": _make_model(model, ranges)}
+    models = {"float32": plain, "int8": _convert_model(model, ranges)}
     result = {name: _mean_dice(each, val_data) for name, each in models.items()}
     if result["float32"] - result["int8"] < LARGEST_FALL:
         trained.description["int8"] = ranges

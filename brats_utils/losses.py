@@ -258,8 +258,9 @@ class _DeeplySupervised(keras.Model):
         """Return the weighted mean loss in training, the first output's otherwise."""
         total = 0.0
         for level, factor in enumerate(self.factors if training else (1,)):
-            nearest = [slice(factor // 2, None, factor)] * (len(y.shape) - 2)
-            maps = y[(slice(None), *nearest)], y_pred[level]
+            # Nearest-neighbour downsampling of the labels, along the spatial axes.
+            every = [slice(factor // 2, None, factor)] * (len(y.shape) - 2)
+            maps = y[(slice(None), *every)], y_pred[level]
             total += super().compute_loss(x, *maps, sample_weight, training) / 2**level
         return total / (2 - 0.5**level)  # the sum of the weights 1, 1/2, 1/4, ...
 
@@ -301,22 +302,22 @@ def supervise_deeply(model, levels):
     factors = {n: full // size for n, size in zip(stages, sizes, strict=True)}
     stages = [n for n in stages if factors[n] > 1]  # the others have full resolution
     fits = is_whole(levels, 1) and levels <= len(stages)
-    most = f"1 to {len(stages)}" if stages else "0"
-    expected = f"{most}: {model.name}'s decoder has {len(stages)} coarser stages"
+    possible = f"1 to {len(stages)}" if stages else "0"
+    expected = f"{possible}: {model.name}'s decoder has {len(stages)} coarser stages"
     check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
-    used, n_classes = stages[:levels], model.output_shape[-1]
-    heads = [output_head(features[n], n_classes, f"head{n}") for n in used]
+    stages, n_classes = stages[:levels], model.output_shape[-1]
+    heads = [output_head(features[n], n_classes, f"head{n}") for n in stages]
     outputs = [model.output, *heads]
     deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
-    deep.factors = (1, *(factors[n] for n in used))
+    deep.factors = (1, *(factors[n] for n in stages))
     return deep
 
 
 def build_losses(model):
     """Build the losses and metrics of a compiled model.
 
-    Keras has no public way to do so. On JAX and torch, `fit` builds them with a batch
-    it takes from the generator, which then comes again.
+    Keras has no public way to do so. On JAX and torch, `fit` would build them with a
+    batch from the generator, and then draw the same batch again to train on.
 
     Parameters
     ----------
@@ -334,26 +335,27 @@ def build_losses(model):
 
 
 def _check_can_be_loaded(model):
-    """Raise unless Keras can make the model again, in safe mode, as loading does."""
-    described = keras.saving.serialize_keras_object(model)
-    described.pop("compile_config", None)
-    state = random.getstate()  # Keras draws the seeds of its initial weights from it
+    """Raise unless Keras can rebuild the model from its config, as loading does."""
+    config = keras.saving.serialize_keras_object(model)
+    config.pop("compile_config", None)
+    # Rebuilding draws initializer seeds from `random`, which must not affect training.
+    random_state = random.getstate()
     try:
-        keras.saving.deserialize_keras_object(described, safe_mode=True)
+        keras.saving.deserialize_keras_object(config, safe_mode=True)
     except Exception as error:  # whatever a layer's own code raises
         reason = str(error).split("Exception encountered:")[-1].strip()[:300]
         problem = f"model could be trained, but not be loaded again: {reason}"
         advice = "use Keras's layers, or register yours with keras.saving"
         raise ValueError(f"{problem}; {advice}") from None
     finally:
-        random.setstate(state)
+        random.setstate(random_state)
 
 
 def _check_probabilities(model):
-    """Raise unless a model gives probabilities on the grid of its input."""
-    small = size_factor(model) * max(2, 32 // size_factor(model))
+    """Raise unless a model returns probabilities on the grid of its input."""
+    size = size_factor(model) * max(2, 32 // size_factor(model))  # for open sizes
     *grid, channels = model.input_shape[1:]
-    shape = (1, *(n or small for n in grid), channels)
+    shape = (1, *(n or size for n in grid), channels)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     try:
         y = ops.convert_to_numpy(model(x))
@@ -370,7 +372,7 @@ def _check_probabilities(model):
 
 
 def check_loss(loss, model):
-    """Raise unless a model gives probabilities, and its loss rates the truth best.
+    """Raise unless a model returns probabilities, and its loss is lowest for the truth.
 
     Parameters
     ----------
@@ -382,60 +384,61 @@ def check_loss(loss, model):
     Raises
     ------
     ValueError
-        Says what the loss does instead, or that the model has other outputs.
+        If the loss fails or is higher for the truth, or the model's outputs do not fit.
     """
     check_model(model)
     outputs = model.output_shape[-1]
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
     _check_can_be_loaded(model)
     _check_probabilities(model)
-    # Slabs: a loss may ask for smooth borders.
-    labels, function = np.indices((8, 8, 8))[:1] // 2, keras.losses.get(loss)
-    truth = ops.convert_to_tensor(labels[..., None], "float32")  # as Keras hands it on
-    table = np.eye(4) if outputs == len(LABELS) else IN_REGION
-    perfect = ops.convert_to_tensor(table[labels], "float32")
+    function = keras.losses.get(loss)
+    # Labels in slabs, not at random: some losses penalise ragged borders.
+    labels = np.indices((8, 8, 8))[:1] // 2  # (1, 8, 8, 8): 0, 0, 1, 1, 2, 2, 3, 3
+    truth = ops.convert_to_tensor(labels[..., None], "float32")  # as `fit` passes it
+    perfect = _look_up(np.eye(4) if outputs == 4 else IN_REGION, labels)
     maps = perfect, 1 - perfect, 0 * perfect
     try:
-        right, opposite, nothing = [float(ops.mean(function(truth, p))) for p in maps]
+        right, opposite, empty = [float(ops.mean(function(truth, p))) for p in maps]
     except Exception as error:  # whatever Keras and its backends raise at other shapes
         found = f"which fails: {str(error)[:100]}"
     else:
-        if not (right > opposite or right > nothing):  # NaN is found while training
+        # Not `<=`: a loss of NaN passes here, and `FiniteCheck` reports it in training.
+        if not (right > opposite or right > empty):
             return
         found = f"which is {right:.3g} for the truth, {opposite:.3g} for its opposite "
-        found += f"and {nothing:.3g} for an empty map"
+        found += f"and {empty:.3g} for an empty map"
     expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
     raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
 
 
 @contextlib.contextmanager
 def averaged_weights(model, start=(), share=0.0):
-    """Lend a model the weights that are validated and kept.
+    """Give a model, for the `with` block, the weights that are validated and saved.
 
     Parameters
     ----------
     model : keras.Model
-        Compiled. If its optimizer keeps an average of the weights, that is lent.
+        Compiled. If its optimizer keeps a moving average of the weights, it gets that.
     start : iterable of (keras.Variable, array)
         Weights to average with, and their values at the start.
     share : float
         Of the start in the average.
     """
-    own = model.get_weights()
+    trained = model.get_weights()
     if model.optimizer.use_ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
-        # Copies: JAX, validating, would give away arrays that are the optimizer's.
+        # Copies: JAX donates a model's arrays in validation, here the optimizer's own.
         model.set_weights(model.get_weights())
-    for variable, first in start:
-        variable.assign((1 - share) * variable + share * first)
+    for variable, initial in start:
+        variable.assign((1 - share) * variable + share * initial)
     # No `finally`: after a failure in validation `Run.resume` restores the weights, and
-    # a generator that is closed later must not replace them.
+    # this generator, closed later, must not overwrite them.
     yield
-    model.set_weights(own)
+    model.set_weights(trained)
 
 
 def describe(description):
-    """Return what a run is made of as JSON holds it, see `describe_object`.
+    """Return a run's description as JSON stores it, see `describe_object`.
 
     Parameters
     ----------
@@ -458,34 +461,39 @@ def describe(description):
         raise ValueError(f"{problem} can hold: {error}") from None
 
 
-def _kept(function):
-    """Return what a function and those it holds keep: defaults, variables around it."""
-    kept, functions = [], [function]
-    for each in functions:  # which grows
-        held = [*(getattr(each, "__defaults__", None) or ())]
-        held += (getattr(each, "__kwdefaults__", None) or {}).values()
+def _captured_values(function):
+    """Return a function's default arguments and the variables of its closure.
+
+    A function among them is listed by name, and what it captures is listed as well.
+    What JSON cannot store is left out.
+    """
+    captured, functions = [], [function]
+    for each in functions:  # the loop below appends to this list
+        values = [*(getattr(each, "__defaults__", None) or ())]
+        values += (getattr(each, "__kwdefaults__", None) or {}).values()
         for cell in getattr(each, "__closure__", None) or ():
-            with contextlib.suppress(ValueError):  # it is empty
-                held.append(cell.cell_contents)
-        for content in held:
-            if isinstance(content, types.FunctionType):
-                if content not in functions:
-                    functions.append(content)
-                    kept.append(f"{content.__module__}.{content.__qualname__}")
-            elif not isinstance(content, types.ModuleType | type):
-                undescribed = NotImplementedError, RecursionError, TypeError, ValueError
-                with contextlib.suppress(*undescribed):
-                    json.dumps(content, default=describe_object)
-                    kept.append(content)
-    return kept
+            with contextlib.suppress(ValueError):  # the cell is empty
+                values.append(cell.cell_contents)
+        for value in values:
+            if isinstance(value, types.FunctionType):
+                if value not in functions:
+                    functions.append(value)
+                    captured.append(f"{value.__module__}.{value.__qualname__}")
+            elif not isinstance(value, types.ModuleType | type):
+                errors = NotImplementedError, RecursionError, TypeError, ValueError
+                with contextlib.suppress(*errors):
+                    json.dumps(value, default=describe_object)
+                    captured.append(value)
+    return captured
 
 
 def describe_object(value):
-    """Return what distinguishes a loss or another object: a `default` for JSON.
+    """Return what distinguishes a loss or another object, as `default` of json.dumps.
 
     A function is described by its name, an object by its class, its `get_config` and
-    its attributes, private ones too. Code is not compared: of code that is neither
-    Keras's nor this package's, a warning says so.
+    its attributes, private ones too. Code is not compared; for code that is neither
+    Keras's nor this package's, a warning says so. `json.dumps` calls this again for
+    whatever it cannot store in the result.
 
     Parameters
     ----------
@@ -503,23 +511,23 @@ def describe_object(value):
         return [value.__self__, value.__func__]
     if isinstance(value, set | frozenset | range):
         return [type(value).__name__, *sorted(map(repr, value))]
-    state, whole = getattr(value, "__dict__", None), object.__getstate__(value)
-    if isinstance(whole, tuple):  # it has slots, too
-        state = {**(state or {}), **whole[1]}
-    name = getattr(value, "__qualname__", None)
-    place = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
-    known = place.startswith(("keras.", "brats_utils."))
-    cells = [] if known else _kept(value)
-    if state is None or (name and not known):
-        text = f"{place}: a change in its code is not noticed when a run is resumed"
+    state, pickled = getattr(value, "__dict__", None), object.__getstate__(value)
+    if isinstance(pickled, tuple):  # (attributes, slots), if its class has slots
+        state = {**(state or {}), **pickled[1]}
+    name = getattr(value, "__qualname__", None)  # of a function or class
+    path = f"{getattr(value, '__module__', '')}.{name or type(value).__qualname__}"
+    ours = path.startswith(("keras.", "brats_utils."))
+    captured = [] if ours else _captured_values(value)
+    if state is None or (name and not ours):
+        text = f"{path}: a change in its code is not noticed when a run is resumed"
         warnings.warn(text, stacklevel=2)
     if name or state is None:
-        return [place, *cells] if cells else place
+        return [path, *captured] if captured else path
     config = value.get_config() if hasattr(value, "get_config") else {}
     config.pop("name", None)  # Keras numbers it
     if isinstance(value, keras.losses.Loss):
-        common = vars(keras.losses.Loss())
-        state = {key: each for key, each in state.items() if key not in common}
+        inherited = vars(keras.losses.Loss())
+        state = {key: each for key, each in state.items() if key not in inherited}
     elif config:  # a layer or a model: its state is Keras's own
         state = {}
     return {"class": type(value), **config, **state}

@@ -25,7 +25,8 @@ from brats_utils.volumes import best_slice, bounding_box, bounding_boxes, surfac
 
 PLANES = ("sagittal", "coronal", "axial")
 EDGES = ("APSI", "RLSI", "RLAP")  # left, right, top and bottom of each plane
-FRAME_MARGIN = np.array([-9.5, 8.5])  # voxels; pixel 0 begins at -0.5
+# 9 voxels on either side of a slice(start, stop), as pixel 0 reaches from -0.5 to 0.5.
+FRAME_MARGIN = np.array([-9.5, 8.5])
 LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 # Labels, errors, boxes and regions have different colours, so that they are not mixed
 # up. Enhancing tumour has one colour, because the label and the region are the same.
@@ -67,7 +68,7 @@ class Overlay:
         colours, cmap, (low, high) = [*self.colours.values()], "plasma", SD_LIMITS
         if colours:
             cmap, (low, high) = ListedColormap(colours), (1, len(colours))
-        else:
+        else:  # dim the scan: twice the grey window makes it half as bright
             black, white = axes.images[0].get_clim()
             axes.images[0].set_clim(black, 2 * white - black)
         plane = np.ma.masked_less(np.take(self.volume, index, axis).T, low)
@@ -87,6 +88,7 @@ def _comparison(truth=None, prediction=None, spread=None):
     if all(overlays.values()):
         truth, prediction = (overlay.volume for overlay in overlays.values())
         check_option("prediction", prediction.shape, truth.shape.__eq__, truth.shape)
+        # 0 is no error; 1, 2 and 3 are those of ERRORS.
         kinds = [truth == prediction, prediction == 0, truth == 0]
         errors = np.select(kinds, np.arange(3, dtype=np.uint8), default=np.uint8(3))
         overlays["errors"] = Overlay(errors, ERRORS, 0.85)
@@ -98,11 +100,11 @@ def _comparison(truth=None, prediction=None, spread=None):
 
 def _best_slice_of(overlays, shape, axis):
     """Return the best slice of the first overlay that is not empty, or the middle."""
-    filled = [o.volume for o in overlays if o is not None and o.volume.any()]
+    filled = [each.volume for each in overlays if each and each.volume.any()]
     return best_slice(filled[0], axis) if filled else shape[axis] // 2
 
 
-def _check_slices(index, sizes):
+def _slice_indices(index, sizes):
     """Return the slice of each volume; raise if one of them has no such slice."""
     indices, last = np.broadcast_to(index, len(sizes)), np.array(sizes) - 1
     fits = indices.dtype.kind in "iu" and ((indices >= 0) & (indices <= last)).all()
@@ -111,22 +113,22 @@ def _check_slices(index, sizes):
 
 
 def _in_plane(values, axis):
-    """Return the two values, of three, that belong to the axes of a plane."""
+    """Return the values, of one for each axis, of the two axes that a slice shows."""
     return [value for a, value in enumerate(values) if a != axis]
 
 
 def _find_frames(volumes, boxes):
-    """Return the part of each volume to show: where it or its box is, and a margin.
+    """Return the limits of the part of each volume to show, (3, 2) in pixels.
 
-    The result is the limits along each axis, (3, 2), in the coordinates of a picture.
-    Volumes of the same shape share one frame.
+    This is where the volume is not 0, with its box and a margin. Volumes of the same
+    shape share one frame.
     """
     masks = [volume != 0 for volume in volumes]
     for mask, box in zip(masks, boxes, strict=True):
         if box is not None:
             mask[box] = True
-    parts = bounding_boxes(masks)
-    return [np.array([(p.start, p.stop) for p in box]) + FRAME_MARGIN for box in parts]
+    limits = [[(s.start, s.stop) for s in part] for part in bounding_boxes(masks)]
+    return [np.array(each) + FRAME_MARGIN for each in limits]
 
 
 def _make_axes(axes, n, size):
@@ -162,25 +164,28 @@ def _draw_box(axes, box, axis):
     axes.add_patch(Rectangle(corner, *size, fill=False, ec=BOX_COLOUR, lw=1.5))
 
 
-def _mark(axes, index, axis, sides):
-    """Write the plane and index and, unless it is False, `sides` at the edges."""
+def _annotate(axes, index, axis, sides):
+    """Write plane and index in a corner and, unless `sides` is False, letters at edges.
+
+    `sides` is True for those of the plane, or other letters.
+    """
     style = {"color": "0.8", "fontsize": "small", "transform": axes.transAxes}
     style["path_effects"] = [withStroke(linewidth=2, foreground="black")]
     axes.text(0.02, 0.02, f"{PLANES[axis]} {index}", va="bottom", **style)
     if sides:
         style |= {"ha": "center", "va": "center"}
-        places = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
+        positions = ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04))
         letters = EDGES[axis] if sides is True else sides
-        for letter, place in zip(letters, places, strict=True):
-            axes.text(*place, letter, **style)
+        for letter, position in zip(letters, positions, strict=True):
+            axes.text(*position, letter, **style)
 
 
-def _add_keys(axes, overlays):
+def _add_legend(axes, overlays):
     """Add a colour bar for values, and one legend for all classes of a figure."""
     figure, swatches = axes[0].figure, {}
     for each, overlay in zip(axes, overlays, strict=True):
         for name, colour in overlay.colours.items() if overlay else ():
-            # As it looks over bright tissue, which a tumour is on most images.
+            # Blended with light grey, as over a tumour, which is bright on most images.
             colour = 0.7 + overlay.opacity * (np.array(to_rgb(colour)) - 0.7)
             swatches[name] = Patch(color=colour, label=name)
         if overlay and not overlay.colours:
@@ -193,17 +198,17 @@ def _add_keys(axes, overlays):
 
 
 def _check_view(n, axis, spacing_mm, window, **lists):
-    """Return lists of n items, by default of None; raise if an option cannot be."""
+    """Return the lists, [None] * n for None; raise if an option is not possible."""
     check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     check_option("window", window, lambda w: w is None or np.diff(w) >= 0, "2 numbers")
     lists = {name: [None] * n if x is None else x for name, x in lists.items()}
     for name, items in lists.items():
         check_option(name, items, lambda x: len(x) == n, f"{n}, one for each volume")
-    fit = are(n, lambda side: isinstance(side, bool) or len(side) == 4)
-    check_option("sides", lists["sides"], fit, "True, False or 4 letters each")
-    fit = are(n, lambda box: box is None or are(3, lambda s: s.start < s.stop)(box))
-    check_option("boxes", lists["boxes"], fit, "3 slices or None each")
+    fits = are(n, lambda side: isinstance(side, bool) or len(side) == 4)
+    check_option("sides", lists["sides"], fits, "True, False or 4 letters each")
+    fits = are(n, lambda box: box is None or are(3, lambda s: s.start < s.stop)(box))
+    check_option("boxes", lists["boxes"], fits, "3 slices or None each")
     return lists.values()
 
 
@@ -266,22 +271,22 @@ def plot_slices(
     titles, overlays, boxes, sides = _check_view(n, axis, spacing_mm, window, **lists)
     overlays = [o if isinstance(o, Overlay) else _overlay(o) for o in overlays]
     for scan, o in zip(volumes, overlays, strict=True):
-        if o is not None and o.volume.shape != scan.shape:
+        if o and o.volume.shape != scan.shape:
             raise ValueError(f"expected labels of {scan.shape}, got {o.volume.shape}")
     index = _best_slice_of(overlays, volumes[0].shape, axis) if index is None else index
-    indices = _check_slices(index, [volume.shape[axis] for volume in volumes])
+    indices = _slice_indices(index, [volume.shape[axis] for volume in volumes])
     frames = _find_frames(volumes, boxes)
     across, up = _in_plane(np.ptp(frames[0], axis=1) * spacing_mm, axis)
     axes = _make_axes(axes, n, (n * 2.6, 2.6 * up / across + 0.6))
-    for i, each in enumerate(axes):
-        _show_grey(each, volumes[i], indices[i], axis, spacing_mm, frames[i], window)
-        if overlays[i] is not None:
-            overlays[i].draw(each, indices[i], axis)
+    for i, panel in enumerate(axes):
+        _show_grey(panel, volumes[i], indices[i], axis, spacing_mm, frames[i], window)
+        if overlays[i]:
+            overlays[i].draw(panel, indices[i], axis)
         if boxes[i] is not None:
-            _draw_box(each, boxes[i], axis)
-        _mark(each, indices[i], axis, sides[i])
-        each.set_title("" if titles[i] is None else titles[i], fontsize="medium")
-    _add_keys(axes, overlays)
+            _draw_box(panel, boxes[i], axis)
+        _annotate(panel, indices[i], axis, sides[i])
+        panel.set_title("" if titles[i] is None else titles[i], fontsize="medium")
+    _add_legend(axes, overlays)
     return axes
 
 
@@ -291,8 +296,8 @@ def _channels(image):
     if image.ndim not in (3, 4):
         raise ValueError(f"image has shape {image.shape}, expected one (X, Y, Z, C)")
     image = image[..., None] if image.ndim == 3 else image
-    names = [f"channel {c}" for c in range(image.shape[-1])]
-    names = {3: MODALITIES, 4: ALL_MODALITIES}.get(len(names), names)
+    numbered = [f"channel {c}" for c in range(image.shape[-1])]
+    names = {3: MODALITIES, 4: ALL_MODALITIES}.get(len(numbered), numbered)
     return {name.upper(): image[..., c] for c, name in enumerate(names)}
 
 
@@ -480,7 +485,7 @@ class _Browser:
         self.open_case()
         view = {"axis": axis, "spacing_mm": spacing_mm}
         self.still = _plot_overlays(self.image, self.overlays, **view)[0].figure
-        self.still.suptitle(self.case.label)  # of a single case it is empty
+        self.still.suptitle(self.case.label)  # empty if there is only one case
         plt.close(self.still)
         planes = [(PLANES[a], a) for a in (2, 1, 0)]
         late = {"continuous_update": False}  # draw when the slider is released
@@ -496,10 +501,10 @@ class _Browser:
         self.draw()
         jump = widgets.Button(description="most tumour")
         jump.on_click(self.go_to_tumour)
-        parts = [self.case, self.plane, self.index, self.scan, self.layer, self.opacity]
-        for control in parts:
+        controls = [self.plane, self.index, self.scan, self.layer, self.opacity]
+        for control in (self.case, *controls):
             control.observe(self.update, "value")
-        shown = parts if len(cases) > 1 else parts[1:]
+        shown = [self.case, *controls] if len(cases) > 1 else controls
         self.box = widgets.HBox([self.picture, widgets.VBox([*shown, jump])])
 
     def open_case(self):

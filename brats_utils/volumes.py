@@ -1,4 +1,4 @@
-"""What is done to voxels: scale, standardise, crop, pad; whatever file they are in."""
+"""Operations on arrays of voxels: scale, standardise, crop, pad, and check them."""
 
 import itertools
 
@@ -12,11 +12,11 @@ from brats_utils.nifti import BratsDataError
 FIXED_WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
 NORMALISATION = "mean 0, SD 1 over each modality's non-zero voxels"  # by standardise
 SCALINGS = ("minmax", "zscore")
-LEAST_GREY_LEVELS = 64  # a stored brain with fewer shows next to nothing
-MOST_SD = 200  # of a voxel from the mean; 18 in eleven real scans
+LEAST_GREY_LEVELS = 64  # of a stored brain; with fewer it shows next to nothing
+MOST_SD = 200  # a voxel's distance from the mean; at most 18 in eleven real scans
 MOST_OFF_BRAIN = 0.05  # share of the labelled voxels; none in eleven real scans
 LEAST_BACKGROUND = 0.05  # share of voxels that are exactly 0; BraTS scans have 0.8
-SURELY_BACKGROUND = 0.5  # with less, zeros may be padding around what is not stripped
+SURELY_BACKGROUND = 0.5  # with less, the zeros may be padding around a whole head
 
 
 def nonzero_statistics(volume):
@@ -42,7 +42,7 @@ def nonzero_statistics(volume):
 
 
 def _offset_and_divisor(volume, method):
-    """Return the two numbers of `scaled = (volume - offset) / divisor`."""
+    """Return offset and divisor of `scaled = (volume - offset) / divisor`."""
     if method == "zscore":
         return nonzero_statistics(volume)
     low, high = float(volume.min()), float(volume.max())
@@ -51,10 +51,10 @@ def _offset_and_divisor(volume, method):
     return low, high - low
 
 
-def _apply(volume, offset, divisor, method):
+def _scale(volume, offset, divisor, method):
     """Return `(volume - offset) / divisor` in float32; "zscore" leaves zeros zero."""
     scaled = volume.astype(np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # what is stored is checked
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked later
         scaled -= np.float32(offset)
         scaled /= np.float32(divisor)
     if method == "zscore":
@@ -95,7 +95,7 @@ def scale_volume(volume, method="minmax"):
     volume = np.asarray(volume, np.float32)
     if not np.isfinite(volume).all():
         raise ValueError("the volume holds NaN or infinity; check the scan")
-    return _apply(volume, *_offset_and_divisor(volume, method), method)
+    return _scale(volume, *_offset_and_divisor(volume, method), method)
 
 
 def scale_to_store(volume, box, shape, method):
@@ -118,7 +118,7 @@ def scale_to_store(volume, box, shape, method):
     statistics : dict
         "mean" and "sd" of the whole scan's non-zero voxels and "zero", the value of
         background, all in stored units: what `standardise` needs. "raw_mean" and
-        "raw_sd" in the file's units: by them, equal images are known.
+        "raw_sd" are in the file's units; equal images are recognised by them.
 
     Raises
     ------
@@ -128,9 +128,9 @@ def scale_to_store(volume, box, shape, method):
     """
     offset, divisor = _offset_and_divisor(volume, method)
     mean, sd = nonzero_statistics(volume)
-    # 0 if the smallest voxel is 0, as in all skull-stripped sets.
+    # Where background is mapped to: 0 if it is the minimum, as in skull-stripped scans.
     zero = 0.0 if method == "zscore" else (0 - offset) / divisor
-    crop = pad(_apply(volume[box], offset, divisor, method), shape, zero)
+    crop = pad(_scale(volume[box], offset, divisor, method), shape, zero)
     stored = crop.astype(np.float16)
     check_outliers(volume, statistics=(mean, sd))
     check_grey_levels(volume, stored)
@@ -157,9 +157,9 @@ def check_grey_levels(volume, stored=None, *, path=None):
     """
     if stored is None:
         stored = scale_volume(volume).astype(np.float16)
-    part = np.unique(stored[::8, ::8, ::8])  # as a rule, enough
-    levels = (part if part.size > LEAST_GREY_LEVELS else np.unique(stored)).size
-    levels -= 1  # the background
+    levels = np.unique(stored[::8, ::8, ::8]).size - 1  # without the background
+    if levels < LEAST_GREY_LEVELS:  # only then, as it takes long
+        levels = np.unique(stored).size - 1
     if levels < LEAST_GREY_LEVELS or not np.isfinite(stored).all():
         extreme = max(volume.min(), volume.max(), key=abs)
         place = [int(index[0]) for index in np.nonzero(volume == extreme)]
@@ -188,7 +188,7 @@ def check_outliers(volume, path=None, *, statistics=None):
     """
     mean, sd = statistics or nonzero_statistics(volume)
     furthest = max(float(volume.max()) - mean, mean - float(volume.min()))
-    if furthest > MOST_SD * sd:  # only then, since it takes longer: without background
+    if furthest > MOST_SD * sd:  # again without background, which takes longer
         values = volume[volume != 0]
         furthest = max(float(values.max()) - mean, mean - float(values.min()))
     if furthest > MOST_SD * sd > 0:
@@ -219,8 +219,8 @@ def standardise(image, statistics=None):
     check_option("image", image, lambda i: np.ndim(i) == 4, "an array (X, Y, Z, C)")
     image = np.asarray(image)
     if statistics is None:
-        own = [nonzero_statistics(channel) for channel in np.moveaxis(image, -1, 0)]
-        statistics = (*zip(*own, strict=True), np.zeros(image.shape[-1]))
+        pairs = [nonzero_statistics(channel) for channel in np.moveaxis(image, -1, 0)]
+        statistics = (*zip(*pairs, strict=True), np.zeros(image.shape[-1]))
     expected, shape = "mean, SD and zero of each channel", (3, image.shape[-1])
     check_option("statistics", statistics, lambda s: np.shape(s) == shape, expected)
     # A plane at a time in long rows: numpy's inner loop would be C = 3 steps long.
@@ -371,7 +371,7 @@ def brain_mask(volumes):
 
 
 def background_problem(volume):
-    """Say what is wrong with a volume whose background is not exactly 0.
+    """Describe what is wrong with a volume whose background is not exactly 0.
 
     Parameters
     ----------
@@ -387,27 +387,27 @@ def background_problem(volume):
     share = 1 - np.count_nonzero(volume) / volume.size
     if share >= SURELY_BACKGROUND:
         return ""
-    some = np.asarray(volume[::3, ::3, ::3], np.float64).ravel()
-    values, counts = np.unique(some[some != 0], return_counts=True)
-    least = 0.02 * np.percentile(abs(some), 99)
-    nearly_zero = np.mean((abs(some) < least) & (some != 0))
-    if np.mean(some < -least) > LEAST_BACKGROUND:  # 0 is the middle of the brain here
-        nearly_zero = 0.0
-    others = max(counts.max() / some.size, nearly_zero)
-    if share >= LEAST_BACKGROUND and others < LEAST_BACKGROUND:
+    sample = np.asarray(volume[::3, ::3, ::3], np.float64).ravel()
+    values, counts = np.unique(sample[sample != 0], return_counts=True)
+    small = 0.02 * np.percentile(abs(sample), 99)
+    near_zero = np.mean((abs(sample) < small) & (sample != 0))
+    if np.mean(sample < -small) > LEAST_BACKGROUND:  # scaled so that 0 is mid-brain
+        near_zero = 0.0
+    other_background = max(counts.max() / sample.size, near_zero)
+    if share >= LEAST_BACKGROUND and other_background < LEAST_BACKGROUND:
         return ""
-    mask = "set all voxels outside the brain to exactly 0 (apply the brain mask)"
-    if counts.max() > LEAST_BACKGROUND * some.size:
-        found = f"the background is {values[counts.argmax()]:g}: it was scaled; {mask}"
-    elif nearly_zero > 0.4:  # a head fills more of its scan than a brain does
-        found = f"noise around the brain: it was resampled or filtered; {mask}"
+    todo = "set all voxels outside the brain to exactly 0 (apply the brain mask)"
+    if counts.max() > LEAST_BACKGROUND * sample.size:
+        found = f"the background is {values[counts.argmax()]:g}: it was scaled; {todo}"
+    elif near_zero > 0.4:  # a head fills more of its scan than a brain does
+        found = f"noise around the brain: it was resampled or filtered; {todo}"
     else:
         found = "not skull-stripped: remove the skull first, for example with HD-BET"
     return f"{share:.1%} of its voxels are exactly 0, in BraTS scans 80 %: {found}"
 
 
 def find_doubts(volumes, brain, segmentation=None):
-    """Say what is strange about the volumes of a scan, taken together.
+    """Describe what is suspicious about the volumes of a scan, taken together.
 
     Parameters
     ----------
@@ -498,8 +498,8 @@ def drop_islands(segmentation, share):
     corners = np.ones((3,) * segmentation.ndim)
     islands, n_islands = ndimage.label(segmentation, corners)
     sizes = np.bincount(islands.ravel(), minlength=2)[1:]
-    kept = np.r_[True, sizes >= share * sizes.max()]
-    segmentation[~kept[islands]] = 0
+    is_kept = np.r_[True, sizes >= share * sizes.max()]  # by component; 0 is background
+    segmentation[~is_kept[islands]] = 0
 
 
 def check_shape(shape, name="crop_shape"):
@@ -536,9 +536,9 @@ def _window(tumour, brain, size):
     size = min(size, len(brain))
     starts = np.arange(len(brain) - size + 1)
     for counts in (tumour, brain):
-        held = np.convolve(counts, np.ones(size, int), "valid")[starts]
-        starts = starts[held == held.max()]
-    start = int(starts[len(starts) // 2])
+        sums = np.convolve(counts, np.ones(size, int), "valid")[starts]
+        starts = starts[sums == sums.max()]
+    start = int(starts[len(starts) // 2])  # the middle one of those that are equal
     return slice(start, start + size)
 
 
@@ -569,7 +569,7 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
     check_option("image", image, lambda i: np.ndim(i) in (3, 4), spatial)
     image = np.asarray(image)
     segmentation = None if segmentation is None else np.asarray(segmentation)
-    ok = segmentation is None or np.shape(segmentation) == image.shape[:3]
+    ok = segmentation is None or segmentation.shape == image.shape[:3]
     check_option("segmentation", segmentation, lambda _: ok, "the image's shape, None")
     brain = brain_mask([image] if image.ndim == 3 else np.moveaxis(image, -1, 0))
     if shape is None:
