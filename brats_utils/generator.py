@@ -19,9 +19,13 @@ from brats_utils.volumes import check_shape, pad, standardise
 # npy headers are parsed by `ast`, which is not thread-safe in some Pythons 3.11
 # (python/cpython#106905).
 PARSING = threading.Lock()
-SEEN = weakref.WeakKeyDictionary()  # images that models were trained on: {model: names}
-CHANNELS = weakref.WeakKeyDictionary()  # their modalities: {model: names}
+# What is known of the models in memory; `read_model` and `train` fill both tables in.
+# SEEN, {model: names of the images it was trained on}, keeps these out of validation.
+# CHANNELS, {model: its modalities in order}, is what `predict_case` reads by default.
+SEEN = weakref.WeakKeyDictionary()
+CHANNELS = weakref.WeakKeyDictionary()
 PREPARE_AGAIN = "Run notebooks/01_prepare.ipynb again"
+# The values that options may have, as (fits, expected) of `check_option`.
 POSSIBLE = dict.fromkeys(("batch_size", "patches_per_case"), files.whole(1))
 POSSIBLE |= dict.fromkeys(("seed", "workers", "max_queue_size"), files.whole(0))
 POSSIBLE |= {"tumour_share": files.number(0, 1), "full_batches": files.BOOL}
@@ -31,18 +35,18 @@ POSSIBLE["augment"] = (lambda change: type(change) is bool or callable(change)),
 
 def _read_side(folder):
     """Return a split's folder, its manifest, and the names of one side's files."""
-    for root in folder.parents[:2]:  # of a split, or of a fold
+    for root in folder.parents[:2]:  # <split>/train, or <folds>/<fold>/train
         manifest, side = files.read_manifest(root), folder.relative_to(root).as_posix()
-        parts = f"{side}/images/", f"{side}/masks/"
-        names = [n for n in manifest.get("files", ()) if n.startswith(parts)]
+        prefixes = f"{side}/images/", f"{side}/masks/"
+        names = [n for n in manifest.get("files", ()) if n.startswith(prefixes)]
         if names and manifest["kind"] in ("split", "folds"):
             return root, manifest, names
     problem = f"no volumes in {folder}, or it is not the train or val folder of a split"
     raise FileNotFoundError(f"{problem}. {PREPARE_AGAIN}")
 
 
-def _state(path):
-    """Return what changes when a file is written again."""
+def _file_state(path):
+    """Return size and time of change, which differ after a file is written again."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns
 
@@ -135,11 +139,11 @@ class BratsGenerator(keras.utils.PyDataset):
         check_shape(patch_shape, "patch_shape")
         self.folder = files.check_path("folder", folder).resolve()
         self._root, manifest, names = _read_side(self.folder)
-        self._noted = {name: manifest["files"][name] for name in names}
+        self._recorded = {name: manifest["files"][name] for name in names}
         self.case_ids = sorted({Path(name).stem for name in names})
         self.rows = {case_id: manifest["cases"][case_id] for case_id in self.case_ids}
         try:
-            self._states = {p: _state(p) for p in map(self._root.joinpath, names)}
+            self._states = {p: _file_state(p) for p in map(self._root.joinpath, names)}
         except OSError as error:
             problem = f"image without mask, or vice versa: {error.filename} is missing"
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from None
@@ -157,7 +161,7 @@ class BratsGenerator(keras.utils.PyDataset):
         description : dict
             By name of the option. `cache` is not in it, as it changes no batch.
         """
-        volumes = hashlib.sha256(json.dumps(self._noted, sort_keys=True).encode())
+        volumes = hashlib.sha256(json.dumps(self._recorded, sort_keys=True).encode())
         names = "batch_size patch_shape tumour_share augment seed patches_per_case"
         options = {n: getattr(self, n) for n in (*names.split(), "full_batches")}
         return {"volumes": volumes.hexdigest(), **options}
@@ -168,9 +172,9 @@ class BratsGenerator(keras.utils.PyDataset):
 
     def known_cases(self, images, case_ids=()):
         """Return the cases with one of these images; by id where images are unknown."""
-        named = [(i, name_images(row)) for i, row in self.rows.items()]
-        by_id = {i for i, names in named if not (images and names)} & {*case_ids}
-        return [i for i, names in named if names & images or i in by_id]
+        names = {case_id: name_images(row) for case_id, row in self.rows.items()}
+        by_id = {i for i in names if not (images and names[i])} & {*case_ids}
+        return [i for i in names if names[i] & images or i in by_id]
 
     def check_fit(self, input_shape, factor):
         """Raise unless all samples fit a model.
@@ -197,8 +201,8 @@ class BratsGenerator(keras.utils.PyDataset):
         takes = f"multiples of {factor}" if None in sizes else tuple(sizes)
         for shape in shapes:
             pairs = zip(sizes, shape, strict=False)
-            wrong = [n % factor if size is None else n != size for size, n in pairs]
-            if len(sizes) != 3 or any(wrong):
+            misfits = [n % factor if size is None else n != size for size, n in pairs]
+            if len(sizes) != 3 or any(misfits):
                 problem = f"samples of {shape}, the model takes {takes}"
                 problems.append(f"{problem}: set patch_shape")
         if len(shapes) > 1 and self.batch_size > 1:
@@ -221,7 +225,7 @@ class BratsGenerator(keras.utils.PyDataset):
         ValueError
             If some have changed since; all are named.
         """
-        if changed := files.find_changed(self._root, self._noted):
+        if changed := files.find_changed(self._root, self._recorded):
             problem = f"changed since they were prepared: {', '.join(changed)}"
             raise ValueError(f"{problem} in {self._root}. {PREPARE_AGAIN}")
 
@@ -242,8 +246,8 @@ class BratsGenerator(keras.utils.PyDataset):
         draws : list of (str, int)
             Case id, and which of its patches.
         """
-        epoch, n = self.epoch if epoch is None else epoch, len(self.case_ids)
-        rng = np.random.default_rng([self.seed, epoch])
+        epoch = self.epoch if epoch is None else epoch
+        n, rng = len(self.case_ids), np.random.default_rng([self.seed, epoch])
         shuffled = rng.permutation(n * self.patches_per_case)
         return [(self.case_ids[i % n], int(i // n)) for i in shuffled]
 
@@ -259,13 +263,13 @@ class BratsGenerator(keras.utils.PyDataset):
         self.epoch = epoch
 
     def on_epoch_begin(self):
-        """Note that an epoch runs; Keras calls this."""
+        """Remember that an epoch has begun; Keras calls this."""
         self._within_epoch = True
 
     def on_epoch_end(self):
         """Advance to the next epoch; Keras calls this."""
         # `fit` and `evaluate` call it once before their first epoch, too.
-        self.epoch += self._within_epoch
+        self.epoch += 1 if self._within_epoch else 0
         self._within_epoch = False
 
     def __getitem__(self, index):
@@ -297,6 +301,7 @@ class BratsGenerator(keras.utils.PyDataset):
         order = self.order(epoch)
         last = first + self.batch_size
         last = last if self.full_batches else min(last, len(order))
+        # `full_batches` fills the last batch up with the first samples of the epoch.
         draws = [order[i % len(order)] for i in range(first, last)]
         samples = [self._sample(case_id, epoch, n) for case_id, n in draws]
         images, labels = zip(*samples, strict=True)
@@ -312,7 +317,7 @@ class BratsGenerator(keras.utils.PyDataset):
             return self._cache[case_id]
         paths = [self.folder / kind / f"{case_id}.npy" for kind in ("images", "masks")]
         try:
-            if any(_state(path) != self._states[path] for path in paths):
+            if any(_file_state(path) != self._states[path] for path in paths):
                 raise ValueError("changed since the generator was made")
             with PARSING:
                 image, mask = (np.load(p, "r", allow_pickle=False) for p in paths)
@@ -350,6 +355,7 @@ class BratsGenerator(keras.utils.PyDataset):
 
     def _sample(self, case_id, epoch, draw):
         """Return one image (X, Y, Z, C) float32 and its labels (X, Y, Z) uint8."""
+        # Seeded by what is drawn, not by when: any thread may load any batch.
         key = [self.seed, epoch, zlib.crc32(case_id.encode()), draw]
         rng = np.random.default_rng(key)
         image, labels = self._read(case_id)
@@ -360,15 +366,15 @@ class BratsGenerator(keras.utils.PyDataset):
         if self._cache is None:
             image = self._standardise(case_id, image)
         image, labels = pad(image, self.patch_shape), pad(labels, self.patch_shape)
-        change = augment_patch if self.augment is True else self.augment
-        if not change:
+        function = augment_patch if self.augment is True else self.augment
+        if not function:
             return image, labels
-        changed, shapes = change(image, labels, rng), [image.shape, labels.shape]
-        pair = isinstance(changed, tuple | list)
-        found = [np.shape(x) for x in changed] if pair else type(changed).__name__
+        pair, shapes = function(image, labels, rng), [image.shape, labels.shape]
+        is_pair = isinstance(pair, tuple | list)
+        found = [np.shape(x) for x in pair] if is_pair else type(pair).__name__
         name = "what augment returns, by shape,"
         files.check_option(name, found, lambda f: f == shapes, shapes)
-        return changed
+        return pair
 
 
 def check_pair(train_data, val_data, model, factor):
@@ -395,11 +401,12 @@ def check_pair(train_data, val_data, model, factor):
     expected = f"{channels}, as in train_data"
     same = [*others] == [*channels]
     files.check_option("modalities of val_data", others, lambda _: same, expected)
+    # Names of patients are only comparable within one set of raw scans.
     one_set = train_data.settings.get("raw") == val_data.settings.get("raw")
-    for what in ("case", "patient") if one_set else ("case",):
-        sides = [[r.get(what) for r in d.rows.values()] for d in (train_data, val_data)]
-        if shared := sorted({*filter(None, sides[0])} & {*sides[1]}):
-            problem = f"train_data and val_data share {len(shared)} {what}s"
+    for column in ("case", "patient") if one_set else ("case",):
+        ids = [{r.get(column) for r in d.rows.values()} for d in (train_data, val_data)]
+        if shared := sorted(filter(None, ids[0] & ids[1])):
+            problem = f"train_data and val_data share {len(shared)} {column}s"
             raise ValueError(f"{problem}: {shared[:5]}; validate with others")
     if copies := val_data.known_cases(train_data.name_images()):
         problem = f"train_data and val_data share images of {len(copies)} cases"

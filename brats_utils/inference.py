@@ -17,6 +17,7 @@ from brats_utils.generator import CHANNELS
 from brats_utils.model import describe_model, find_model, read_model, size_factor
 from brats_utils.nifti import BratsDataError
 
+# How regions are decoded by default: the options that `evaluation.tune_model` tunes.
 PLAIN = {"thresholds": [0.5, 0.5, 0.5], "min_island": 0.0, "min_et_voxels": 0}
 OPTIONS = ["modalities", "flips", "patch_shape", *PLAIN, "uncertainty", "engine"]
 ENGINES = ["keras", "openvino"]
@@ -29,7 +30,7 @@ class TrainedModel:
     Parameters
     ----------
     model : keras.Model
-        Not compiled: to predict with.
+        Not compiled.
     description : dict
         "modalities" in order, "normalisation", "orientation", "outputs", "patch_shape",
         "train_cases", "val_cases", "keras", "precision" and so on, "decoding" if it was
@@ -45,7 +46,7 @@ class TrainedModel:
 
 @dataclass
 class Prediction:
-    """The probabilities in a scan's brain, and where they belong.
+    """The probabilities in the bounding box of a scan's brain.
 
     Parameters
     ----------
@@ -53,7 +54,7 @@ class Prediction:
     box : tuple of 3 slices
         The brain's box in the scan, in LPS order.
     probabilities : (X, Y, Z, K) float32 array
-        Of the box; no tumour outside the brain.
+        Of the box; those of tumour are 0 outside the brain.
     spread : (X, Y, Z) float32 array
         SD over models and mirror images, of the channel where it is largest.
     """
@@ -107,14 +108,15 @@ def _as_trained(models):
 
 
 def _gaussian(shape):
-    """Return the weights of a patch: high in its middle, low at its rim."""
+    """Return the weights of a patch: high at its centre, low at its border."""
+    # In standard deviations, of which a patch is 8 wide.
     distances = ((np.arange(n) - (n - 1) / 2) / (n / 8) for n in shape)
     x, y, z = (np.exp(-0.5 * d**2).astype(np.float32) for d in distances)
     return (x[:, None, None] * y[:, None] * z)[..., None]  # (X, Y, Z, 1)
 
 
 def _starts(size, patch):
-    """Return where windows of `patch` begin to cover `size`, half a patch apart."""
+    """Return where to place windows of `patch` to cover `size`, half a patch apart."""
     n = math.ceil(2 * (size - patch) / patch) + 1
     return np.linspace(0, size - patch, n).round().astype(int)
 
@@ -147,17 +149,17 @@ def _predict_once(model, image, patch_shape):
 def _choose_patch(model, channels, patch_shape):
     """Return the shape of patches to predict, None for one pass; raise if none fits."""
     volumes.check_shape(patch_shape, "patch_shape")
-    expected = model.input_shape[1:-1]
-    same_grid = model.output_shape[1:-1] == expected
-    if len(expected) != 3 or not same_grid or channels != model.input_shape[-1]:
+    sizes = model.input_shape[1:-1]  # None where any size is taken
+    same_grid = model.output_shape[1:-1] == sizes
+    if len(sizes) != 3 or not same_grid or channels != model.input_shape[-1]:
         raise ValueError(
             f"the model maps {model.input_shape} to {model.output_shape}; expected "
             f"(batch, X, Y, Z, {channels}) to the same grid"
         )
-    patch = expected if patch_shape is None else tuple(patch_shape)
-    factor = size_factor(model) if None in expected else 1
-    takes = expected if factor == 1 else f"multiples of {factor}"
-    if patch != expected and (None not in expected or any(n % factor for n in patch)):
+    patch = sizes if patch_shape is None else tuple(patch_shape)
+    factor = size_factor(model) if None in sizes else 1
+    takes = sizes if factor == 1 else f"multiples of {factor}"
+    if patch != sizes and (None not in sizes or any(n % factor for n in patch)):
         raise ValueError(f"patch_shape is {patch}, the model takes patches of {takes}")
     return None if None in patch else patch
 
@@ -191,18 +193,19 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
     ValueError
         If a model is no such model, or takes patches of another shape.
     """
-    axes = [a for n in range(4) for a in itertools.combinations(range(3), n)]
     models, total, squares = _as_trained(model), 0, 0
     files.check_option("flips", flips, *files.BOOL)
     if np.ndim(image) != 4:
         raise ValueError(f"image has shape {np.shape(image)}, expected (X, Y, Z, C)")
-    mirrors = axes if flips else [()]
-    n_passes = len(models) * len(mirrors)
-    for each in models:
-        shape = _choose_patch(each.model, image.shape[-1], patch_shape)
-        for mirrored in mirrors:
-            found = _predict_once(each.model, np.flip(image, mirrored), shape)
-            found = np.flip(found, mirrored)
+    # The axes along which to flip: none first, then each, each two, and all three.
+    counts = range(4) if flips else [0]
+    flipped_axes = [a for n in counts for a in itertools.combinations(range(3), n)]
+    n_passes = len(models) * len(flipped_axes)
+    for trained in models:
+        shape = _choose_patch(trained.model, image.shape[-1], patch_shape)
+        for axes in flipped_axes:
+            flipped = _predict_once(trained.model, np.flip(image, axes), shape)
+            found = np.flip(flipped, axes)
             if n_passes == 1:
                 return found, np.zeros(found.shape[:3], np.float32)
             total, squares = total + found, squares + found**2
@@ -212,24 +215,24 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
 
 def _choose_modalities(trained, modalities):
     """Return the channels of a model: those given, described, or the usual ones."""
-    channels = trained.model.input_shape[-1]
+    n_channels = trained.model.input_shape[-1]
     stored = trained.description.get("modalities") or CHANNELS.get(trained.model)
-    usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(channels, ())
-    if modalities is None:
+    usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(n_channels, ())
+    if modalities is None:  # a model in memory, not from a file, may be guessed
         modalities = stored or (usual if trained.path is None else ())
-    known = isinstance(modalities, (list, tuple)) and len(modalities) == channels
-    known = known and {*labels.ALL_MODALITIES}.issuperset(map(str, modalities))
-    if not known or stored and [*modalities] != [*stored]:
+    valid = isinstance(modalities, (list, tuple)) and len(modalities) == n_channels
+    valid = valid and {*labels.ALL_MODALITIES}.issuperset(map(str, modalities))
+    if not valid or stored and [*modalities] != [*stored]:
         problem = f"modalities is {modalities!r}, {trained.path or 'the model'} takes "
         which = f"say which of {labels.ALL_MODALITIES} they are, in order: modalities="
-        takes = f"{channels} channels; {which}(...)"
-        takes = f"{stored}, the same for all models" if known else takes
+        takes = f"{n_channels} channels; {which}(...)"
+        takes = f"{stored}, the same for all models" if valid else takes
         raise ValueError(problem + takes)
     return modalities
 
 
 def _fill_in(trained, options):
-    """Return options, those that are None as a model's description stores them."""
+    """Return options, with None replaced by what a model's description stores."""
     stored = trained.description | trained.description.get("decoding", {})
     return {k: stored.get(k) if v is None else v for k, v in options.items()}
 
@@ -251,7 +254,8 @@ def check_options(models, options, possible=OPTIONS):
         Names the option, its value and what is possible.
     """
     check = files.check_option
-    check("an option's name", [*options], {*possible}.issuperset, f"some of {possible}")
+    unknown = [name for name in options if name not in possible]
+    check("options", unknown, lambda names: not names, f"some of {possible}")
     outputs = sorted({each.model.output_shape[-1] for each in models})
     check("the models' outputs", outputs, ([3], [4]).__contains__, "all 3, or all 4")
     given = _fill_in(models[0], dict.fromkeys(OPTIONS) | options)
@@ -269,7 +273,7 @@ def _choose_engine(models, engine):
     """Return models that are computed by an engine."""
     if engine == "keras":
         return models
-    from brats_utils.export import to_openvino
+    from brats_utils.export import to_openvino  # imports openvino, if it is there
 
     return [to_openvino(trained) for trained in models]
 
@@ -398,12 +402,12 @@ def _predict_maps(models, case, **options):
 
 
 def _fingerprint(trained):
-    """Return a checksum of all of a model that changes a prediction."""
+    """Return a checksum of whatever of a model changes a prediction."""
     digest = hashlib.sha256(json.dumps(describe_model(trained.model)).encode())
-    used = ["modalities", "patch_shape", "decoding"]
-    used += ["engine", "int8"] if "engine" in trained.description else []
-    used = [trained.description.get(name) for name in used]
-    digest.update(json.dumps(used).encode())
+    names = ["modalities", "patch_shape", "decoding"]
+    if "engine" in trained.description:  # not of Keras, to equal older checksums
+        names += ["engine", "int8"]
+    digest.update(json.dumps([trained.description.get(n) for n in names]).encode())
     for weights in trained.model.get_weights():
         digest.update(np.ascontiguousarray(weights))
     return digest.hexdigest()
@@ -454,22 +458,23 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         nifti.check_unedited(output.path, output.manifest["files"])
         output.claim(name for each in names.values() for name in each)
         for case in files.progress_bar(cases, desc="predicting", unit="case"):
-            noted = {name: output.manifest["files"][name] for name in names[case.id]}
+            recorded = {n: output.manifest["files"][n] for n in names[case.id]}
             try:
-                state = nifti.file_states(case.images.values())
-                same = output.manifest["made_from"] == made_from
-                known = same and output.manifest["cases"].get(case.id) == state
-                if not known or files.find_changed(output.path, noted):
+                scans = nifti.file_states(case.images.values())
+                same_call = output.manifest["made_from"] == made_from
+                done = same_call and output.manifest["cases"].get(case.id) == scans
+                if not done or files.find_changed(output.path, recorded):
                     found = _predict_maps(models, case, **options)
-                    if not same:  # now, when there is something to replace
+                    if not same_call:  # only now is there something to replace them by
                         output.manifest["cases"] = {}
-                    if not same and not uncertainty:
+                    if not same_call and not uncertainty:
                         output.remove(n for n in output.manifest["files"] if "/" in n)
                     output.manifest["files"] |= dict.fromkeys(names[case.id])
-                    # Saved first: killed after it is replaced, it is not another's.
+                    # Before the maps: if killed in between, a new map must not be
+                    # recorded as one of the old model.
                     output.begin(made_from)
                     _write_maps(output, names[case.id], *found)
-                    output.note_case(case.id, state)
+                    output.note_case(case.id, scans)
             except (ValueError, FileNotFoundError) as error:
                 failed.append(str(error))
     if failed:
@@ -479,7 +484,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
 
 
 def _write_maps(output, names, found, spread, header):
-    """Write the label map of a case, and its uncertainty if it has a name."""
+    """Write the label map of a case and, if there is a second name, its uncertainty."""
     with output.write(names[0]) as temporary:
         nifti.write_segmentation(found, header, temporary)
     for name in names[1:]:
@@ -490,10 +495,11 @@ def _write_maps(output, names, found, spread, header):
 def _check_probabilities(probabilities):
     """Return probabilities as an array, and how many channels they have: 3 or 4."""
     probabilities = np.asarray(probabilities)
-    n_channels = (0, *probabilities.shape)[-1]
+    n_channels = (0, *probabilities.shape)[-1]  # 0 of a single number
     if n_channels not in (3, 4) or not np.issubdtype(probabilities.dtype, np.number):
         problem = "probabilities: expected 4 channels (labels) or 3 (WT, TC, ET)"
-        raise ValueError(f"{problem}, got {n_channels} of {probabilities.dtype}")
+        found = f"got {probabilities.dtype} of shape {probabilities.shape}"
+        raise ValueError(f"{problem}, {found}")
     return probabilities, n_channels
 
 
@@ -558,8 +564,8 @@ def decode_probabilities(
     >>> decode_probabilities([[0.9, 0.8, 0.2], [0.9, 0.2, 0.8], [0.1, 0.9, 0.9]])
     array([1, 2, 0], dtype=uint8)
     """
-    islands = {"min_island": min_island, "min_et_voxels": min_et_voxels}
-    _check_decoding(thresholds=thresholds, **islands)
+    sizes = {"min_island": min_island, "min_et_voxels": min_et_voxels}
+    _check_decoding(thresholds=thresholds, **sizes)
     if _check_probabilities(probabilities)[1] == 4 and thresholds is None:
         segmentation = labels.decode_labels(np.argmax(probabilities, axis=-1))
     else:
@@ -567,7 +573,7 @@ def decode_probabilities(
         thresholds = PLAIN["thresholds"] if thresholds is None else thresholds
         above = regions > np.array(thresholds, regions.dtype)
         nested = np.logical_and.accumulate(above, axis=-1)
-        # By how many regions a voxel lies in: oedema, core, enhancing tumour.
+        # The label of a voxel in 0, 1 (WT), 2 (WT, TC) or 3 (WT, TC, ET) regions.
         segmentation = np.array([0, 2, 1, 4], np.uint8)[nested.sum(axis=-1)]
     if min_island:
         volumes.drop_islands(segmentation, min_island)
