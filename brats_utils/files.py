@@ -294,7 +294,7 @@ def write_json(path, value):
     value : dict
         Anything that JSON can hold.
     """
-    # Each `{"key": value}` without its braces.
+    # Each line is `{"key": value}` without its braces.
     lines = (json.dumps({k: v}, ensure_ascii=False)[1:-1] for k, v in value.items())
     with atomic_write(path) as temporary:
         temporary.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
@@ -341,7 +341,7 @@ def read_arrays(path):
     record : dict
         What the JSON text "record" says.
     """
-    # The file is closed, damaged or not, and can be replaced.
+    # np.load may leave a damaged file open, which then cannot be replaced on Windows.
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
         arrays = {name: saved[name] for name in sorted(saved.files)}
     record = json.loads(arrays.pop("record").item())
@@ -364,6 +364,7 @@ def find_differences(old, new, name=""):
         "name.of.key (old value -> new value)" for each value that differs; None is as
         good as missing.
     """
+    # A list is compared as the dictionary {index: item}.
     parts = [dict(enumerate(x)) if isinstance(x, list) else x for x in (old, new)]
     if not all(isinstance(part, dict) for part in parts):
         return [] if old == new else [f"{name} ({old!r:.40} -> {new!r:.40})"]
@@ -405,8 +406,8 @@ def free_gb(path):
     free : float
     """
     path = Path(path).resolve()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    return shutil.disk_usage(there).free / 1e9
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return shutil.disk_usage(existing).free / 1e9
 
 
 def read_manifest(folder):
@@ -465,9 +466,9 @@ def lies_in(folder, kind):
 
 
 def _is_intact(path, noted):
-    """Return whether a file is as `describe_file` noted it; None was never complete."""
-    there = noted and path.is_file() and path.stat().st_size == noted["bytes"]
-    return bool(there) and describe_file(path) == noted
+    """Return whether a file is as recorded; None was claimed and never completed."""
+    same_size = noted and path.is_file() and path.stat().st_size == noted["bytes"]
+    return bool(same_size) and describe_file(path) == noted
 
 
 def find_changed(folder, files):
@@ -490,7 +491,7 @@ def find_changed(folder, files):
 
 def _exchange(first, second, spare):
     """Exchange two folders: on Linux in one step, elsewhere by way of `spare`."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no renameat2
         one, other = os.fsencode(first), os.fsencode(second)
         rename = ctypes.CDLL(None).renameat2
         if rename(_CURRENT_FOLDER, one, _CURRENT_FOLDER, other, _EXCHANGE) == 0:
@@ -541,9 +542,9 @@ class OutputFolder:
             if self.final.is_relative_to(source) or source.is_relative_to(self.final):
                 problem = f"the output {self.final} and the input {source} overlap"
                 raise ValueError(f"{problem}; choose another output folder")
-        here = beside and self.final in (Path.cwd(), *Path.cwd().parents)
-        if beside and (here or os.path.ismount(self.final)):
-            what = "the current folder or one above it" if here else "a mounted disk"
+        is_cwd = beside and self.final in (Path.cwd(), *Path.cwd().parents)
+        if beside and (is_cwd or os.path.ismount(self.final)):
+            what = "the current folder or one above it" if is_cwd else "a mounted disk"
             problem = f"the output {self.final} is {what}, which cannot be replaced"
             raise ValueError(f"{problem} in one step; choose a folder inside it")
         names = (f".{self.final.name}{end}" for end in ("-new", "-old", ".lock"))
@@ -552,30 +553,32 @@ class OutputFolder:
         self._lock, self._is_new = FileLock(lock), beside or not self.path.exists()
 
     def _check_owner(self):
-        """Raise if one of our paths holds what we did not write."""
-        for path in {self.final, self.path, self._spare}:
-            kind, found = read_manifest(path).get("kind"), ["a file"] * path.exists()
-            if path.is_dir():
-                found = sorted({p.name for p in path.iterdir()} - {UNFINISHED})
+        """Raise if a path that we would write to holds something else."""
+        for path in filter(Path.exists, {self.final, self.path, self._spare}):
+            kind = read_manifest(path).get("kind")
+            names = {p.name for p in path.iterdir()} if path.is_dir() else {"a file"}
+            found = sorted(names - {UNFINISHED})
             if found and kind != self.kind:
                 problem = f"{path} is not a folder of this project for {self.kind!r}"
                 problem += f" (kind {kind!r}; it holds {', '.join(found[:5])})"
                 raise ValueError(f"{problem}; choose another output folder")
 
     def __enter__(self):
-        """Take the lock; finish or undo what a killed process left half done."""
+        """Take the lock; complete an exchange in which a process was killed."""
         self._check_owner()
         self.final.parent.mkdir(parents=True, exist_ok=True)
         holder, path = "", Path(self._lock.lock_file)
         with contextlib.suppress(OSError):
             holder = path.read_text(encoding="utf-8")
+        # Empty, or a part of the word, if its process was killed while it wrote.
         if not holder.startswith("process "[: len(holder)]):
             raise ValueError(f"{path} is not a lock of this project; move it")
         try:
             self._lock.acquire(timeout=0)
             holder = f"process {os.getpid()} on {platform.node()} since {time.ctime()}"
             path.write_text(holder, encoding="utf-8")
-            if self._spare.exists():  # killed within _exchange
+            # Killed within _exchange: complete it, or undo it if `final` is missing.
+            if self._spare.exists():
                 self._spare.rename(self._new if self.final.exists() else self.final)
             self.former = self.manifest = self._read(self.final)
             if self.path != self.final:
@@ -598,16 +601,17 @@ class OutputFolder:
         files = [self.path / name for name in (*self.manifest["files"], MANIFEST)]
         blank = not (self.manifest["cases"] or any(map(Path.exists, files[:-1])))
         try:
-            if files[-1].exists():
+            if files[-1].exists():  # the manifest
                 self.save()
                 if error and blank:
+                    # A folder that this call made is deleted, too.
                     _unlink(self.path.parent if self._is_new else self.path, files)
         finally:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def begin(self, made_from):
-        """Note what the folder is made from; files and cases noted before remain.
+        """Record what the folder is made from; its files and cases stay recorded.
 
         Parameters
         ----------
@@ -624,7 +628,7 @@ class OutputFolder:
         write_json(self.path / MANIFEST, self.manifest)
 
     def claim(self, names):
-        """Announce files before they are written.
+        """List files in the manifest, as ours, before they are written.
 
         Parameters
         ----------
@@ -641,19 +645,20 @@ class OutputFolder:
             raise ValueError(f"{outside[:5]} would lie outside {self.final}")
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
-            strange = [name for name in new if os.path.lexists(folder / name)]
-            # A link to a folder cannot be exchanged for a folder.
-            new = new if self.path == self.final else names | ours["files"].keys()
-            parents = {folder / p for n in new for p in PurePosixPath(n).parents[:-1]}
-            strange += [str(p) for p in parents if p.is_symlink() or p.is_file()]
-            if strange:
-                problem = f"{folder} holds files of others: {', '.join(strange[:5])}"
+            foreign = [name for name in new if os.path.lexists(folder / name)]
+            # A link to a folder cannot be exchanged for a folder: then the parents of
+            # all our files must be real folders.
+            used = new if self.path == self.final else names | ours["files"].keys()
+            parents = {folder / p for n in used for p in PurePosixPath(n).parents[:-1]}
+            foreign += [str(p) for p in parents if p.is_symlink() or p.is_file()]
+            if foreign:
+                problem = f"{folder} holds files of others: {', '.join(foreign[:5])}"
                 raise ValueError(f"{problem}; move them, or choose another folder")
         self.manifest["files"] = dict.fromkeys(names) | self.manifest["files"]
         self.save()
 
     def start_over(self, made_from, names):
-        """Delete what the folder holds of ours, and announce other files.
+        """Delete all files of ours in the folder, and claim others.
 
         Parameters
         ----------
@@ -667,12 +672,12 @@ class OutputFolder:
         ValueError
             If others changed one of our files, nothing is deleted then; or as `claim`.
         """
-        changed = [
-            name
-            for name, noted in self.manifest["files"].items()
-            if noted and (path := self.path / name).is_file() and not path.is_symlink()
-            if path.stat().st_size != noted["bytes"]
-        ]
+        changed = []
+        for name, noted in self.manifest["files"].items():
+            path = self.path / name
+            complete = noted and path.is_file() and not path.is_symlink()
+            if complete and path.stat().st_size != noted["bytes"]:
+                changed.append(name)
         if changed:
             problem = f"{self.path} holds files that others changed: {changed[:5]}"
             raise ValueError(f"{problem}; move them, or choose another folder")
@@ -682,7 +687,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def write(self, name):
-        """Yield a temporary path for a claimed file, see `atomic_write`; note it then.
+        """Yield a temporary path for a claimed file, then move it there and record it.
 
         Parameters
         ----------
@@ -699,7 +704,7 @@ class OutputFolder:
         self.manifest["files"][name] = noted
 
     def take_over(self, name):
-        """Give a file of the former result a place in the new one too.
+        """Add a file of the former result to the new one: a hard link, or a copy.
 
         Parameters
         ----------
@@ -711,7 +716,7 @@ class OutputFolder:
         target.unlink(missing_ok=True)
         try:
             os.link(source, target)
-        except OSError:  # a file system that knows one name for each file
+        except OSError:  # a file system without hard links
             shutil.copy2(source, target)
         self.manifest["files"][name] = self.former["files"][name]
 
@@ -748,8 +753,8 @@ class OutputFolder:
             self.path.rename(self.final)
             return
         _exchange(self.path, self.final, self._spare)
-        # What was final is now beside: delete it, but for files that are not ours.
-        # The manifest goes last: as long as it is there, the folder is known as ours.
+        # The former result is now beside: delete our files in it, and move the user's
+        # to the new one. The manifest goes last: without it the folder is not ours.
         self.manifest, self.former = self.former, self.manifest
         _unlink(self.path, self.manifest["files"])
         for path in sorted(self.path.rglob("*"), reverse=True):
@@ -764,7 +769,7 @@ class OutputFolder:
 
 
 def _unlink(folder, names):
-    """Delete files of a folder, unfinished ones too, and folders left empty."""
+    """Delete files, their unfinished copies, and folders within `folder` left empty."""
     parents = set()
     for path in (folder / name for name in names):
         path.unlink(missing_ok=True)

@@ -46,24 +46,24 @@ def _made_of(case, options):
     return {**made_of, "files": file_states(paths)}
 
 
-def _names(case_id):
+def _volume_names(case_id):
     """Return the names of a prepared case's image and mask."""
     return [f"{kind}/{case_id}.npy" for kind in KINDS]
 
 
-def _is_done(case_id, made_of, output):
-    """Return whether a folder holds an intact case, taken over if the former has it.
+def _reuse(case_id, made_of, output):
+    """Return whether the open folder holds a case, intact and made of the same.
 
-    `made_of` is what the case would be made of now.
+    If only the former result holds it, the case is taken over from there.
     """
     places = (output.path, output.manifest), (output.final, output.former)
     for folder, manifest in places:
         record = manifest["cases"].get(case_id, {})
         if record.get("made_of") != made_of:
             continue
-        names = _names(case_id) if record["row"]["kept"] else ()
-        noted = {name: manifest["files"].get(name) for name in names}
-        if not files.find_changed(folder, noted):
+        names = _volume_names(case_id) if record["row"]["kept"] else ()
+        recorded = {name: manifest["files"].get(name) for name in names}
+        if not files.find_changed(folder, recorded):
             if folder != output.path:
                 for name in names:
                     output.take_over(name)
@@ -123,21 +123,21 @@ def prepare_case(
             problem = f"{out} holds a data set, which prepare_dataset changes whole"
             raise ValueError(f"{problem}; choose another folder")
         for case_id, record in output.manifest["cases"].items():
-            # Which cases are kept may differ from case to case.
+            # Cases may differ in min_labelled; what is no option is not compared.
             made_of = {**record["made_of"], "min_labelled": min_labelled}
             differ = files.find_differences(made_of, made_of | options)
             if differ and record["row"]["kept"] and case_id != case.id:
                 problem = f"{out} holds cases with other options: {', '.join(differ)}"
                 raise ValueError(f"{problem}; delete it, or choose another folder")
         _check_space([case], output, options)
-        before = output.manifest["files"]
-        rows, bad = _prepare_all([case], output, options, jobs=1)
-        if bad:
-            output.manifest["files"] = before
-            raise bad[0]
+        files_before = output.manifest["files"]
+        rows, errors = _prepare_all([case], output, options, jobs=1)
+        if errors:
+            output.manifest["files"] = files_before  # without those just claimed
+            raise errors[0]
         output.begin(options)
         if not rows[0]["kept"]:
-            output.remove(_names(case.id))  # of a call with other options
+            output.remove(_volume_names(case.id))  # other options may have kept it
     return rows[0]
 
 
@@ -148,44 +148,45 @@ def _folders(cases):
 
 
 def _prepare(case, folder, options):
-    """Prepare one case; return (row, what to note of its files), or the error."""
+    """Prepare and save one case; return (row, records of its files), or the error."""
     try:
         image, mask, row = _crop_and_measure(case, options)
     except BratsDataError as error:
         return error
-    noted = {}
+    records = {}
     if row["kept"]:
-        for name, volume in zip(_names(case.id), (image, mask), strict=True):
+        for name, volume in zip(_volume_names(case.id), (image, mask), strict=True):
             with files.atomic_write(folder / name) as temporary:
                 np.save(temporary, volume, allow_pickle=False)
-                noted[name] = files.describe_file(temporary)
-    return row, noted
+                records[name] = files.describe_file(temporary)
+    return row, records
 
 
 def _prepare_all(cases, output, options, jobs):
-    """Prepare cases that an open folder does not hold; return all rows, and errors."""
-    output.claim(name for case in cases for name in _names(case.id))
+    """Prepare the cases that cannot be reused; return the rows of all, and errors."""
+    output.claim(name for case in cases for name in _volume_names(case.id))
     made_of = {case.id: _made_of(case, options) for case in cases}
-    todo = [case for case in cases if not _is_done(case.id, made_of[case.id], output)]
-    work = (delayed(_prepare)(case, output.path, options) for case in todo)
+    # _reuse also takes finished cases over from the former result.
+    todo = [case for case in cases if not _reuse(case.id, made_of[case.id], output)]
+    calls = (delayed(_prepare)(case, output.path, options) for case in todo)
     jobs = max(1, min(jobs or os.cpu_count(), len(todo)))
     pool = Parallel(jobs, prefer="threads", return_as="generator")
-    bar, errors = {"total": len(todo), "unit": "case", "disable": not todo}, []
+    style, errors = {"total": len(todo), "unit": "case", "disable": not todo}, []
     try:
-        bar = files.progress_bar(pool(work), desc="preparing", **bar)
+        bar = files.progress_bar(pool(calls), desc="preparing", **style)
         for result, case in zip(bar, todo, strict=True):
             if isinstance(result, BratsDataError):
                 errors.append(result)
                 continue
-            row, noted = result
-            output.manifest["files"] |= noted
+            row, records = result
+            output.manifest["files"] |= records
             output.note_case(case.id, {"made_of": made_of[case.id], "row": row})
     except KeyboardInterrupt:
         n_done = len(output.manifest["cases"])
         text = f"{n_done} of {len(cases)} cases are done; run again to resume"
         raise KeyboardInterrupt(text) from None
-    failed, records = {error.case for error in errors}, output.manifest["cases"]
-    return [records[c.id]["row"] for c in cases if c.id not in failed], errors
+    failed, prepared = {error.case for error in errors}, output.manifest["cases"]
+    return [prepared[c.id]["row"] for c in cases if c.id not in failed], errors
 
 
 def _crop_and_measure(case, options):
@@ -214,20 +215,20 @@ def _crop_and_measure(case, options):
         "window_lost_share": (tumour - in_window) / max(1, tumour),  # the recipe's
         "shape": "x".join(map(str, mask.shape)),
     }
-    truth = truth[volumes.bounding_box(truth)]
-    sizes_ml = labels.region_volumes_ml(truth, spacing_mm(scan.affine))
+    tumour_box = volumes.bounding_box(truth)  # counts the same voxels, faster
+    sizes_ml = labels.region_volumes_ml(truth[tumour_box], spacing_mm(scan.affine))
     row |= {f"{region}_ml": ml for region, ml in sizes_ml.items()}
     image = np.empty((*mask.shape, len(scan.volumes)), np.float16)  # (X, Y, Z, C)
     for channel, modality in enumerate(options["modalities"]):
         try:
-            image[..., channel], found = volumes.scale_to_store(
+            image[..., channel], statistics = volumes.scale_to_store(
                 scan.volumes[channel], box, crop_shape, options["scaling"]
             )
         except BratsDataError as error:
             where = {"case": case.id, "file": case.images[modality]}
             problem = f"{modality}: {error.problem}"
             raise BratsDataError(problem, **where, advice=error.advice) from None
-        row |= {f"{modality}_{name}": value for name, value in found.items()}
+        row |= {f"{modality}_{name}": value for name, value in statistics.items()}
     return image, np.ascontiguousarray(mask), row
 
 
@@ -261,22 +262,25 @@ def estimate_disk_gb(
     return n_cases * voxels * (2 * len(modalities) + 1) / 1e9
 
 
-def _find(raw, told):
-    """Return the folders of sets, what is read, all cases, and the labelled ones."""
+def _find_input(raw, label_option):
+    """Return the folders of sets, all folders that are read, and cases: all, labelled.
+
+    `raw` and `label_option` are what `prepare_dataset` takes as `raw` and `labels`.
+    """
     is_list = isinstance(raw, (list, tuple))
-    cases = raw if is_list else find_cases(raw, labels=told, modalities=())
+    cases = raw if is_list else find_cases(raw, labels=label_option, modalities=())
     check_distinct(cases)
-    if is_list and str(told) != "auto":
-        code = labels.label_code(told)
+    if is_list and str(label_option) != "auto":
+        code = labels.label_code(label_option)
         other = [f"{c.id} has {c.labels}" for c in cases if c.labels != code]
         expected = f"'auto', or what the cases say: {', '.join(other[:3])}"
         files.check_option("labels", code, lambda _: not other, expected)
     labelled, folders = [case for case in cases if case.segmentation], _folders(cases)
     if not labelled:
         raise BratsDataError(f"none of the {len(cases)} cases has a segmentation")
-    # A set is the folder around those of its cases, or holds them all itself.
-    around = {f.parent if f.name == c.id else f for c in cases for f in _folders([c])}
-    roots = around if is_list else {files.check_path("raw", raw).resolve()}
+    # The folder of a set holds a folder for each case, or the files of all cases.
+    sets = {f.parent if f.name == c.id else f for c in cases for f in _folders([c])}
+    roots = sets if is_list else {files.check_path("raw", raw).resolve()}
     return roots, folders if is_list else roots | folders, cases, labelled
 
 
@@ -340,14 +344,14 @@ def prepare_dataset(
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
     files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
     files.check_option("skip_bad", skip_bad, *files.BOOL)
-    roots, sources, cases, labelled = _find(raw, labels)
+    roots, sources, cases, labelled = _find_input(raw, labels)
     bad = _bad_headers(labelled, modalities)
     _refuse(bad, skip_bad)
     patients, notes = find_patients(cases, *roots)
     codes = {case.labels for case in labelled}
     code = codes.pop() if len(codes) == 1 else "auto"
-    raw = os.path.realpath(os.path.commonpath(roots))
-    made_from = {"raw": raw, **options, "version": __version__, "labels": code}
+    common = os.path.realpath(os.path.commonpath(roots))
+    made_from = {"raw": common, **options, "version": __version__, "labels": code}
     with files.OutputFolder(out, "prepared", inputs=sources, beside=True) as output:
         valid = [case for case in labelled if case.id not in bad]
         _check_space(valid, output, options)
@@ -355,7 +359,7 @@ def prepare_dataset(
         bad |= {error.case: str(error) for error in errors}
         _refuse(bad, skip_bad)
         output.begin(made_from)
-        _forget_others(output, rows, patients)
+        _remove_others(output, rows, patients)
         report = _report(rows, cases, bad, patients)
         output.claim([REPORT])
         with output.write(REPORT) as temporary:
@@ -367,11 +371,11 @@ def prepare_dataset(
     return report
 
 
-def _forget_others(output, rows, patients):
-    """Remove what a call with other cases left; note the patients of those we keep."""
-    noted, ids = output.manifest["cases"], [row["case"] for row in rows]
-    output.manifest["cases"] = {i: {**noted[i], "patient": patients[i]} for i in ids}
-    kept = {name for row in rows if row["kept"] for name in _names(row["case"])}
+def _remove_others(output, rows, patients):
+    """Delete the volumes of other and dropped cases; record the patients of `rows`."""
+    records, ids = output.manifest["cases"], [row["case"] for row in rows]
+    output.manifest["cases"] = {i: {**records[i], "patient": patients[i]} for i in ids}
+    kept = {name for row in rows if row["kept"] for name in _volume_names(row["case"])}
     output.remove(set(output.manifest["files"]) - kept)
 
 
@@ -402,7 +406,7 @@ def _bad_headers(cases, modalities):
     """Return {case id: all that names, headers and lengths show to be wrong}."""
     table = check_cases(cases, voxels=False, modalities=modalities)
     lines = table["file"] + ": " + table["problem"] + ". " + table["what to do"]
-    return lines.groupby(table["case"]).agg("; ".join).to_dict()
+    return lines.str.rstrip(". ").groupby(table["case"]).agg("; ".join).to_dict()
 
 
 def _refuse(bad, skip_bad):
@@ -448,7 +452,7 @@ def extract(archive, folder, *, max_gb=100):
             output.put_in_place()
     except _BAD as error:
         if getattr(error, "errno", None) not in (None, errno.EINVAL):
-            raise  # the disk's
+            raise  # an error of the disk, not of the archive
         is_zip = str(archive).lower().endswith(".zip")
         advice = "download it again" if is_zip else "unpack it with tar or 7-Zip"
         raise ValueError(f"{archive}: {error}; {advice}") from None
@@ -459,17 +463,17 @@ def extract(archive, folder, *, max_gb=100):
 def _check_archive(zipped, root, max_gb):
     """Return the names of an archive's files; raise unless all can be unpacked."""
     entries = zipped.infolist()
-    size_gb = sum(entry.file_size for entry in entries) / 1e9
+    size = sum(entry.file_size for entry in entries) / 1e9  # in GB, as is the room
     room = min(max_gb, files.free_gb(root))
-    problems = [f"unpacks to {size_gb:.1f} GB, over {room:.1f} GB"] * (size_gb > room)
+    problems = [f"unpacks to {size:.1f} GB, over {room:.1f} GB"] if size > room else []
     for entry in entries:
-        if "\\" in entry.filename:  # of Windows: a folder there, a part of a name here
+        if "\\" in entry.filename:  # starts a folder on Windows only
             problems.append(f"{entry.filename!r} has backslashes; use another tool")
         outside = {"..", "/", "//"} & {*PurePosixPath(entry.filename).parts}
         if outside or stat.S_ISLNK(entry.external_attr >> 16):
             problems.append(f"{entry.filename!r} leads out of the folder")
     names = {str(PurePosixPath(e.filename)) for e in entries if not e.is_dir()}
-    # With an x, the last part is a name: "a/" holds "a/x".
+    # An x is added so that the parents of a folder "a/" include "a" itself.
     folders = {str(f) for e in entries for f in PurePosixPath(f"{e.filename}x").parents}
     if mixed := (names & folders) | ({files.MANIFEST} & (names | folders)):
         problems.append(f"it cannot hold a file named {mixed.pop()!r}")
