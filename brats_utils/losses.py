@@ -302,7 +302,7 @@ def supervise_deeply(model, levels):
     factors = {n: full // size for n, size in zip(stages, sizes, strict=True)}
     stages = [n for n in stages if factors[n] > 1]  # the others have full resolution
     fits = is_whole(levels, 1) and levels <= len(stages)
-    possible = f"1 to {len(stages)}" if stages else "0"
+    possible = f"1 to {len(stages)}" if stages else "no deep supervision"
     expected = f"{possible}: {model.name}'s decoder has {len(stages)} coarser stages"
     check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
     stages, n_classes = stages[:levels], model.output_shape[-1]

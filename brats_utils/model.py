@@ -57,8 +57,8 @@ def _check_input(input_shape, n_classes, factor):
         sizes = [size is None or files.is_whole(size, 1) for size in shape[:-1]]
         return len(shape) in (3, 4) and all(sizes) and files.is_whole(shape[-1], 1)
 
-    expected = "(X, Y, C) or (X, Y, Z, C), where only the number of channels C may not "
-    files.check_option("input_shape", input_shape, is_shape, f"{expected}be None")
+    expected = "(X, Y, C) or (X, Y, Z, C); sizes may be None, the channels C not"
+    files.check_option("input_shape", input_shape, is_shape, expected)
     classes = "4 (labels) or 3 (regions WT, TC, ET)"
     files.check_option("n_classes", n_classes, *_among((3, 4), classes))
     _check_sizes(input_shape[:-1], factor)

@@ -201,10 +201,10 @@ def _check_view(n, axis, spacing_mm, window, **lists):
     """Return the lists, [None] * n for None; raise if an option is not possible."""
     check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
-    check_option("window", window, lambda w: w is None or np.diff(w) >= 0, "2 numbers")
+    check_option("window", window, lambda w: w is None or np.diff(w) >= 0, "low, high")
     lists = {name: [None] * n if x is None else x for name, x in lists.items()}
     for name, items in lists.items():
-        check_option(name, items, lambda x: len(x) == n, f"{n}, one for each volume")
+        check_option(name, items, lambda x: len(x) == n, f"a list of {n}")
     fits = are(n, lambda side: isinstance(side, bool) or len(side) == 4)
     check_option("sides", lists["sides"], fits, "True, False or 4 letters each")
     fits = are(n, lambda box: box is None or are(3, lambda s: s.start < s.stop)(box))
@@ -406,7 +406,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     """
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     check_option("step", step, *whole(1))
-    check_option("segmentations", segmentations, lambda m: np.ndim(m) == 4, "one shape")
+    check_option("segmentations", segmentations, lambda m: np.ndim(m) == 4, "3-D maps")
     maps = [encode_labels(each) for each in segmentations]
     check_option("titles", titles, lambda t: len(t) == len(maps), "one for each map")
     box, n = bounding_box(np.any(maps, axis=0)), len(maps)

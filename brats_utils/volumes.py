@@ -570,7 +570,8 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
     image = np.asarray(image)
     segmentation = None if segmentation is None else np.asarray(segmentation)
     ok = segmentation is None or segmentation.shape == image.shape[:3]
-    check_option("segmentation", segmentation, lambda _: ok, "the image's shape, None")
+    expected = f"None, or an array of the image's shape {image.shape[:3]}"
+    check_option("segmentation", segmentation, lambda _: ok, expected)
     brain = brain_mask([image] if image.ndim == 3 else np.moveaxis(image, -1, 0))
     if shape is None:
         return bounding_box(brain)

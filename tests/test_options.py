@@ -355,7 +355,7 @@ OF_OTHER_MODULES = [
         prepare_dataset,
         ["raw", "out"],
         {
-            "raw=root|folder|cases": (*PATH, "nowhere"),
+            "raw=raw|folder|cases": (*PATH, "nowhere"),
             "out=the output": PATH,
             "crop_shape": SHAPE,
             "min_labelled": (1.5, -0.1, *NUMBER),
