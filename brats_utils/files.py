@@ -405,9 +405,8 @@ def free_gb(path):
     -------
     free : float
     """
-    path = Path(path).resolve()
-    existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    return shutil.disk_usage(existing).free / 1e9
+    folders = (Path(path).resolve() / "file").parents
+    return shutil.disk_usage(next(f for f in folders if f.exists())).free / 1e9
 
 
 def read_manifest(folder):
@@ -537,7 +536,8 @@ class OutputFolder:
     """
 
     def __init__(self, path, kind, *, inputs=(), beside=False):
-        self.final, self.kind = check_path("the output", path).resolve(), kind
+        self.final = check_path("the output (out, out_dir, run_dir)", path).resolve()
+        self.kind = kind
         for source in (Path(source).resolve() for source in inputs):
             if self.final.is_relative_to(source) or source.is_relative_to(self.final):
                 problem = f"the output {self.final} and the input {source} overlap"

@@ -538,7 +538,7 @@ def test_J4_what_cannot_be_predicted_is_refused_before_anything_is_written(
         ({"cases": ["case0"]}, "case is 'case0', expected a Case"),
         ({"model": []}, "model is .*at least one"),
         ({"model": None}, "model is None, expected a path"),
-        ({"out_dir": None}, "the output is None, expected a path"),
+        ({"out_dir": None}, "out_dir.* is None, expected a path"),
     ):
         call = {"model": oracle(), "cases": cases, "out_dir": tmp_path / "out"}
         with pytest.raises(ValueError, match=told):

@@ -138,7 +138,7 @@ OF_THE_NETWORK = [
             "model": (None, 5, "model.keras"),
             "train_data": (None, 5, "data/split/train", [1]),
             "val_data": (None, 5, "data/split/val", [1]),
-            "run_dir=the output": PATH,
+            "run_dir": PATH,
             "epochs": (0, *WHOLE),
             "loss": (None, 5, "no such loss", []),
             "learning_rate": (0, -0.1, *NUMBER),
@@ -232,7 +232,7 @@ OF_THE_NETWORK = [
         {
             "model": (None, 5, [], [None], "nowhere.keras"),
             "cases=cases?": CASES,
-            "out_dir=the output": PATH,
+            "out_dir": PATH,
             "flips": EITHER,
             "uncertainty": EITHER,
             "patch_shape": (*SHAPE, (7, 8, 8)),
@@ -344,7 +344,7 @@ OF_OTHER_MODULES = [
         ["case", "out"],
         {
             "case": CASE,
-            "out=the output": PATH,
+            "out": PATH,
             "crop_shape": SHAPE,
             "min_labelled": (1.5, -0.1, *NUMBER),
             "modalities": MODALITIES,
@@ -356,7 +356,7 @@ OF_OTHER_MODULES = [
         ["raw", "out"],
         {
             "raw=raw|folder|cases": (*PATH, "nowhere"),
-            "out=the output": PATH,
+            "out": PATH,
             "crop_shape": SHAPE,
             "min_labelled": (1.5, -0.1, *NUMBER),
             "modalities": MODALITIES,
@@ -371,7 +371,7 @@ OF_OTHER_MODULES = [
         ["prepared", "out"],
         {
             "prepared=prepared|data set": (*PATH, "nowhere"),
-            "out=the output": PATH,
+            "out": PATH,
             "ratio": ((0.5,), (1.5, -0.5), (0.5, 0.6), 0.25, "ab", None, (NAN, NAN)),
             "seed": WHOLE,
         },
@@ -381,7 +381,7 @@ OF_OTHER_MODULES = [
         ["prepared", "out", ("folds", 2)],
         {
             "prepared=prepared|data set": (*PATH, "nowhere"),
-            "out=the output": PATH,
+            "out": PATH,
             "folds": (0, 1, 99, *WHOLE),
             "seed": (2**32, *WHOLE),
         },
