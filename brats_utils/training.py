@@ -1,11 +1,11 @@
 """Train a model from generators: schedule, checkpoints, history, resuming a run."""
 
-import functools
 import json
 import os
 import re
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -33,13 +33,6 @@ ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
 WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no further
 PILOT, PILOT_PLAN = 2, 20  # epochs that are timed, and the plan until then
 VALIDATIONS = 10  # in a run, by default
-POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
-POSSIBLE |= {"average": files.number(0, 0.9999), "start_share": files.number(0, 0.99)}
-POSSIBLE["deep_supervision"] = files.whole(0)
-POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
-POSSIBLE |= {"minutes": files.number(0, 1e6), "max_minutes": files.number(0, np.inf)}
-OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")
-POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
 
@@ -47,6 +40,14 @@ def _are_callbacks(xs):
     return len(xs) == sum(isinstance(x, keras.callbacks.Callback) for x in xs)
 
 
+OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")  # may be None
+# The values that options of `train` may have, as (fits, expected) of `check_option`.
+POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
+POSSIBLE |= {"average": files.number(0, 0.9999), "start_share": files.number(0, 0.99)}
+POSSIBLE |= {"minutes": files.number(0, 1e6), "max_minutes": files.number(0, np.inf)}
+POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
+POSSIBLE["deep_supervision"] = files.whole(0)
+POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
 POSSIBLE["callbacks"] = _are_callbacks, "a list of keras.callbacks.Callback"
 
 
@@ -81,8 +82,8 @@ def _compile(model, loss, learning_rate, average, steps):
 
 
 def _describe_run(model, train_data, val_data, loss, **settings):
-    """Return what a run is made of: all that must be equal when it is resumed."""
-    settings["start_share"] = settings["start_share"] or None  # earlier runs note none
+    """Return the run's description: all that must be equal when it is resumed."""
+    settings["start_share"] = settings["start_share"] or None  # as in older states
     description = {
         "modalities": train_data.modalities,
         "normalisation": NORMALISATION,
@@ -141,6 +142,7 @@ class Run:
             found = "; ".join(differ[:5])
             problem = f"{folder} holds a run with other settings: {found}"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
+        # A different run that was stopped in its first epoch is simply replaced.
         self.rows, self.is_new = record["history"], arrays is None or bool(differ)
         if not self.is_new:
             for variable, array in zip(_variables(model), arrays, strict=True):
@@ -207,7 +209,7 @@ class Run:
 
 
 def _variables(model):
-    """Return all that a run must keep: weights, dropout's seeds, optimizer's state."""
+    """Return what a state stores: weights, dropout's seeds, the optimizer's state."""
     return [*model.variables, *model.optimizer.variables]
 
 
@@ -230,15 +232,18 @@ class FiniteCheck(keras.callbacks.Callback):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Set each epoch's draws; at its end save history, best model and state.
+    """Set the generator's epoch; after each epoch save history, best model and state.
 
-    It stops after the epoch in which `deadline` passes.
+    Training stops after the epoch in which `deadline` passes. `averaged(model)` is a
+    context manager in which the model has the weights to validate and save. `model`
+    is without the outputs of deep supervision.
     """
 
-    def __init__(self, output, description, train_data, val_data, lend, verbose):
+    def __init__(self, output, description, model, data, averaged, verbose):
         super().__init__()
-        self.train_data, self.val_data = train_data, val_data
-        self.run, self.lend, self.began = Run(output, description), lend, False
+        self.train_data, self.val_data = data
+        self.base_model, self.trained_images = model, SEEN.setdefault(model, set())
+        self.run, self.averaged, self.begun = Run(output, description), averaged, False
         options = {"desc": "training", "unit": "epoch", "disable": not verbose}
         self.bar, self.deadline = files.progress_bar(**options), np.inf
 
@@ -247,7 +252,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.train_data.verify()
         self.val_data.verify()
         self.run.begin(model)
-        self.began = True
+        self.begun = True
         for region in ENCODED_REGIONS:
             if not any(row[f"{region}_ml"] for row in self.train_data.rows.values()):
                 warnings.warn(f"no training case has {region}", stacklevel=4)
@@ -260,15 +265,15 @@ class Checkpoint(keras.callbacks.Callback):
     def on_test_begin(self, logs=None):
         """Validate the averaged weights, on the same patches each time."""
         self.val_data.set_epoch(0)
-        self.average = self.lend(self.model)
-        self.average.__enter__()
+        self.validation = self.averaged(self.model)
+        self.validation.__enter__()
 
     def on_test_end(self, logs=None):
         """Return to the weights that are trained."""
-        self.average.__exit__(None, None, None)
+        self.validation.__exit__(None, None, None)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Save what the epoch brought; the state last, as it says that all is there."""
+        """Save the epoch's results; the state last, because it vouches for the rest."""
         rows, output = self.run.rows, self.run.output
         seconds = time.perf_counter() - self.start
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -277,10 +282,10 @@ class Checkpoint(keras.callbacks.Callback):
         score = _mean_dice(rows[-1])
         # Until the first validation the newest model is the best there is.
         if score >= max(map(_mean_dice, rows)) or not (output.path / BEST).exists():
-            said = {k: v for k, v in self.run.description.items() if k != "model"}
-            said["train_images"] = sorted(self.seen)
-            with self.lend(self.model), output.write(BEST) as temporary:
-                write_model(self.model, temporary, said)
+            stored = {k: v for k, v in self.run.description.items() if k != "model"}
+            stored["train_images"] = sorted(self.trained_images)
+            with self.averaged(self.model), output.write(BEST) as temporary:
+                write_model(self.model, temporary, stored)
         with output.write(HISTORY) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False)
         self.run.save(self.model)
@@ -291,8 +296,8 @@ class Checkpoint(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
-def _check_options(start, **options):
-    """Raise if an option of `train` is not possible."""
+def _check_options(model, start, **options):
+    """Raise if an option of `train` is not possible, or not with this model."""
     for name, value in options.items():
         if value is not None or name not in OPTIONAL:
             files.check_option(name, value, *POSSIBLE[name])
@@ -300,12 +305,7 @@ def _check_options(start, **options):
         raise ValueError("epochs is None, expected epochs or minutes to train for")
     if start is None and (share := options["start_share"]):
         raise ValueError(f"start_share is {share}, expected 0 without a start")
-
-
-def _check_fit(model, train_data, val_data, loss):
-    """Raise unless a model, its data and its loss fit, before the first step."""
-    losses.check_loss(loss, model)
-    check_pair(train_data, val_data, model, size_factor(model))
+    losses.check_loss(options["loss"], model)
 
 
 def plan_epochs(rows, minutes, epochs=None):
@@ -325,31 +325,31 @@ def plan_epochs(rows, minutes, epochs=None):
     total : int
         Epochs in all.
     stop : int
-        After how many to plan again: after the first two, then once more after a
-        quarter, in case the machine is slower or faster than it was.
+        How many to train before planning again: the first two, then a quarter, in case
+        the machine is slower or faster than it was; at last all.
     """
 
-    def fitting(stop):
-        first, *others = [row["seconds"] for row in rows[:stop]]
-        # The first epoch has to build the graph as well.
-        return max(stop, 1 + int((60 * minutes - first) / np.mean(others)))
+    def estimate(n_timed):
+        first, *others = [row["seconds"] for row in rows[:n_timed]]
+        # The first epoch is slower, as it builds the graph as well.
+        return max(n_timed, 1 + int((60 * minutes - first) / np.mean(others)))
 
     if epochs is not None:
         return epochs, epochs
     if len(rows) < PILOT:
         return PILOT_PLAN, PILOT
-    total = fitting(PILOT)
+    total = estimate(PILOT)
     quarter = max(PILOT, total // 4)
-    if len(rows) < quarter:
-        return total, quarter
-    return (fitting(quarter),) * 2
+    if len(rows) >= quarter:
+        total = quarter = estimate(quarter)  # final: `stop` is the end
+    return total, quarter
 
 
-def _fit(model, checkpoint, epochs, stop, validation_freq, others):
+def _fit(model, checkpoint, epochs, stop, validation_freq, callbacks):
     """Train for the epochs up to `stop`, of `epochs` planned, that are not done yet."""
     every = validation_freq or max(1, epochs // VALIDATIONS)
     validated = [e for e in range(1, epochs + 1) if e % every == 0 or e == epochs]
-    fit = functools.partial(
+    fit = partial(
         model.fit,
         checkpoint.train_data,
         validation_data=checkpoint.val_data,
@@ -357,40 +357,44 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, others):
         epochs=stop,
         shuffle=False,  # the generator's order is its own
         verbose=0,
-        callbacks=[FiniteCheck(), checkpoint, *others],
+        callbacks=[FiniteCheck(), checkpoint, *callbacks],
     )
     try:
         fit(initial_epoch=len(checkpoint.run.rows))
     except Exception as error:  # cuDNN 9.3 to 9.5 fail in XLA on some GPUs
-        of_xla = re.match("(?is)(?!.*resource_?exhausted).*(cudnn|xla)", repr(error))
-        if not (of_xla and model.jit_compile) or keras.backend.backend() == "jax":
+        in_xla = re.match("(?is)(?!.*resource_?exhausted).*(cudnn|xla)", repr(error))
+        if not (in_xla and model.jit_compile) or keras.backend.backend() == "jax":
             raise
         text = f"XLA failed ({str(error)[:200]}): training goes on without it, slower"
         warnings.warn(text, stacklevel=3)
         model.jit_compile, model.train_function, model.test_function = False, None, None
-        checkpoint.run.resume(model)  # what a part of an epoch has changed
+        checkpoint.run.resume(model)  # undo what part of an epoch has changed
         fit(initial_epoch=len(checkpoint.run.rows))
 
 
 def _follow_plan(
-    model, compile_for, checkpoint, own, epochs, minutes, validation_freq, max_minutes
+    model, compile_for, checkpoint, extra, epochs, minutes, validation_freq, max_minutes
 ):
-    """Train until the epochs planned are done, or the time is up."""
-    limit = np.inf if max_minutes is None else 60 * max_minutes
-    checkpoint.deadline = time.perf_counter() + limit
+    """Train with extra callbacks until the planned epochs are done, or time is up.
+
+    The learning rate depends on the number of epochs, so each new plan compiles the
+    model again and resumes the run from its state.
+    """
+    if max_minutes is not None:
+        checkpoint.deadline = time.perf_counter() + 60 * max_minutes
     run, bar, train_data = checkpoint.run, checkpoint.bar, checkpoint.train_data
-    plan, former = plan_epochs([], minutes, epochs), None
-    while plan != former:
-        total, stop = former = plan
+    plan, previous = plan_epochs([], minutes, epochs), None
+    while plan != previous:
+        total, stop = previous = plan
         compile_for(total * len(train_data))
         run.resume(model)
-        checkpoint.seen |= train_data.name_images()
-        CHANNELS[checkpoint.own] = train_data.modalities
+        checkpoint.trained_images |= train_data.name_images()
+        CHANNELS[checkpoint.base_model] = train_data.modalities
         bar.n, bar.total = len(run.rows), total
         if len(run.rows) < stop:
-            if not checkpoint.began:
+            if not checkpoint.begun:
                 checkpoint.begin(model)
-            _fit(model, checkpoint, total, stop, validation_freq, own)
+            _fit(model, checkpoint, total, stop, validation_freq, extra)
             if model.stop_training:
                 break
         plan = plan_epochs(run.rows, minutes, epochs)
@@ -504,18 +508,18 @@ def train(
     times = {"epochs": epochs, "minutes": minutes, "validation_freq": validation_freq}
     times["max_minutes"] = max_minutes
     others = {"loss": loss, "callbacks": callbacks, "verbose": verbose}
-    _check_options(start, **settings, **times, **others)
-    _check_fit(model, train_data, val_data, loss)
-    made_of = _describe_run(model, train_data, val_data, loss, **settings)
-    made_of["start"], first = start_from(start, model, train_data, val_data)
-    lend = functools.partial(losses.averaged_weights, start=first, share=start_share)
-    deep = deep_supervision
-    trained = losses.supervise_deeply(model, deep) if deep else model
-    compile_for = functools.partial(_compile, trained, loss, learning_rate, average)
+    _check_options(model, start, **settings, **times, **others)
+    check_pair(train_data, val_data, model, size_factor(model))
+    description = _describe_run(model, train_data, val_data, loss, **settings)
+    description["start"], initial = start_from(start, model, train_data, val_data)
+    averaged = partial(losses.averaged_weights, start=initial, share=start_share)
+    levels = deep_supervision
+    trained = losses.supervise_deeply(model, levels) if levels else model
+    compile_for = partial(_compile, trained, loss, learning_rate, average)  # of steps
     inputs = [train_data.folder.parent, val_data.folder.parent]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        checkpoint = Checkpoint(output, made_of, train_data, val_data, lend, verbose)
-        checkpoint.seen, checkpoint.own = SEEN.setdefault(model, set()), model
+        data = train_data, val_data
+        checkpoint = Checkpoint(output, description, model, data, averaged, verbose)
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, callbacks, **times)
     model.set_weights(read_model(output.path / BEST)[0].get_weights())
