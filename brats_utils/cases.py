@@ -572,26 +572,3 @@ def check_cases(cases, *, voxels=True, modalities=None):
             problems = [(folder, BratsDataError(d, advice=advice)) for d in doubts]
         rows += [(case.id, str(p), e.problem, e.advice or "") for p, e in problems]
     return pd.DataFrame(rows, columns=["case", "file", "problem", "what to do"])
-
-
-def read_grid(case):
-    """Return the grid of a case, from the header of its first image alone.
-
-    Parameters
-    ----------
-    case : Case
-        From `find_cases`.
-
-    Returns
-    -------
-    shape : tuple of 3 int
-        Voxels along X, Y and Z.
-    affine : (4, 4) array
-        Voxel indices to millimetres.
-    spacing_mm : tuple of 3 float
-        Voxel size along X, Y and Z.
-    """
-    check_case(case)
-    header = nifti.read_header(next(iter(case.images.values())), case.channels)
-    affine = header.get_best_affine()
-    return header.get_data_shape(), affine, nifti.spacing_mm(affine)

@@ -22,7 +22,6 @@ from brats_utils.cases import (
     find_cases,
     load_case,
     load_labels,
-    read_grid,
     rename_odd_segmentation,
     save_segmentation,
 )
@@ -78,7 +77,6 @@ def test_reads_the_raw_values_in_the_order_asked_for(toy_set):
     np.testing.assert_array_equal(read, segmentation)
     np.testing.assert_array_equal(affine, AFFINE)
     assert load_case(case, ())[0].shape == (24, 24, 16, 0)
-    assert read_grid(case)[2] == (1.0, 1.0, 1.0)
 
 
 def test_A03_nii_and_nii_gz_may_be_mixed(toy_set):

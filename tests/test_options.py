@@ -16,7 +16,6 @@ from brats_utils.cases import (
     check_cases,
     find_cases,
     load_case,
-    read_grid,
     rename_odd_segmentation,
     save_segmentation,
 )
@@ -329,7 +328,6 @@ OF_OTHER_MODULES = [
     (check_cases, ["cases"], {"cases=cases?": CASES, "voxels": EITHER}),
     (check_cases, ["cases"], {"modalities": MODALITIES[1:]}),
     (load_case, ["case"], {"case": CASE, "modalities": MODALITIES[1:]}),
-    (read_grid, ["case"], {"case": CASE}),
     (
         save_segmentation,
         ["segmentation", "case", ("path", "label_map.nii")],
