@@ -374,7 +374,9 @@ def _decide_labels(root, groups, descriptions):
         settled = code == labels.TOLD_TASK01 and {4} in values.values()
         if "=" in code and where["file"] and not settled:
             problem = f"what its labels mean is not certain ({name})"
-            raise BratsDataError(problem, **where, advice=f"Pass labels=; {code}")
+            raise BratsDataError(
+                problem, **where, advice=f"Pass labels=, for example: {code}"
+            )
         codes[place] = default if not code or "=" in code else code
         if others := values[place] - labels.label_table(codes[place]).keys():
             problem = f"label {others.pop()}, but {name} writes labels {codes[place]}"

@@ -597,15 +597,15 @@ class OutputFolder:
         return read_manifest(path) or {**blank, "files": {}, "cases": {}}
 
     def __exit__(self, kind, error, traceback):
-        """Save the manifest, unless a failed call has written nothing; unlock."""
-        files = [self.path / name for name in (*self.manifest["files"], MANIFEST)]
-        blank = not (self.manifest["cases"] or any(map(Path.exists, files[:-1])))
+        """Save the manifest, or delete it if a call failed that left nothing else."""
+        manifest = self.path / MANIFEST
         try:
-            if files[-1].exists():  # the manifest
+            if manifest.exists():
                 self.save()
-                if error and blank:
-                    # A folder that this call made is deleted, too.
-                    _unlink(self.path.parent if self._is_new else self.path, files)
+                # After other errors, threads may still be writing.
+                failed = isinstance(error, ValueError) and not self.manifest["cases"]
+                if failed and [*self.path.iterdir()] == [manifest]:
+                    _unlink(self.path.parent if self._is_new else self.path, [manifest])
         finally:
             Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()

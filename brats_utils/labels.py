@@ -24,7 +24,7 @@ ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
 _FILES = {
     "flair": "(?:brain_)?(?:flair|t2f|t2[-_]?flair)",
     "t1": "(?:brain_)?(?:t1|t1n|t1w)",
-    "t1ce": "(?:brain_)?(?:t1w?-?(?:c|post)|t1w?[-_]?(?:ce|gd)|ct1|ce-[a-z]+_t1w)",
+    "t1ce": "(?:brain_)?(?:t1w?(?:-?c|post)|t1w?[-_]?(?:ce|gd)|ct1|ce-[a-z]+_t1w)",
     "t2": "(?:brain_)?(?:t2|t2w)",
     "seg": "(?:final_)?(?:segm?|tumor_segmentation|glistrboost_manuallycorrected)",
 }

@@ -366,7 +366,7 @@ def model_table(model, input_shape=None):
         same_rank = len(shape) == len(own) and shape[-1] == own[-1]
         return same_rank and all(files.is_whole(n, 1) for n in shape)
 
-    expected = f"numbers that fit its {own}; where that has None, pass input_shape"
+    expected = f"sizes for the model's {own}; if it has None, pass input_shape"
     files.check_option("input_shape", shape, fits, expected)
     shape = tuple(shape)
     if shape != own:

@@ -406,7 +406,8 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     """
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     check_option("step", step, *whole(1))
-    check_option("segmentations", segmentations, lambda m: np.ndim(m) == 4, "3-D maps")
+    expected = "a list of label maps of one shape"
+    check_option("segmentations", segmentations, lambda m: np.ndim(m) == 4, expected)
     maps = [encode_labels(each) for each in segmentations]
     check_option("titles", titles, lambda t: len(t) == len(maps), "one for each map")
     box, n = bounding_box(np.any(maps, axis=0)), len(maps)
@@ -420,8 +421,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
             mask = labels > 0 if value == 2 else labels == value
             parts.append(surface_quads(mask) * step * np.array(spacing_mm))
             colours += [(*to_rgb(colour), opacity)] * len(parts[-1])
-        quads = np.concatenate(parts)
-        if len(quads):
+        if len(quads := np.concatenate(parts)):
             solids = Poly3DCollection(quads, facecolors=colours, shade=True)
             each.add_collection3d(solids)
         each.set(title=title, xlabel="R – L, mm")

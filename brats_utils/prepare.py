@@ -268,7 +268,8 @@ def _find_input(raw, label_option):
     `raw` and `label_option` are what `prepare_dataset` takes as `raw` and `labels`.
     """
     is_list = isinstance(raw, (list, tuple))
-    raw = raw if is_list else files.check_path("raw", raw)
+    fits = is_list or isinstance(raw, str | os.PathLike)
+    files.check_option("raw", raw, lambda _: fits, "a path or a list of cases")
     cases = raw if is_list else find_cases(raw, labels=label_option, modalities=())
     check_distinct(cases)
     if is_list and str(label_option) != "auto":
@@ -281,7 +282,7 @@ def _find_input(raw, label_option):
         raise BratsDataError(f"none of the {len(cases)} cases has a segmentation")
     # The folder of a set holds a folder for each case, or the files of all cases.
     sets = {f.parent if f.name == c.id else f for c in cases for f in _folders([c])}
-    roots = sets if is_list else {raw.resolve()}
+    roots = sets if is_list else {files.check_path("raw", raw).resolve()}
     return roots, folders if is_list else roots | folders, cases, labelled
 
 

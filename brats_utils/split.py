@@ -76,7 +76,7 @@ def find_patients(cases, *roots):
     # {name in lower case: case id}; a spreadsheet writes 001 as 1.
     ids = {c.id.lstrip("0") or "0": c.id for c in cases if c.id.isdigit()}
     ids |= {case.id.lower(): case.id for case in cases}
-    links = {case.id: _add_patients([case.id]) for case in cases}
+    links = {case.id: _with_patients([case.id]) for case in cases}
     matched = []
     for path in _find_tables(cases, [*map(Path, roots)]):
         matched.append((path.name, _apply_table(links, ids, path)))
@@ -91,12 +91,12 @@ def find_patients(cases, *roots):
     return patients, [f"{name}: {n} {summary}" for name, n in matched]
 
 
-def _add_patients(names):
+def _with_patients(names):
     """Return names of scans, with the patients that these names contain."""
     found = [p.fullmatch(name) for name in names for p in (_NUMBERED_ID, _DATED_ID)]
     patients = {match[1] for match in found if match} - {*names}
     # A patient's name may end in another visit: <patient>_<week>_<date>.
-    return {*names} | (_add_patients(patients) if patients else set())
+    return {*names} | (_with_patients(patients) if patients else set())
 
 
 def _find_tables(cases, roots):
@@ -213,7 +213,7 @@ def _apply_table(links, ids, path):
                 names.append(name if is_id else f"{column} {name}")
         same = {ids[name.lower()] for name in names if name.lower() in ids}
         for case_id in same:
-            links[case_id] |= _add_patients(names)
+            links[case_id] |= _with_patients(names)
         matched |= same
     if not matched:
         problem = f"{path} names none of these cases ({next(iter(ids.values()))}, ...)"

@@ -257,16 +257,25 @@ def test_R3_what_is_no_manifest_is_named(tmp_path):
 @pytest.mark.parametrize("beside", [False, True])
 def test_H2_a_first_call_that_fails_leaves_no_trace(tmp_path, beside):
     (tmp_path / "empty").mkdir()
-    before = tree(tmp_path)
     for name in ("new", "empty"):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ValueError, match="bad scan"):
             with OutputFolder(tmp_path / name, "a", beside=beside) as output:
-                output.start_over({}, ["part/one"])
-                with output.write("part/one"):
-                    raise ZeroDivisionError
-    assert tree(tmp_path) == before and sorted(tmp_path.iterdir()) == [
-        tmp_path / "empty"
-    ]
+                output.start_over({}, ["one"])
+                raise ValueError("bad scan")
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, ValueError])
+def test_H2_a_folder_that_is_not_blank_stays_ours_after_an_error(tmp_path, error):
+    for beside in (False, True):
+        with pytest.raises(error):
+            with OutputFolder(tmp_path / "out", "a", beside=beside) as output:
+                output.start_over({}, ["one"])
+                if error is ValueError:
+                    (output.path / "notes.txt").touch()  # of the user
+                raise error  # a thread may still write "one"
+        (output.path / "one").touch()
+        fill(tmp_path / "out", ["one"], beside=beside)
 
 
 def fill(path, names, kind="a", **options):

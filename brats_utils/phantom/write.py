@@ -87,11 +87,8 @@ def _check_arguments(compressed, wide, jobs, shape, **numbers):
     files.check_option("compressed", compressed, *files.BOOL)
     files.check_option("wide", wide, *files.BOOL)
     files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
-    fit, expected = (
-        files.are(3, files.whole(16)[0]),
-        "three whole numbers of at least 16",
-    )
-    files.check_option("shape", shape, fit, expected)
+    expected = "three whole numbers of at least 16"
+    files.check_option("shape", shape, files.are(3, files.whole(16)[0]), expected)
     settings = {name: int(value) for name, value in numbers.items()}
     settings |= {"wide": True} if wide else {}
     settings |= {"shape": [int(n) for n in shape], "compressed": bool(compressed)}
