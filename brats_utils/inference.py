@@ -477,9 +477,9 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
                     output.note_case(case.id, scans)
             except (ValueError, FileNotFoundError) as error:
                 failed.append(str(error))
-    if failed:
-        problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
-        raise BratsDataError(problem + " | ".join(failed))
+        if failed:
+            problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
+            raise BratsDataError(problem + " | ".join(failed))
     return [output.path / names[case.id][0] for case in cases]
 
 

@@ -938,7 +938,7 @@ def test_H2_a_call_that_predicts_nothing_leaves_the_former_result(tmp_path, case
     first, second = oracle(), sided_model()
     predict_cases(first, cases, out, patch_shape=(8, 8, 8))
     expected = tree(out)
-    damaged = tmp_path / "x_flair.nii"
+    damaged = tmp_path / "a" / "x_flair.nii"
     damaged.write_bytes(b"x")
     bad = replace(cases[0], images={**cases[0].images, "flair": damaged})
     for wrong in ([], iter(()), [bad]):
@@ -946,6 +946,9 @@ def test_H2_a_call_that_predicts_nothing_leaves_the_former_result(tmp_path, case
             predict_cases(second, wrong, out, patch_shape=(8, 8, 8))
         assert tree(out) == expected
         assert len(score_cases(out, cases)) == 3
+    with pytest.raises(ValueError, match="1 of 1 cases were not predicted"):
+        predict_cases(second, [bad], tmp_path / "new", patch_shape=(8, 8, 8))
+    assert not (tmp_path / "new").exists()
     (out / "case9.nii.gz").write_bytes(b"mine")
     expected = tree(out)
     with pytest.raises(ValueError, match="files of others"):

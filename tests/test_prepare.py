@@ -538,6 +538,9 @@ def test_H2_a_failing_case_changes_nothing_and_scalings_are_not_mixed(
     with pytest.raises(BratsDataError, match="NaN"):
         prepare_case(third, out, **SMALL)
     assert tree(out) == before
+    with pytest.raises(BratsDataError, match="NaN"):
+        prepare_case(third, tmp_path / "new", **SMALL)
+    assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="other options: scaling"):
         prepare_case(second, out, **SMALL, scaling="zscore")
     assert prepare_case(second, out, **SMALL)["kept"]
