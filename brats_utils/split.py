@@ -173,6 +173,17 @@ def read_csv(path):
     return [{k.strip(): v.strip() for k, v in r.items() if k is not None} for r in rows]
 
 
+def _check_filled(rows, columns, ids, path):
+    """Raise if a column of patients names some cases' patients and not others'."""
+    for column in filter(_PERSON_COLUMN.match, columns):
+        ours = [row for row in rows if any(row[c].lower() in ids for c in columns)]
+        blank = [row for row in ours if not row[column]]
+        if blank and len(blank) < len(ours):
+            name = next(filter(None, map(blank[0].get, columns)))
+            problem = f"{path} leaves {column} empty for {name} (were cells merged?)"
+            raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
+
+
 def _apply_table(links, ids, path):
     """Add the names that a table gives cases to `links`; return how many it matches.
 
@@ -191,13 +202,7 @@ def _apply_table(links, ids, path):
     if columns == [id_column] and hits[id_column]:
         text = f"{path} has the ids in {id_column!r} and no column of patients that is "
         warnings.warn(f"{text}known: if there is one, call it patient_id", stacklevel=3)
-    for column in filter(_PERSON_COLUMN.match, columns):
-        ours = [row for row in rows if any(row[c].lower() in ids for c in columns)]
-        blank = [row for row in ours if not row[column]]
-        if blank and len(blank) < len(ours):
-            name = next(filter(None, map(blank[0].get, columns)))
-            problem = f"{path} leaves {column} empty for {name} (were cells merged?)"
-            raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
+    _check_filled(rows, columns, ids, path)
     matched, known = set(), {case_id.lower() for case_id in ids.values()}
     # If some ids are written as 001, a number may be an id in any column.
     number_ids = known if any(i.isdigit() and i[0] == "0" for i in known) else set()
