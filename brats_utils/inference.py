@@ -498,7 +498,7 @@ def _check_probabilities(probabilities):
     n_channels = (0, *probabilities.shape)[-1]  # 0 of a single number
     if n_channels not in (3, 4) or not np.issubdtype(probabilities.dtype, np.number):
         problem = "probabilities: expected 4 channels (labels) or 3 (WT, TC, ET)"
-        found = f"got {probabilities.dtype} of shape {probabilities.shape}"
+        found = f"got {n_channels} of {probabilities.dtype} {probabilities.shape}"
         raise ValueError(f"{problem}, {found}")
     return probabilities, n_channels
 
