@@ -204,7 +204,7 @@ def _check_view(n, axis, spacing_mm, window, **lists):
     check_option("window", window, lambda w: w is None or np.diff(w) >= 0, "low, high")
     lists = {name: [None] * n if x is None else x for name, x in lists.items()}
     for name, items in lists.items():
-        check_option(name, items, lambda x: len(x) == n, f"a list of {n}")
+        check_option(name, items, lambda x: len(x) == n, f"a list of length {n}")
     fits = are(n, lambda side: isinstance(side, bool) or len(side) == 4)
     check_option("sides", lists["sides"], fits, "True, False or 4 letters each")
     fits = are(n, lambda box: box is None or are(3, lambda s: s.start < s.stop)(box))

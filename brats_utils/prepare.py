@@ -118,6 +118,7 @@ def prepare_case(
     check_distinct([case])
     if case.segmentation is None:
         raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
+    _refuse(_bad_headers([case], modalities), skip_bad=False)
     with files.OutputFolder(out, "prepared", inputs=_folders([case])) as output:
         if REPORT in output.former["files"]:
             problem = f"{out} holds a data set, which prepare_dataset changes whole"

@@ -546,6 +546,20 @@ def test_H2_a_failing_case_changes_nothing_and_scalings_are_not_mixed(
     assert prepare_case(second, out, **SMALL)["kept"]
 
 
+def test_A01_H2_a_case_that_lacks_files_is_refused_before_anything(toy_set, tmp_path):
+    case, out = find_cases(toy_set)[0], tmp_path / "deep" / "out"
+    images = {name: path for name, path in case.images.items() if name != "flair"}
+    gone = {**case.images, "t2": toy_set / "gone.nii"}
+    for change, found in (
+        ({"images": images}, "lacks flair"),
+        ({"images": gone}, "gone.nii"),
+        ({"segmentation": toy_set / "no_seg.nii"}, "no_seg.nii"),
+    ):
+        with pytest.raises(BratsDataError, match=found):
+            prepare_case(replace(case, **change), out, **SMALL)
+    assert not out.parent.exists()
+
+
 def test_C02_room_for_one_case_is_checked_too(toy_set, tmp_path):
     case, out = find_cases(toy_set)[0], tmp_path / "out"
     with pytest.raises(OSError, match="1 cases need some"):
