@@ -16,11 +16,16 @@ import os
 from functools import partial
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import recipes
+from scipy.ndimage import distance_transform_edt
 
+from brats_utils import augment
 from brats_utils.cases import find_cases
 from brats_utils.files import project_root
+from brats_utils.generator import BratsGenerator
 from brats_utils.inference import predict_case
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_folds
@@ -31,6 +36,61 @@ PHANTOM_RUN = project_root(Path(__file__).parent) / "data/models/phantom-quick"
 def untrained(train_cases, split, minutes, seed, folder, *, model="phantom", **options):
     """Predict with a network that has seen no real scan."""
     return recipes.StepClock(0), lambda case: predict_case(model, case, **options)
+
+
+def _cut_lesions(folder):
+    """Return each training case's tumour: image, labels, distance from its surface."""
+    lesions, data = [], BratsGenerator(folder, batch_size=1)
+    for image, labels in (data[i] for i in range(len(data))):
+        image, labels = np.asarray(image)[0], np.asarray(labels)[0, ..., 0]
+        where = np.argwhere(labels > 0)
+        low = np.maximum(where.min(axis=0) - 4, 0)  # room for 4 voxels around it
+        box = tuple(map(slice, low, where.max(axis=0) + 5))
+        image, labels = image[box], labels[box]
+        inside = distance_transform_edt(labels > 0)
+        distance = distance_transform_edt(labels == 0) - inside
+        lesions.append((image.copy(), labels.copy(), distance))
+    return lesions
+
+
+def _paste_lesion(image, labels, rng, *, lesions):
+    """Paste a lesion, mirrored at random, at a healthy voxel of every second patch.
+
+    After CarveMix (Zhang et al., 2021): all of the tumour with up to 4 voxels around
+    it, or its inner part.
+    """
+    free = np.flatnonzero((labels == 0) & image.any(axis=-1))
+    if rng.random() < 0.5 and free.size:
+        chosen = lesions[rng.integers(len(lesions))]
+        axes = tuple(axis for axis in range(3) if rng.random() < 0.5)
+        lesion, its_labels, distance = (np.flip(part, axes) for part in chosen)
+        edge = rng.uniform(0, 4) if rng.random() < 0.7 else distance.min() / 2
+        middle = np.unravel_index(rng.choice(free), labels.shape)
+        corner = np.array(middle) - np.array(its_labels.shape) // 2
+        low = np.maximum(corner, 0)
+        high = np.minimum(corner + its_labels.shape, labels.shape)
+        to = tuple(map(slice, low, high))
+        source = tuple(map(slice, low - corner, high - corner))
+        pasted = (distance[source] <= edge) & lesion[source].any(axis=-1)
+        pasted &= image[to].any(axis=-1)
+        image, labels = np.array(image), np.array(labels)
+        image[to][pasted] = lesion[source][pasted]
+        labels[to][pasted] = its_labels[source][pasted]
+    return augment.augment(image, labels, rng)
+
+
+def copying_lesions(train_cases, split, *arguments, **options):
+    """Train ours with lesions that are copied from one training case to another."""
+    change = partial(_paste_lesion, lesions=_cut_lesions(split / "train"))
+    data = {"augment": change}
+    return recipes.ours(train_cases, split, *arguments, data=data, **options)
+
+
+def changing_intensities_more(*arguments, **options):
+    """Train ours with intensities that are changed more often, and more strongly."""
+    more = {"INTENSITY_CHANCE": 0.5, "BRIGHTNESS": (0.6, 1.5), "CONTRAST": (0.6, 1.5)}
+    with mock.patch.multiple(augment, **more):
+        return recipes.ours(*arguments, **options)
 
 
 def fold_folders(data):
@@ -57,6 +117,24 @@ RECIPES = {
     "from phantoms, no share of the start": partial(
         recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "start_share": 0}
     ),
+    "from phantoms, lesions copied": partial(
+        copying_lesions, min_island=ISLAND, **FROM_PHANTOMS
+    ),
+    "from phantoms, two thirds centred": partial(
+        recipes.ours, min_island=ISLAND, data={"tumour_share": 2 / 3}, **FROM_PHANTOMS
+    ),
+    "from phantoms, stronger intensities": partial(
+        changing_intensities_more, min_island=ISLAND, **FROM_PHANTOMS
+    ),
+    "from phantoms, patches of 64": partial(
+        recipes.ours, min_island=ISLAND, patch_shape=(64,) * 3, **FROM_PHANTOMS
+    ),
+    "from phantoms, averaged weights": partial(
+        recipes.ours, min_island=ISLAND, average=0.99, **FROM_PHANTOMS
+    ),
+    "from phantoms, deep supervision": partial(
+        recipes.ours, min_island=ISLAND, deep_supervision=2, **FROM_PHANTOMS
+    ),
     "tutorial": recipes.tutorial,
     "segresnet": recipes.segresnet,
     "medicai": recipes.medicai,
@@ -70,9 +148,11 @@ def main():
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=[*RECIPES])
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--folds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--keep", type=Path, help="folder for the trained models")
     options = parser.parse_args()
     splits = fold_folders(project_root(Path(__file__).parent) / "data/real")
+    splits = [splits[i] for i in options.folds]
     recipes.RECIPES = RECIPES
     for seed, name, split in product(options.seeds, options.recipes, splits):
         there = "make run" not in name or PHANTOM_RUN.exists()

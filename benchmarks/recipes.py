@@ -84,6 +84,7 @@ def ours(
     *,
     data=None,
     model=None,
+    patch_shape=PATCH,
     min_island=0.0,
     **how,
 ):
@@ -91,8 +92,9 @@ def ours(
 
     With all augmentations and a third of the patches centred on tumour, as in the full
     run. `data`, `model` and `how` are keywords of the generator, `unet` and `train`.
+    Scans are predicted in windows of `PATCH` whatever the patches were.
     """
-    options = {"batch_size": 1, "patch_shape": PATCH}
+    options = {"batch_size": 1, "patch_shape": patch_shape}
     drawn = {"augment": True, "cache": True, "seed": seed, **(data or {})}
     drawn["patches_per_case"] = max(1, 36 // len(train_cases))
     data = BratsGenerator(split / "train", **options, **drawn)
