@@ -1,4 +1,4 @@
-"""Split prepared cases into train and val: by patient, into links, in one step."""
+"""Split prepared cases by patient into folders of links: train and val, or folds."""
 
 import contextlib
 import csv
@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from brats_utils.labels import VISIT
 from brats_utils.nifti import BratsDataError, walk
 
 KINDS, SIDES = ("images", "masks"), ("train", "val")
-# Ids of scans, where group 1 is the patient: the number or date of a visit follows.
+# Scan ids. Group 1 is the patient, followed by the number or date of a visit.
 _NUMBERED_ID = re.compile(
     r"(?i)((?:.+[-_])?(?:brats1[789]_[^_]+_[^_]+|brats-[a-z]+-\d+"
     r"|brats_(?:gli|ssa|men|mets?|goat|peds?)_\d+"
@@ -27,7 +28,10 @@ _NUMBERED_ID = re.compile(
     r"|sub-[^_]+(?=_))[-_].+"
 )
 _DATED_ID = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
-_TABLE_NAME = re.compile(r"(?![.~]).*mapping.*\.(csv|tsv|txt|xlsx?)", re.I)
+# Spreadsheets are not read, but refused: their links must not be lost.
+_TABLE_NAME = re.compile(
+    r"(?![.~]).*mapping.*\.(csv|tsv|txt|csv\.\w+|xls\w?|ods|numbers)", re.I
+)
 # Headers of columns that name patients, not their age, sex, site and so on.
 _ID_WORDS = (
     "(?:ids?|identi\\w*|n[or°]|num|numbers?|nummer|names?|codes?|keys?|uu?id|guid|barcode"
@@ -43,21 +47,22 @@ _PATIENT_COLUMN = re.compile(
 _PERSON_COLUMN = re.compile(r"(?i).*(patient|person|participant|mrn)")
 _SEED = "a whole number from 0 to 2**32 - 1"
 _EMPTY = re.compile(
-    r"(?i)[\W_]*(n/?a|nv|nan|nat|null|none|unknown|not available)?[\W_]*"
+    r"(?i)[\W_]*(n[/.]?a|nv|nan|nat|null|none|unknown|missing|tba|tbd|to do"
+    r"|not (available|known))?[\W_]*"
 )
 
 
 def find_patients(cases, *roots):
-    """Return the patient of each case: scans of one patient stay together in a split.
+    """Return the patient of each case, to keep a patient's scans together in a split.
 
-    Scans are of one patient if their ids say so, where the set's naming counts visits,
-    or if a table with "mapping" in its name does. Such tables are looked for in the
-    folders, behind their links, and one level up.
+    Scans belong to the same patient if their ids say so, in sets whose ids include the
+    visit, or if a table with "mapping" in its name says so. Such tables are searched
+    for in the folders, following links, and one level up.
 
     Parameters
     ----------
     cases : list of Case
-        All of a set, or of several.
+        All cases of one or several sets.
     *roots : path
         The folder of each set.
 
@@ -92,7 +97,7 @@ def find_patients(cases, *roots):
 
 
 def _with_patients(names):
-    """Return names of scans, with the patients that these names contain."""
+    """Return the names of scans, and of the patients that these names contain."""
     found = [p.fullmatch(name) for name in names for p in (_NUMBERED_ID, _DATED_ID)]
     patients = {match[1] for match in found if match} - {*names}
     # A patient's name may end in another visit: <patient>_<week>_<date>.
@@ -100,10 +105,10 @@ def _with_patients(names):
 
 
 def _find_tables(cases, roots):
-    """Return the paths of tables that may say which scans are of one patient."""
+    """Return the paths of tables that may map scans to patients."""
     roots = [root.absolute() for root in roots]
     folders = {f.parent for root in roots for f in (root, root.resolve())}
-    # The common folder of several sets may be a whole disk: it is not walked.
+    # The common folder of several sets may be a whole disk, so it is not walked.
     common = Path(os.path.commonpath(roots))
     folders |= {common, common.parent}
     for path in {path for case in cases for path in case.images.values()}:
@@ -116,7 +121,7 @@ def _find_tables(cases, roots):
 def _check_quotes(rows):
     """Raise if a quotation mark is never closed: its cell would hold all that follows.
 
-    `rows` is a strict reader. What else it refuses, such as 6" or "a" b, is readable.
+    `rows` is a strict reader. Other things that it rejects, like 6" or "a" b, are fine.
     """
     try:
         list(rows)
@@ -126,57 +131,66 @@ def _check_quotes(rows):
 
 
 def read_csv(path):
-    """Read a small table as text, as Excel and other programs save it.
+    """Read a small text table, as saved by Excel and other programs.
 
     Parameters
     ----------
     path : path
-        UTF-8 or UTF-16, else taken as Latin-1; columns separated by commas, semicolons
-        or tabs, with a header line.
+        In UTF-8, UTF-16 or else Latin-1, with a header line and columns separated by
+        commas, semicolons or tabs.
 
     Returns
     -------
     rows : list of dict of str to str
-        A dictionary for each row. Nothing is converted: "NA" stays "NA".
+        One dictionary per row. Nothing is converted: "NA" stays "NA".
 
     Raises
     ------
     ValueError
-        If the file is not a text table; the message names it and what to do.
+        If the file is not a text table; the message names it and says what to do.
     """
     data = Path(path).read_bytes()
     try:
         text = data.decode("utf-16" if data[:1] in (b"\xff", b"\xfe") else "utf-8-sig")
     except UnicodeDecodeError:
         text = data.decode("latin-1")
+    text = unicodedata.normalize("NFC", text)  # as the ids of cases
     lines = [line for line in re.split("\r\n|\r|\n", text) if line.strip()]
-    # Excel writes the separator first, as "sep=;".
+    # Excel may put the separator in the first line, as "sep=;".
     lines = lines[1:] if lines and lines[0].startswith("sep=") else lines
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty, or holds other data")
-        dialect = {"delimiter": max(",;\t", key=lines[0].count)}
+        # The separator that each row has; of equals, the one that the header has most.
+        counts = {c: [line.count(c) for line in lines] for c in ",;\t"}
+        dialect = {"delimiter": max(counts, key=lambda c: (min(counts[c]), counts[c]))}
         _check_quotes(csv.reader(lines, strict=True, **dialect))
         names = [n.strip() for n in next(csv.reader(lines, **dialect))]
         patient_columns = [name for name in names if _PATIENT_COLUMN.fullmatch(name)]
         if twice := [c for c in patient_columns if patient_columns.count(c) > 1]:
             raise csv.Error(f"it has two columns named {twice[0]}")
-        rows = [*csv.DictReader(lines, restval="", **dialect)]
+        # A name that comes again gets a number: DictReader keeps one of each name.
+        keys = [f"{n} {k}" if n in names[:k] else n for k, n in enumerate(names)]
+        # The first row repeats the header.
+        rows = [*csv.DictReader(lines, keys, restval="", **dialect)][1:]
         # DictReader puts the cells beyond the header under the key None.
         if too_long := [row for row in rows if any(row.get(None, ()))]:
             raise csv.Error(f"a row has more cells than the first: {too_long[0]}")
-        if "" in names[1:] and any(row.get("") for row in rows):
+        unnamed = [keys[k] for k, name in enumerate(names) if k and not name]
+        if any(row[key] for row in rows for key in unnamed):
             raise csv.Error(f"columns without names hold cells; is {names[0]} a title?")
     except csv.Error as error:
         problem = f"{path} is not a text table: {error}"
         raise ValueError(f"{problem}; save it as csv, or remove it") from None
-    return [{k.strip(): v.strip() for k, v in r.items() if k is not None} for r in rows]
+    return [{k: v.strip() for k, v in r.items() if k is not None} for r in rows]
 
 
-def _check_filled(rows, columns, ids, path):
-    """Raise if a column of patients names some cases' patients and not others'."""
-    for column in filter(_PERSON_COLUMN.match, columns):
-        ours = [row for row in rows if any(row[c].lower() in ids for c in columns)]
+def _check_filled(rows, columns, id_columns, named, path):
+    """Raise if a patient column is filled in for some cases but not for others."""
+    others = [column for column in columns if column not in id_columns]
+    # Of several columns of subjects, some may be empty: a set of another year, say.
+    for column in [c for c in columns if _PERSON_COLUMN.match(c) or others == [c]]:
+        ours = [row for row in rows if any(row[c].lower() in named for c in columns)]
         blank = [row for row in ours if not row[column]]
         if blank and len(blank) < len(ours):
             name = next(filter(None, map(blank[0].get, columns)))
@@ -184,8 +198,32 @@ def _check_filled(rows, columns, ids, path):
             raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
 
 
+def _name_cases(links, ids):
+    """Return {name in lower case: case ids}, of the cases and of their patients."""
+    named = {name: {case_id} for name, case_id in ids.items()}
+    for case_id, names in links.items():
+        for name in names - {case_id}:
+            named.setdefault(name.lower(), set()).add(case_id)
+    return named
+
+
+def _find_id_columns(cells, named, id_column):
+    """Return the columns of scans: `id_column`, and those with the cases it lacks.
+
+    `cells` is {column: names in lower case}; `named` is that of `_name_cases`.
+    """
+    columns, taken = {id_column}, {*cells.get(id_column, ())}
+    for column in cells:
+        names = [name for name in cells[column] if not _EMPTY.fullmatch(name)]
+        each_once = len({*names} & named.keys() - taken) == len(names) > 0
+        if each_once and not _PERSON_COLUMN.match(column):
+            columns.add(column)
+            taken |= {*names}
+    return columns
+
+
 def _apply_table(links, ids, path):
-    """Add the names that a table gives cases to `links`; return how many it matches.
+    """Add a table's names for the cases to `links`; return how many cases it matches.
 
     `links` is as in `unite`; `ids` is {name in lower case: case id}.
     """
@@ -193,30 +231,33 @@ def _apply_table(links, ids, path):
         {k: re.sub(r"^(\d+)\.0+$", r"\1", v) for k, v in row.items()}
         for row in read_csv(path)
     ]
-    cells = {c: {row[c].lower() for row in rows} for c in (rows or [{}])[0]}
-    hits = {c: len({ids[n] for n in cells[c] if n in ids}) for c in cells}
+    named = _name_cases(links, ids)
+    cells = {c: [row[c].lower() for row in rows] for c in (rows or [{}])[0]}
+    hits = {c: len(set().union(*(named.get(n, ()) for n in cells[c]))) for c in cells}
     patient_columns = [c for c in hits if _PATIENT_COLUMN.fullmatch(c)]
-    # The column that names most cases; of equals, max returns the first.
+    # The column that names the most cases; max returns the first if several are equal.
     id_column = max([*patient_columns, *hits], key=hits.get, default=None)
     columns = [c for c in hits if c == id_column or c in patient_columns]
     if columns == [id_column] and hits[id_column]:
         text = f"{path} has the ids in {id_column!r} and no column of patients that is "
         warnings.warn(f"{text}known: if there is one, call it patient_id", stacklevel=3)
-    _check_filled(rows, columns, ids, path)
+    id_columns = _find_id_columns(cells, named, id_column)
+    columns += id_columns - {*columns}
+    _check_filled(rows, columns, id_columns, named, path)
     matched, known = set(), {case_id.lower() for case_id in ids.values()}
     # If some ids are written as 001, a number may be an id in any column.
     number_ids = known if any(i.isdigit() and i[0] == "0" for i in known) else set()
     for row in rows:
         names = []
         for column, name in row.items():
-            # Of columns that do not name patients, only case ids count.
-            used = column in columns or (name.lower() in ids and not name.isdigit())
-            # "NA" may be a case id in the id column; in others it means nothing.
+            # In columns that do not name patients, only case ids count.
+            used = column in columns or (name.lower() in named and not name.isdigit())
+            # "NA" may be a case id in the id column; elsewhere it is an empty cell.
             if used and (column == id_column or not _EMPTY.fullmatch(name)):
-                # Patient 1 of one column is not number 1 of another.
-                is_id = column == id_column or not name.isdigit() or name in number_ids
+                # Patient 1 in one column is not number 1 in another.
+                is_id = column in id_columns or name in number_ids or not name.isdigit()
                 names.append(name if is_id else f"{column} {name}")
-        same = {ids[name.lower()] for name in names if name.lower() in ids}
+        same = set().union(*(named.get(name.lower(), ()) for name in names))
         for case_id in same:
             links[case_id] |= _with_patients(names)
         matched |= same
@@ -232,12 +273,12 @@ def unite(links):
     Parameters
     ----------
     links : dict of str to set of str
-        {case id: names}; cases with a name in common, whatever its case, are linked.
+        {case id: names}. Names are case-insensitive; cases that share one are linked.
 
     Returns
     -------
     groups : list of (list of str, set of str)
-        The case ids of a group, sorted, and all its names.
+        The sorted case ids and all names of each group.
     """
     groups = []  # of (names in lower case, names, case ids)
     for case_id, names in links.items():
@@ -270,19 +311,19 @@ def name_images(row):
     Parameters
     ----------
     row : dict
-        Of the report of `prepare_dataset`.
+        Row of the report that `prepare_dataset` returns.
 
     Returns
     -------
     names : set of str
-        Made of the mean and SD of the whole scan, so that the crop does not matter.
+        Built from the mean and SD of the whole scan, so that the crop does not matter.
     """
     names = [n.removesuffix("_mean") for n in row if n.endswith("_raw_mean")]
     return {f"{n} {row[n + '_mean']:.9g} {row[n + '_sd']:.9g}" for n in names}
 
 
 def _group_by_patient(cases):
-    """Return lists of case ids that must stay together: same patient or images."""
+    """Return groups of case ids that must stay together: same patient or same image."""
     links = {}
     for case_id, record in cases.items():
         links[case_id] = {f"patient {record['patient']}", *name_images(record["row"])}
@@ -291,7 +332,7 @@ def _group_by_patient(cases):
 
 def _choose_sides(groups, ratio, seed):
     """Return {"train": indices of groups, "val": ...}, as splitfolders chooses them."""
-    # splitfolders copies files: it is given an empty file for each group.
+    # splitfolders copies files, so each group is represented by an empty file.
     with tempfile.TemporaryDirectory() as workspace:
         staging, chosen = Path(workspace, "staging"), Path(workspace, "chosen")
         (staging / "groups").mkdir(parents=True)
@@ -313,7 +354,8 @@ def _split(prepared, out, kind, choose, least, why, **choice):
     """Split a prepared data set and write the result; return {folder: case ids}.
 
     `choose(groups, **choice)` returns {folder: indices of groups}; it needs at least
-    `least` groups. `why` ends the message if that, or a folder without case, fails.
+    `least` groups. `why` ends the error message if there are fewer, or a folder would
+    be empty.
     """
     prepared = files.check_path("prepared", prepared).resolve()
     manifest = _read_prepared(prepared)
@@ -329,7 +371,7 @@ def _split(prepared, out, kind, choose, least, why, **choice):
 
 
 def _write_split(out, kind, prepared, manifest, ids, choice):
-    """Link the volumes of {folder within `out`: case ids} into an output folder."""
+    """Link volumes into an output folder; `ids` is {folder within `out`: case ids}."""
     made_from = {**choice, "prepared": str(prepared), "settings": manifest["made_from"]}
     names = [f"{f}/{part}/{i}.npy" for f in ids for part in KINDS for i in ids[f]]
     with files.OutputFolder(out, kind, inputs=[prepared], beside=True) as output:
@@ -340,7 +382,7 @@ def _write_split(out, kind, prepared, manifest, ids, choice):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 path.symlink_to(os.path.relpath(prepared / source, final.parent))
-            except OSError:  # Windows without the right to link, some network drives
+            except OSError:  # Windows without permission to link, some network drives
                 shutil.copyfile(prepared / source, path)
             output.manifest["files"][name] = manifest["files"][source]
         cases = manifest["cases"].items()
@@ -354,17 +396,18 @@ def _are_shares(ratio):
 
 
 def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
-    """Split prepared cases into train and val with splitfolders, image and mask as one.
+    """Split prepared cases by patient into train and val, using splitfolders.
 
     Parameters
     ----------
     prepared : path
         A folder that `prepare_dataset` wrote.
     out : path
-        Gets `train/` and `val/`, each with `images/` and `masks/` (links, or copies if
-        the system cannot link). A former split there is replaced whole, in one step.
+        Gets `train/` and `val/`, each with `images/` and `masks/` of the same cases (as
+        links, or copies if links are not possible). An existing split is replaced in
+        one step.
     ratio : tuple of 2 float
-        Shares of train and val; they sum to 1.
+        Shares of train and val, which sum to 1.
     seed : int
         The same seed and cases give the same split.
 
@@ -376,9 +419,9 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
     Raises
     ------
     BratsDataError
-        If an image lacks its mask or vice versa, or a side would be empty.
+        If an image has no mask or vice versa, or train or val would be empty.
     ValueError
-        If `ratio` is not two shares, or `out` holds files that are not a split.
+        If `ratio` is not valid, or `out` holds files that are not a split.
     """
     shares, why = "two shares above 0 that sum to 1", f"{ratio}: a side stays empty"
     files.check_option("ratio", ratio, _are_shares, shares)
@@ -388,17 +431,17 @@ def split_dataset(prepared, out, *, ratio=(0.75, 0.25), seed=42):
 
 
 def split_folds(prepared, out, *, folds=5, seed=42):
-    """Split prepared cases for cross-validation: each is in `val` of just one fold.
+    """Split prepared cases for cross-validation: each is in `val` in exactly one fold.
 
     Parameters
     ----------
     prepared : path
         A folder that `prepare_dataset` wrote.
     out : path
-        Gets `fold0/`, `fold1/`, ..., each as `split_dataset` makes it. Former folds are
-        replaced whole, in one step.
+        Gets `fold0/`, `fold1/`, ..., each laid out as in `split_dataset`. Existing
+        folds are replaced in one step.
     folds : int
-        At least 2. Scans of one patient are in the same fold.
+        Number of folds, at least 2. Scans of one patient stay in the same fold.
     seed : int
         The same seed and cases give the same folds.
 
@@ -410,7 +453,7 @@ def split_folds(prepared, out, *, folds=5, seed=42):
     Raises
     ------
     BratsDataError
-        If an image lacks its mask or vice versa, or there are fewer patients.
+        If an image has no mask or vice versa, or there are fewer patients than folds.
     ValueError
         If `folds` is less than 2, or `out` holds files that are not folds.
     """

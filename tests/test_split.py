@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -694,3 +695,74 @@ def test_R3_quotation_marks_that_close_or_stand_inside_are_text(tmp_path):
     long = [f"{i},P{n // 2},40,more" for n, i in enumerate(IDS)]
     with pytest.raises(ValueError, match="more cells than the first: .*'more'"):
         patients_of(tmp_path, IDS, "case_id,patient_id,life expectancy", *long)
+
+
+@pytest.mark.parametrize("ids", [["101", "102", "103", "104"], ["1", "2", "3", "4"]])
+@pytest.mark.parametrize("header", ["patient,scan1,scan2", "who,baseline,followup"])
+def test_I2_numbered_scans_in_several_columns_are_of_one_patient(tmp_path, header, ids):
+    rows = [f"p{n},{ids[n]},{ids[n + 2]}" for n in range(2)]
+    assert patients_of(tmp_path, ids, header, *rows) == 2
+    # A column of ages holds numbers that are ids, too, but of cases that have a row.
+    ids = [str(n) for n in range(40, 46)]
+    rows = [f"p{n},{n},{85 - n}" for n in range(40, 46)]
+    assert patients_of(tmp_path, ids, "patient,scan,years", *rows) == 6
+
+
+def test_I2_scans_in_two_columns_of_one_name_are_of_one_patient(tmp_path):
+    rows = [f"p{n},{IDS[n]},{IDS[n + 2]}" for n in range(2)]
+    assert patients_of(tmp_path, IDS, "patient,scan,scan", *rows) == 2
+    with pytest.raises(ValueError, match="without names hold cells"):
+        patients_of(tmp_path, IDS, "patient,,", *rows)
+
+
+@pytest.mark.parametrize("header", ["Subject;Scan", "Subject_ID;Scan", "Name;Scan"])
+def test_I2_merged_cells_of_the_only_column_of_patients_are_refused(tmp_path, header):
+    rows = [f"S0;{IDS[0]}", f";{IDS[1]}", f"S1;{IDS[2]}", f";{IDS[3]}"]
+    with pytest.raises(ValueError, match="empty for BraTS20_Training_001 .*merged"):
+        patients_of(tmp_path, IDS, header, *rows)
+
+
+def test_I2_names_are_the_same_in_either_form_of_unicode(tmp_path):
+    names = "Müller_A", "Müller_B", "Meier_A", "Meier_B"
+    rows = [f"{name},{n // 2}" for n, name in enumerate(names)]
+    for form in ("NFC", "NFD"):  # Linux and Windows write NFC, macOS wrote NFD
+        raw = tmp_path / form / "raw"
+        for n, name in enumerate(names):
+            write_case(raw, unicodedata.normalize(form, name), seed=n)
+        other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], rows[0])
+        table = "\n".join(("case_id,patient_id", other, *rows[1:]))
+        (raw / "mapping.csv").write_text(table, encoding="utf-8")
+        with pytest.warns(UserWarning, match="pass labels="):
+            cases = find_cases(raw)
+        patients, notes = find_patients(cases, raw)
+        assert "4 of 4 ids matched, 2 patients" in notes[0]
+        assert len({*patients.values()}) == 2
+
+
+@pytest.mark.parametrize("suffix", ["ods", "xlsm", "xlsb", "numbers", "csv.gz", "xlsx"])
+def test_I2_a_table_of_another_program_is_refused(tmp_path, suffix):
+    (tmp_path / f"name_mapping.{suffix}").write_bytes(b"PK\3\4\0\0 and so on")
+    with pytest.raises(ValueError, match=f"mapping.{suffix} is not .*save it as csv"):
+        find_patients([Case(i, {}) for i in IDS], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "patients", [["UPENN-GBM-00001", "UPENN-GBM-00002"], ["BraTS-GLI-00001", "P1"]]
+)
+def test_I2_a_table_may_list_patients_instead_of_scans(tmp_path, patients):
+    ids = [f"{patients[0]}_11", f"{patients[1]}_2021-03-01", f"{patients[1]}_baseline"]
+    rows = [f"{name},H1" for name in patients]
+    assert patients_of(tmp_path, ids, "ID,hospital_patient", *rows) == 1
+    assert patients_of(tmp_path, ids, "ID,note", f"{patients[1]},x") == 2
+
+
+def test_R3_the_separator_is_the_one_that_each_row_has(tmp_path):
+    rows = [f"{i};P{n // 2};12,5" for n, i in enumerate(IDS)]
+    header = "case_id;patient_id;size (x, y, z, in mm)"
+    assert patients_of(tmp_path, IDS, header, *rows) == 2
+
+
+@pytest.mark.parametrize("text", ["n.a.", "missing", "N.A", "not known", "to do", "-"])
+def test_I2_words_for_nothing_name_no_patient(tmp_path, text):
+    rows = [f"{i},{text}" for i in IDS]
+    assert patients_of(tmp_path, IDS, "case_id,patient_id", *rows) == 4
