@@ -1,4 +1,4 @@
-"""Random changes of a patch that keep its meaning: flips, rotations, other scanners."""
+"""Random augmentation of patches: flips, rotation, zoom, intensity and resolution."""
 
 import numpy as np
 from scipy.ndimage import affine_transform, gaussian_filter, zoom
@@ -11,14 +11,14 @@ INTENSITY_CHANCE = 0.15
 BRIGHTNESS = CONTRAST = (0.75, 1.25)
 GAMMA = (0.7, 1.5)
 NOISE_SD = 0.1
-DETAIL_CHANCE = 0.1  # per channel; nnU-Net: half of the channels of every fifth patch
+DETAIL_CHANCE = 0.1  # per channel; nnU-Net: half of the channels, in 20 % of patches
 BLUR_SD = (0.5, 1.0)  # voxels
 RESOLUTION = (0.5, 1.0)
 GRID = {"mode": "nearest", "grid_mode": True}  # voxels are cubes, not points
 
 
 def flip(image, labels, rng):
-    """Mirror each axis with a probability of one half.
+    """Flip each axis with a probability of 0.5.
 
     Parameters
     ----------
@@ -35,12 +35,12 @@ def flip(image, labels, rng):
 
 
 def rotation(angles):
-    """Return the matrix of rotations about the three axes.
+    """Return the matrix of a rotation about X, Y and Z.
 
     Parameters
     ----------
     angles : (3,) array
-        In radians.
+        Angles about the three axes, in radians.
 
     Returns
     -------
@@ -61,7 +61,7 @@ def turn_and_zoom(image, labels, rng):
     image : (X, Y, Z, C) float32 array
         Interpolated linearly, with zeros outside.
     labels : (X, Y, Z) integer array
-        Takes the value of the nearest voxel.
+        Interpolated by nearest neighbour.
     rng : numpy.random.Generator
 
     Returns
@@ -122,7 +122,7 @@ def lose_detail(image, rng):
     Parameters
     ----------
     image : (X, Y, Z, C) float32 array
-        Standardised. The background, exactly 0, stays 0. It is not modified in place.
+        Standardised. Background voxels, exactly 0, stay 0. Not modified in place.
     rng : numpy.random.Generator
 
     Returns
@@ -144,7 +144,7 @@ def lose_detail(image, rng):
 
 
 def augment(image, labels, rng):
-    """Augment a patch at random: flips always, the other changes with some probability.
+    """Augment a patch with random flips and, less often, the other transforms.
 
     Parameters
     ----------
@@ -153,7 +153,7 @@ def augment(image, labels, rng):
     labels : (X, Y, Z) integer array
         Values 0 to 3.
     rng : numpy.random.Generator
-        The same state of the generator gives the same result.
+        The same generator state gives the same result.
 
     Returns
     -------

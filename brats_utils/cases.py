@@ -1,6 +1,7 @@
-"""Find the cases of a folder, check them, and read them."""
+"""Find, check and read the cases in a folder."""
 
 import re
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,8 +16,8 @@ from brats_utils.labels import ALL_MODALITIES, MODALITIES, are_modalities, label
 from brats_utils.nifti import BratsDataError, load_labels, save_segmentation, walk  # noqa: F401
 from brats_utils.volumes import brain_mask, check_image, find_doubts
 
-# Paths of the Decathlon and of nnU-Net: kind of folder, file name without its suffix,
-# case id, number of the channel.
+# Paths of the Decathlon and nnU-Net: kind of folder, file name without suffix, case id,
+# channel number.
 _TASK_PATH = re.compile(r"(images|labels)T[rs]/((.+?)(?:_(\d{4}))?)(?i:\.nii(?:\.gz)?)")
 _ODD = re.compile(r"W\d+_.*Segm\.nii(\.gz)?", re.I)  # in folder 355 of the Kaggle set
 _ID = re.compile(r"[^/\\\0]*[^/\\\0\s][^/\\\0]*")
@@ -24,19 +25,19 @@ _ID = re.compile(r"[^/\\\0]*[^/\\\0\s][^/\\\0]*")
 
 @dataclass(frozen=True)
 class Case:
-    """One scan of a patient: where its files are and how its labels are written.
+    """One scan of a patient: its files and its label convention.
 
     Parameters
     ----------
     id : str
         Name of the case, for example `BraTS20_Training_001`.
     images : dict of str to Path
-        A file for each of "flair", "t1", "t1ce" and "t2" that is there; or one file
-        for all that holds them as channels in this order.
+        A file for each available modality ("flair", "t1", "t1ce", "t2"); or one file
+        for all, which holds them as channels in the order of this dictionary.
     segmentation : Path or None
         The label map; None for a case to be predicted.
     labels : str or dict
-        How the label map is written, see `find_cases`; kept as text.
+        The convention of the label map, see `find_cases`; stored as text.
     """
 
     id: str
@@ -58,7 +59,7 @@ class Case:
 
     @property
     def channels(self):
-        """Return how many images a file holds: 1 except in the Decathlon's layout."""
+        """Return the number of images per file: 1, except in the Decathlon's layout."""
         return len(self.images) // len(set(self.images.values()))
 
 
@@ -72,14 +73,14 @@ def check_case(case):
     Raises
     ------
     ValueError
-        If it is something else.
+        If it is not a Case, has no images or has no valid id.
     """
     expected = "a Case as find_cases returns it: images, and an id without / or \\"
     check_option("case", case, lambda c: _ID.fullmatch(c.id) and c.images, expected)
 
 
 def check_distinct(cases):
-    """Return cases as a list; raise if an item is no valid case, or an id is repeated.
+    """Return cases as a list; raise if a case is not valid or an id is repeated.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ def check_distinct(cases):
     Raises
     ------
     ValueError
-        Names the id, and where both are.
+        The message names the case, or the repeated id and both folders.
     """
     check_option("cases", cases, iter, "a list of Case")
     seen, cases = {}, [*cases]
@@ -107,7 +108,7 @@ def check_distinct(cases):
 
 @dataclass(frozen=True)
 class Scan:
-    """A case in memory, in LPS order, for preparing and for predicting.
+    """A case in memory, in LPS order, for preparation and prediction.
 
     Parameters
     ----------
@@ -117,7 +118,7 @@ class Scan:
     segmentation : (X, Y, Z) uint8 array or None
         Values 0, 1, 2 and 4.
     header : nibabel.Nifti1Header
-        Of the stored grid.
+        Header of the stored grid.
     """
 
     case: Case
@@ -132,7 +133,7 @@ class Scan:
 
     @cached_property
     def brain_mask(self):
-        """Return the (X, Y, Z) mask of voxels that are non-zero in some modality."""
+        """Return the (X, Y, Z) mask of voxels that are non-zero in any modality."""
         return brain_mask(self.volumes)
 
     @cached_property
@@ -151,9 +152,9 @@ def _read_description(folder, descriptions, need_channels=True):
     """Return the channels and the naming that a folder's `dataset.json` states.
 
     The channels are a tuple of modalities, empty if they are not named or not needed.
-    Where they are not needed, the file may be another program's: one that cannot be
-    read is ignored. The naming is as `labels.naming` returns it, () if the labels are
-    not named; if their names are not understood, its second item is what to pass.
+    If they are not needed, the file may be another program's, and is ignored if it
+    cannot be read. The naming is as in `labels.naming`, or () if the labels are not
+    named; if their names are not understood, its second item is a hint for `labels=`.
     `descriptions` caches {folder: (channels, naming)}.
     """
     path = folder / "dataset.json"
@@ -173,25 +174,19 @@ def _read_description(folder, descriptions, need_channels=True):
 
 
 def _identify(path, descriptions):
-    """Return the place (folder, case id) of a file's case, and what the file holds.
+    """Return the place (folder, case id) of a file's case, and the file's content.
 
-    What it holds is a tuple of modalities, or ("seg",); () if the name is unknown.
+    The content is a tuple of modalities, or ("seg",), or () if the name is unknown.
     `descriptions` is the cache of `_read_description`.
     """
-    for named in (path.parent, path):  # Kaggle has folders named as files, too
-        case_id, key = labels.parse_name(named.name)
-        if key:
-            folder = named.parent
-            case_id = case_id or folder.name
-            # P1/20190301/flair.nii: prepend folders until one is more than a date.
-            parents = iter((folder if case_id == folder.name else named).parents)
-            name = case_id
-            while labels.VISIT.fullmatch(name):
-                name = next(parents).name
-                case_id = f"{name}_{case_id}"
-            return (folder, case_id), (key,)
-    root = path.parent.parent
-    if not (match := _TASK_PATH.fullmatch("/".join(path.parts[-2:]))):
+    root, match = path.parent.parent, _TASK_PATH.fullmatch("/".join(path.parts[-2:]))
+    # In labelsTr, P1_T1 is the id of the images P1_T1_0000 and so on.
+    first = match and path.name.replace(match[2], f"{match[2]}_0000", 1)
+    is_id = match and (root / f"images{path.parent.name[-2:]}" / first).exists()
+    place, key = labels.parse_path(path)
+    if key and not is_id:
+        return place, (key,)
+    if not match:
         return None, ()
     kind, stem, case_id, number = match.groups()
     if kind == "labels":
@@ -210,10 +205,17 @@ def _identify(path, descriptions):
     return (root, case_id), (channels[int(number)],) if number else channels
 
 
+def _add_file(files, key, path, case_id):
+    """Add a file to {modality or "seg": path} of a case, which must lack it."""
+    if files.setdefault(key, path) != path:
+        problem = f"two files for {key}: {files[key]} and {path}"
+        raise BratsDataError(problem, case=case_id, advice="Keep one of them")
+
+
 def _group_files(root):
     """Group the NIfTI files below a folder by case.
 
-    Returns {place: {modality or "seg": path}} with the places of `_identify`, a list of
+    Returns {place: {modality or "seg": path}} with places as in `_identify`, a list of
     the files that belong to no case, and the cache of `_read_description`.
     """
     groups, leftovers, descriptions = {}, [], {}
@@ -224,35 +226,34 @@ def _group_files(root):
             raise BratsDataError(problem, file=root, advice="Rename it, in UTF-8")
         place, keys = _identify(path, descriptions)
         leftovers += [path] if not keys else []
+        # macOS may write ü as two characters: the same name is the same case.
+        place = place and (place[0], unicodedata.normalize("NFC", place[1]))
         for key in keys:
-            files = groups.setdefault(place, {})
-            if files.setdefault(key, path) != path:
-                problem = f"two files for {key}: {files[key].name} and {path.name}"
-                where = {"case": place[1], "file": path.parent}
-                raise BratsDataError(problem, **where, advice="Keep one of them")
-    # A label map without images beside it: in UPENN-GBM, label maps have a folder of
-    # their own; elsewhere it is another file of a similar name, as `<id>_brain_segm`.
+            _add_file(groups.setdefault(place, {}), key, path, place[1])
+    # Label maps without images in the same folder. UPENN-GBM has a separate folder for
+    # them; elsewhere, they are other files with similar names, as `<id>_brain_segm`.
+    lacking = [p for p, files in groups.items() if "seg" not in files]
     for place in [p for p, files in groups.items() if files.keys() == {"seg"}]:
         path, case_id = groups.pop(place)["seg"], place[1].lower()
-        same = [p for p in groups if p[1].lower() == case_id and "seg" not in groups[p]]
+        same = [p for p in lacking if p[1].lower() == case_id]
         parts = {part.lower() for part in path.relative_to(root).parts}
         if len(same) == 1 and parts & labels.FOLDERS:
-            groups[same[0]]["seg"] = path
+            _add_file(groups[same[0]], "seg", path, place[1])
         else:
             leftovers.append(path)
     return groups, leftovers, descriptions
 
 
 def _add_odd_segmentations(groups, leftovers):
-    """Give folder 355 its label map, which has another name; return {place: path}.
+    """Add the oddly named label map of folder 355 to its case; return {place: path}.
 
-    `groups` and `leftovers` are those of `_group_files`, and are changed.
+    `groups` and `leftovers`, from `_group_files`, are changed in place.
     """
     added = {}
     for path in [path for path in leftovers if _ODD.fullmatch(path.name)]:
         places = [p for p in groups if p[0] == path.parent and "seg" not in groups[p]]
         names = [p.name for p in leftovers if p.parent == path.parent]
-        rivals = [name for name in names if "seg" in name.lower()]  # and itself
+        rivals = [name for name in names if "seg" in name.lower()]  # including `path`
         if places and len(places) + len(rivals) > 2:
             first, ids = places[0][1], ", ".join(p[1] for p in places)
             problem = f"no {first}_seg file; {', '.join(rivals)} might be that of {ids}"
@@ -265,7 +266,7 @@ def _add_odd_segmentations(groups, leftovers):
 
 
 def _check_complete(root, groups, leftovers, modalities):
-    """Raise one error that lists all missing modalities and doubled case ids."""
+    """Raise one error that lists all missing modalities and duplicate case ids."""
     if not groups:
         here = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         problem = f"no BraTS case (<id>_flair.nii, ...) in {root}; it holds: {here}"
@@ -279,31 +280,33 @@ def _check_complete(root, groups, leftovers, modalities):
         if (other := seen.setdefault(case_id.lower(), folder)) != folder:
             problems.append(f"{case_id} appears twice: {other} and {folder}")
     if problems:
-        raise BratsDataError("; ".join(problems), advice="Complete or remove them")
+        raise BratsDataError(
+            "; ".join(problems), advice="Complete, rename or remove them"
+        )
 
 
 def find_cases(root, *, labels="auto", modalities=MODALITIES):
     """Find the BraTS cases in a folder, at any depth.
 
-    Takes `.nii` and `.nii.gz` files under the names of the public sets: BraTS 2017 to
-    2021 (`<id>_t1ce`) and since 2023 (`<id>-t1c`), TCGA, UPENN-GBM and UCSF-PDGM, and
-    the folders `imagesTr` and `labelsTr` of the Medical Segmentation Decathlon's Task01
-    and of nnU-Net. The odd label map of folder 355 of the Kaggle set is taken, with a
-    warning. Files of other names are ignored, and listed in a warning.
+    Accepts `.nii` and `.nii.gz` files named as in the public sets: BraTS 2017 to 2021
+    (`<id>_t1ce`) and 2023 onwards (`<id>-t1c`), TCGA, UPENN-GBM and UCSF-PDGM, and the
+    folders `imagesTr` and `labelsTr` of the Medical Segmentation Decathlon's Task01 and
+    of nnU-Net. The oddly named label map in folder 355 of the Kaggle set is accepted
+    with a warning. Files with other names are ignored, also with a warning.
 
     Parameters
     ----------
     root : path
         The folder; nothing in it is changed.
     labels : str or dict
-        How the label maps are written: "0124", "0123" or "0213" (the values of
-        background, core, oedema and enhancing tumour), or a table such as
-        {1: 1, 2: 2, 3: 4} from their values to 0, 1, 2 and 4. "auto" goes by the case
-        ids or the `dataset.json` of known sets, checks the values against it, and
-        refuses what is not certain. For cases with unknown ids, the values in all
-        their label maps decide whether 4 or 3 is enhancing tumour.
+        Label convention: "0124", "0123" or "0213" (the values of background, core,
+        oedema and enhancing tumour), or a table such as {1: 1, 2: 2, 3: 4} from the
+        files' values to 0, 1, 2 and 4. "auto" uses the case ids or the `dataset.json`
+        of known sets, checks the values against them, and raises if the convention is
+        not certain. For cases with unknown ids, the values in all their label maps
+        decide whether 4 or 3 is enhancing tumour.
     modalities : sequence of str
-        Which images each case must have; others are taken where they are.
+        Images that each case must have; others are included if available.
 
     Returns
     -------
@@ -314,9 +317,9 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     ------
     BratsDataError
         If the folder is missing or holds no case, a case lacks a modality, two cases
-        share an id, or label maps contradict their names or may mean several things.
+        share an id, or label maps contradict their names or are ambiguous.
     ValueError
-        If `labels` or `modalities` is not possible.
+        If `labels` or `modalities` is not valid.
     """
     check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
     labels = labels if str(labels) == "auto" else label_code(labels)
@@ -331,24 +334,24 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     if leftovers:
         # Possible label maps come first.
         leftovers.sort(key=lambda path: "seg" not in path.name.lower())
-        names = ", ".join(path.name for path in leftovers[:5])
-        text = f"{len(leftovers)} files of unknown names are ignored: {names}"
+        names = ", ".join(str(path.relative_to(root)) for path in leftovers[:5])
+        text = f"{len(leftovers)} files that belong to no case are ignored: {names}"
         warnings.warn(text, stacklevel=2)
     cases = []
-    codes = _decide_labels(root, groups, descriptions) if labels == "auto" else {}
+    codes = _decide_labels(root, groups, descriptions, labels)
     for place, files in sorted(groups.items(), key=lambda pair: pair[0][1]):  # by id
         # The order of `images` is that of the channels in a file, see `Case`.
         order = *descriptions.get(place[0], [()])[0], *ALL_MODALITIES
         images = {m: files[m] for m in order if m in files}
-        cases.append(Case(place[1], images, files.get("seg"), codes.get(place, labels)))
+        cases.append(Case(place[1], images, files.get("seg"), codes[place]))
     return cases
 
 
-def _decide_labels(root, groups, descriptions):
-    """Return {place: label code} by descriptions, ids and values in the label maps.
+def _decide_labels(root, groups, descriptions, told):
+    """Return {place: label code}, from descriptions, ids and values in the label maps.
 
-    A `dataset.json` near the case comes before the naming of its id. If neither is
-    known, the values in all such label maps decide together.
+    A `dataset.json` near the case takes precedence over its id. If neither says, the
+    values in all such label maps decide together.
     """
     namings, codes = {}, {}
     for place, files in groups.items():
@@ -360,37 +363,41 @@ def _decide_labels(root, groups, descriptions):
     with ThreadPoolExecutor(2) as pool:
         paths = [files.get("seg") for files in groups.values()]
         values = dict(zip(groups, pool.map(nifti.threes_and_fours, paths), strict=True))
+    if told != "auto":
+        labelled = {p[1]: (namings[p], values[p]) for p in groups if "seg" in groups[p]}
+        if problem := labels.find_misfit(told, labelled):
+            advice = "Keep sets apart, with find_cases for each, and join the lists"
+            raise BratsDataError(problem, file=root, advice=advice)
+        return dict.fromkeys(groups, told)
     unnamed = [p for p in groups if "seg" in groups[p] and not namings[p][1]]
     found = set().union(*(values[place] for place in unnamed))
     default = "0123" if found == {3} else "0124"
-    if unnamed and 4 not in found:  # a guess: only a 4 is certain to be enhancing
+    if unnamed and 4 not in found:  # a guess: only 4 is certain to be enhancing
         text = "label 3 and no label 4" if found else "neither label 3 nor label 4"
         text += " in this set: 1 is read as core, 2 as oedema, 3 as enhancing tumour; "
         warnings.warn(f"{text}pass labels= to find_cases if they are not", stacklevel=3)
     for place, (name, code) in namings.items():
         where = {"case": place[1], "file": groups[place].get("seg")}
-        # A code with "=" is advice: the naming does not settle the convention. Of those
-        # that TOLD_TASK01 suggests, only 0124 has a 4.
+        # A code with "=" is a hint: the naming does not settle the convention. Of those
+        # in TOLD_TASK01, only 0124 has a 4.
         settled = code == labels.TOLD_TASK01 and {4} in values.values()
         if "=" in code and where["file"] and not settled:
             problem = f"what its labels mean is not certain ({name})"
-            raise BratsDataError(
-                problem, **where, advice=f"Pass labels=, for example: {code}"
-            )
+            advice = f"Pass labels=, for example: {code}"
+            raise BratsDataError(problem, **where, advice=advice)
         codes[place] = default if not code or "=" in code else code
         if others := values[place] - labels.label_table(codes[place]).keys():
             problem = f"label {others.pop()}, but {name} writes labels {codes[place]}"
-            advice = "Keep sets apart, or pass labels=, a table or one of "
-            advice += f"{labels.CONVENTIONS}"
+            advice = "Keep sets apart, or pass labels= (see find_cases)"
             raise BratsDataError(f"{problem}: two conventions", **where, advice=advice)
     return codes
 
 
 def rename_odd_segmentation(root):
-    """Rename segmentations with another name to `<id>_seg`, as in Kaggle's folder 355.
+    """Rename oddly named segmentations, as in Kaggle's folder 355, to `<id>_seg`.
 
-    Nothing needs it, since `find_cases` takes the odd name too. A second call changes
-    nothing.
+    This is optional, because `find_cases` also accepts the odd name. A second call
+    changes nothing.
 
     Parameters
     ----------
@@ -411,7 +418,7 @@ def rename_odd_segmentation(root):
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
-        # "_" or "-" after the id, as its images have; some are named without an id.
+        # "_" or "-" after the id, as in its image names; some of these have no id.
         name = next(iter(groups[folder, case_id].values())).name
         prefix = name[: len(case_id) + 1] if name.startswith(case_id) else f"{case_id}_"
         renamed.append((old, old.rename(folder / f"{prefix}seg{suffix}")))
@@ -421,10 +428,10 @@ def rename_odd_segmentation(root):
 def _files_to_read(case, modalities):
     """Return {path: the modalities to read from it, or ["seg"]} for a case.
 
-    Its first image comes first, asked for or not: all others must lie on its grid.
+    The first image is always included and comes first: the others must be on its grid.
     """
     known, expected = {*ALL_MODALITIES}.issuperset, f"some of {ALL_MODALITIES}"
-    # An iterator has no length: it could be read only once.
+    # `len` rejects iterators, which can be read only once.
     check_option("modalities", modalities, lambda m: len(m) > -1 and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
@@ -473,14 +480,14 @@ def _read_files(case, modalities, problems, *, voxels=True, thorough=False):
 
 
 def read_scan(case, modalities=MODALITIES, *, labelled=True):
-    """Read a case into memory, verified, in LPS order.
+    """Read and check a case, and return it in LPS order.
 
     Parameters
     ----------
     case : Case
         From `find_cases`.
     modalities : sequence of str
-        Which images, in order; may be empty.
+        Images to read, in order; may be empty.
     labelled : bool
         Whether to read the segmentation, if the case has one.
 
@@ -491,7 +498,7 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     Raises
     ------
     BratsDataError
-        As `load_case` does; the message names case and file.
+        As in `load_case`; the message names the case and the file.
     """
     check_case(case)
     case, problems = case if labelled else replace(case, segmentation=None), []
@@ -511,12 +518,12 @@ def load_case(case, modalities=MODALITIES):
     case : Case
         From `find_cases`.
     modalities : sequence of str
-        Which images, and in which order, become the channels; may be empty.
+        Images that become the channels, in this order; may be empty.
 
     Returns
     -------
     image : (X, Y, Z, C) float32 array
-        Raw intensities, a channel for each modality.
+        Raw intensities, one channel per modality.
     segmentation : (X, Y, Z) uint8 array or None
         Values 0, 1, 2 and 4. None if the case has none.
     affine : (4, 4) array
@@ -525,11 +532,11 @@ def load_case(case, modalities=MODALITIES):
     Raises
     ------
     BratsDataError
-        If a file cannot be read, is blank, holds NaN or infinity or a wrong label, or
-        if the files do not lie on one grid.
+        If a file cannot be read, is blank, holds NaN, infinity or an invalid label, or
+        if the files are not on the same grid.
     """
     scan = read_scan(case, modalities)
-    # Each channel is one block, as in its file: filled and read without jumps.
+    # Each channel is one contiguous block, as in its file: faster to fill and to read.
     shape = (*scan.header.get_data_shape(), len(scan.volumes))
     image = np.empty(shape, np.float32, order="F")  # (X, Y, Z, C)
     for channel, volume in enumerate(scan.volumes):
@@ -539,22 +546,22 @@ def load_case(case, modalities=MODALITIES):
 
 
 def check_cases(cases, *, voxels=True, modalities=None):
-    """Read every file of every case, and list all that is wrong; nothing is changed.
+    """Check every file of every case, and list all problems; nothing is changed.
 
     Parameters
     ----------
     cases : list of Case
         From `find_cases`.
     voxels : bool
-        False checks names, headers and lengths only, in milliseconds a case.
+        If False, only check names, headers and lengths, in milliseconds per case.
     modalities : sequence of str, optional
-        Which images each case must have, and to check. By default FLAIR, T1CE and T2
-        must be there, and all images are checked.
+        Images that each case must have and that are checked. By default, FLAIR, T1CE
+        and T2 are required, and all images are checked.
 
     Returns
     -------
     problems : pandas.DataFrame
-        A row for each problem: "case", "file", "problem", "what to do". Empty if none.
+        One row per problem: "case", "file", "problem", "what to do". Empty if none.
     """
     import pandas as pd
 

@@ -22,13 +22,13 @@ MIN_ISLAND = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 MIN_ET_VOXELS = (0, 25, 50, 100, 200, 400)
 LEAST_GAIN = 0.001  # in mean Dice; smaller ones count as chance
 
-# The diagonal of BraTS's 240×240×155 mm grid: the official HD95 where only one of
-# prediction and truth holds the region.
+# The diagonal of BraTS's 240×240×155 mm grid: the official HD95 if only one of
+# prediction and truth contains the region.
 MISSED_REGION_MM = float(np.sqrt(240**2 + 240**2 + 155**2))
 
-# BraTS 2023: parts of a lesion are at most 6 mm apart, smaller ones do not count.
+# BraTS 2023: parts up to 6 mm apart are one lesion, and small lesions do not count.
 DILATION, SMALL_LESION_MM3, MISSED_LESION_MM = 3, 50, 374.0
-# Voxels that share an edge (18 neighbours), or only a corner (26), are connected.
+# Voxels count as neighbours if they share an edge (18) or at least a corner (26).
 EDGES, CORNERS = (ndimage.generate_binary_structure(3, n) for n in (2, 3))
 
 
@@ -45,12 +45,12 @@ def _surface_mm(mask, spacing_mm):
 
 def _nearest_mm(points, others):
     """Return the distance from each point to the nearest of the others."""
-    # A tree that is built quickly: a noisy map has a million surface voxels.
+    # Build the tree quickly: a noisy map has a million surface voxels.
     return KDTree(others, balanced_tree=False, compact_nodes=False).query(points)[0]
 
 
 def _as_pair(prediction, truth, spacing_mm, dtype=bool):
-    """Return both as arrays; raise unless they are 3-D and of one shape."""
+    """Return both as arrays; raise unless they are 3-D and have the same shape."""
     first, second = np.asarray(prediction, dtype), np.asarray(truth, dtype)
     if first.shape != second.shape or second.ndim != 3:
         found = f"got {first.shape} and {second.shape}"
@@ -60,9 +60,9 @@ def _as_pair(prediction, truth, spacing_mm, dtype=bool):
 
 
 def _surface_distances(prediction, truth, spacing_mm):
-    """Return the distances of all voxels of two surfaces to the other one, (n,) mm.
+    """Return the distance of each surface voxel to the other surface, (n,) in mm.
 
-    A single 0 if both masks are empty, a single infinity if one is.
+    This is a single 0 if both masks are empty, a single infinity if one of them is.
     """
     masks = _as_pair(prediction, truth, spacing_mm)
     n_present = sum(mask.any() for mask in masks)
@@ -105,19 +105,19 @@ def hd95(prediction, truth, spacing_mm=(1, 1, 1)):
 
 
 def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
-    """Return the share of two surfaces that lies near the other one (NSD).
+    """Return the share of two surfaces that lies close to the other one (NSD).
 
     Parameters
     ----------
     prediction, truth, spacing_mm
         As in `hd95`.
     tolerance_mm : float
-        What counts as near.
+        Largest distance that counts as close, in mm.
 
     Returns
     -------
     share : float
-        Of the surface voxels of both masks. 1.0 if both are empty, 0.0 if one is.
+        Share of the surface voxels of both masks. 1.0 if both are empty, 0.0 if one is.
 
     Examples
     --------
@@ -132,12 +132,12 @@ def surface_dice(prediction, truth, spacing_mm=(1, 1, 1), tolerance_mm=1.0):
 
 
 def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
-    """Return Dice and HD95 as the mean over lesions, as BraTS scores since 2023.
+    """Return Dice and HD95 averaged over lesions, as in BraTS since 2023.
 
-    A lesion is a part of the truth that stays connected when the truth is dilated by
-    three voxels. The predicted components that touch the dilated lesion belong to it.
-    Lesions of at most 50 mm³ do not count. A lesion that was missed, and a component
-    that belongs to no lesion, have a Dice of 0 and a distance of 374 mm.
+    Parts of the truth that touch after dilation by three voxels are one lesion. The
+    predicted components that touch the dilated lesion belong to it. Lesions of at most
+    50 mm³ do not count. A missed lesion, or a predicted component that belongs to no
+    lesion, scores a Dice of 0 and a distance of 374 mm.
 
     Parameters
     ----------
@@ -172,12 +172,12 @@ def lesion_scores(prediction, truth, spacing_mm=(1, 1, 1)):
 
 
 def _share(part, whole, n_errors):
-    """Return part / whole. If whole is 0, return 1.0 without errors, else 0.0."""
+    """Return part / whole; if whole is 0, return 1.0 without errors, 0.0 with any."""
     return float(part / whole) if whole else float(n_errors == 0)
 
 
 def _score_region(prediction, truth, n_voxels, spacing_mm):
-    """Return the scores of one region, of masks cropped from a grid of `n_voxels`."""
+    """Return the scores of one region, from masks cropped out of `n_voxels` voxels."""
     hits = np.count_nonzero(prediction & truth)
     false = np.count_nonzero(prediction) - hits
     missed = np.count_nonzero(truth) - hits
@@ -191,7 +191,7 @@ def _score_region(prediction, truth, n_voxels, spacing_mm):
 
 
 def _mean_iou(prediction, truth, n_voxels):
-    """Return the mean of intersection over union, over the labels that occur."""
+    """Return the mean intersection over union of the labels that occur."""
     maps = truth[prediction == truth], prediction, truth
     counts = np.array([np.bincount(labels.ravel(), minlength=4) for labels in maps])
     counts[:, 0] += n_voxels - truth.size  # the voxels around the crop are background
@@ -206,7 +206,7 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     Parameters
     ----------
     prediction, truth : (X, Y, Z) integer array
-        BraTS 2020 label maps of one grid, with only the values 0, 1, 2 and 4.
+        BraTS 2020 label maps on the same grid, with only the values 0, 1, 2 and 4.
     spacing_mm : (3,) sequence of float
         Voxel size along X, Y and Z, in millimetres.
     lesions : bool
@@ -219,11 +219,11 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
         `dice_WT`, `dice_TC`, `dice_ET`, then the same for `hd95` (in mm), `sensitivity`
         and `specificity`, and last `mean_iou`. No score is ever NaN:
 
-        - a region that is empty in both maps has Dice 1 and HD95 0, one that is empty
-          in one of them Dice 0 and HD95 373.12866;
+        - a region that is empty in both maps has Dice 1 and HD95 0; a region that is
+          empty in only one of them has Dice 0 and HD95 373.12866;
         - a region that is absent from the truth has sensitivity 1 if it is absent from
-          the prediction too, else 0. A region that fills the grid of the truth has
-          specificity 1 if it fills that of the prediction too, else 0;
+          the prediction too, else 0. A region that fills the whole grid in the truth
+          has specificity 1 if it does so in the prediction too, else 0;
         - `mean_iou` is the mean over the four labels, background included, that occur
           in either map.
 
@@ -244,8 +244,8 @@ def score_case(prediction, truth, spacing_mm=(1, 1, 1), *, lesions=False):
     """
     files.check_option("lesions", lesions, *files.BOOL)
     prediction, truth = _as_pair(prediction, truth, spacing_mm, dtype=None)
-    # All voxels outside the box are background in both maps. In C order, the masks of
-    # arrays from files, which are in Fortran order, take a fraction of the time.
+    # All voxels outside the box are background in both maps. Arrays from files are in
+    # Fortran order; in C order, the masks take a fraction of the time.
     box = bounding_box((prediction != 0) | (truth != 0))
     ours = encode_labels(np.ascontiguousarray(prediction[box]))
     theirs = encode_labels(np.ascontiguousarray(truth[box]))
@@ -318,7 +318,7 @@ def _find_prediction(folder, case):
 
 
 def _score_file(path, case, lesions):
-    """Return a row of scores of a file, which must lie on the grid of its case."""
+    """Return the scores of one file, which must be on the grid of its case."""
     prediction, affine = nifti.load_labels(path)
     truth, expected = nifti.load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
@@ -330,7 +330,7 @@ def _score_file(path, case, lesions):
 
 
 def score_cases(predictions_dir, cases, *, lesions=False):
-    """Score the predicted files of many cases.
+    """Score the prediction files of many cases.
 
     Parameters
     ----------
@@ -350,8 +350,8 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     Raises
     ------
     ValueError
-        If cases have no segmentation or no prediction (all of them are named), or a
-        prediction does not lie on the grid of its case.
+        If cases have no segmentation or no prediction (the message lists them), or a
+        prediction is outdated, edited or not on the grid of its case.
     """
     cases = _check_labelled(cases)
     folder = files.check_path("predictions_dir", predictions_dir)
@@ -371,8 +371,8 @@ def score_cases(predictions_dir, cases, *, lesions=False):
 
 
 def _decoded_dice(probabilities, truth, decoding):
-    """Return the Dice of WT, TC and ET of a case, with one decoding."""
-    from brats_utils.inference import decode_probabilities  # Keras: scores need none
+    """Return the Dice of WT, TC and ET for one case and one decoding."""
+    from brats_utils.inference import decode_probabilities  # loads Keras
 
     predicted = decode_probabilities(probabilities, **decoding)
     return [dice(np.isin(predicted, v), np.isin(truth, v)) for v in REGIONS.values()]
@@ -391,24 +391,24 @@ def _candidates(decoding, step):
 def tune_decoding(cases):
     """Choose the keywords of `decode_probabilities` by the mean Dice over cases.
 
-    One option after the other: the thresholds of WT, TC and ET, then which islands to
-    keep, then the least enhancing volume. If they are tuned on few cases and scored on
-    the same, the gain is too optimistic.
+    Options are tuned one after the other: the thresholds of WT, TC and ET, then which
+    islands to keep, then the smallest volume of enhancing tumour. The gain is measured
+    on the same cases, so with few of them it is too optimistic.
 
     Parameters
     ----------
     cases : iterable of (probabilities, truth)
         (..., K) float as `decode_probabilities` takes them, and (...) integer labels
-        0, 1, 2, 4. Only the box of each case that can matter is kept in memory.
+        0, 1, 2, 4. Only the box with any tumour, true or predicted, stays in memory.
 
     Returns
     -------
     decoding : dict
-        "thresholds", "min_island" and "min_et_voxels": 0.5 and 0 wherever no other
-        value is better; empty if nothing is better than to decode without them, as
-        `decode_probabilities` does by default.
+        "thresholds", "min_island" and "min_et_voxels", left at 0.5 and 0 where no other
+        value is better. Empty if nothing is better than the default decoding of
+        `decode_probabilities`.
     gain : pandas.DataFrame
-        Rows WT, TC and ET; mean Dice by default, "plain", and "tuned".
+        Mean Dice of WT, TC and ET (rows), "plain" (by default) and "tuned".
     """
     from brats_utils.inference import PLAIN, region_probabilities
 
@@ -423,7 +423,7 @@ def tune_decoding(cases):
         expected = f"{grid}, as of its probabilities"
         files.check_option("shape of truth", shape, grid.__eq__, expected)
         encode_labels(truth)  # raises if it holds other values
-        # Outside this box no candidate predicts tumour, and there is none.
+        # Outside this box there is no tumour, and no candidate predicts any.
         box = bounding_box((regions[..., 0] > THRESHOLDS[0]) | (truth > 0))
         crops.append((np.array(regions[box]), np.array(truth[box])))
         plain.append(_decoded_dice(np.asarray(probabilities)[box], truth[box], {}))
@@ -454,13 +454,13 @@ def store_description(trained):
     Parameters
     ----------
     trained : TrainedModel
-        From `load_model`, its description changed.
+        From `load_model`, with a changed description.
 
     Raises
     ------
     ValueError
-        If it has no description, or is not of a `.keras` file: the weights of the
-        package stay as they are.
+        If it has no description or is not from a `.keras` file, like the weights that
+        come with the package.
     """
     from brats_utils.model import BEST, DESCRIPTION
 
@@ -495,9 +495,9 @@ def tune_model(run_dir, cases, **options):
     Parameters
     ----------
     run_dir : path
-        The folder of a run, or its `.keras` file, whose description gets "decoding".
+        The folder of a run, or a `.keras` file. Its description gets "decoding".
     cases : sequence of Case
-        With segmentations; the model was not trained on them.
+        Cases with segmentations that the model was not trained on.
     **options
         `modalities`, `flips` and `patch_shape` of `predict_case`.
 
@@ -521,7 +521,7 @@ def tune_model(run_dir, cases, **options):
     known = [case.id for case in cases if _was_trained_on(case, trained.description)]
     _raise_for(sorted(known), "were in the training; tune on others")
 
-    def predictions():  # one at a time: only crops of them are kept in memory
+    def predictions():  # one at a time, so that only crops stay in memory
         for case in cases:
             found = predict_scan([trained], case, **options)
             truth, affine = nifti.load_labels(case.segmentation, case.labels)

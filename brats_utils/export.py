@@ -1,7 +1,7 @@
 """Predict on a CPU with OpenVINO, in float32 or int8: `pip install openvino`.
 
-OpenVINO's own converter computes Keras's GroupNormalization by slow reference kernels.
-Here the graph is built layer by layer, with the operation MVN in its place.
+OpenVINO's own converter runs Keras's GroupNormalization on slow reference kernels. This
+module builds the graph layer by layer and uses OpenVINO's MVN operation instead.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ try:
 except ImportError:  # it is optional; `to_openvino` says how to install it
     ov = None
 
-# Training batches to calibrate with, and by how much the Dice of int8 may be lower.
+# Training batches for calibration, and how much lower the Dice may be with int8.
 BATCHES, LARGEST_FALL = 16, 0.005
 KERAS_ONLY = "OpenVINO does not compute it here; use engine='keras'"
 CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -33,16 +33,16 @@ class OpenVinoModel(keras.Model):
 
     def predict_on_batch(self, x):
         """Return the probabilities (B, X, Y, Z, K) of a batch (B, X, Y, Z, C)."""
-        if x.shape not in self.ready:  # which holds the last shape only
-            self.graph.reshape(x.shape)  # a fixed shape is computed faster
+        if x.shape not in self.ready:  # it only holds the last shape
+            self.graph.reshape(x.shape)  # a fixed shape runs faster
             self.ready = {x.shape: ov.Core().compile_model(self.graph, "CPU", CONFIG)}
         return np.array(self.ready[x.shape](np.ascontiguousarray(x, np.float32))[0])
 
 
 def _round(x, low, high, levels=256):
-    """Return a node rounded to so many levels, one of them 0.
+    """Return a node rounded to a number of levels, one of which is 0.
 
-    OpenVINO computes the convolutions of such nodes in int8.
+    OpenVINO runs convolutions of such nodes in int8.
     """
     step = (high - low) / (levels - 1)
     low = np.round(low / step) * step
@@ -71,14 +71,14 @@ def _convolve(layer, x, ranges):
 
 
 def _normalise(layer, x):
-    """Return the instance normalisation; `_check_outputs` refuses other groups."""
+    """Return the instance normalisation; `_check_outputs` rejects other groups."""
     x = op.mvn(x, SPACE, True, layer.epsilon, "INSIDE_SQRT")
     x = op.multiply(x, _per_channel(layer.gamma)) if layer.scale else x
     return op.add(x, _per_channel(layer.beta)) if layer.center else x
 
 
 def _resample(layer, x):
-    """Return the maximum of each block, or each voxel repeated."""
+    """Return a max pooling or a nearest-neighbour upsampling."""
     if isinstance(layer, layers.MaxPooling3D):
         pool = {"kernel_shape": [*layer.pool_size], **PADS}
         return op.max_pool(x, [*layer.strides], **pool).output(0)
@@ -131,13 +131,13 @@ def _check_outputs(model):
 
 
 def _find_ranges(model, data):
-    """Return {layer: [least, largest value]} of what enters each convolution."""
+    """Return {layer: [min, max]} of each convolution's input, averaged over batches."""
     convolutions = [layer for layer in model.layers if hasattr(layer, "kernel")]
     limits = [ops.stack([ops.min(x.input), ops.max(x.input)]) for x in convolutions]
     observer, n = keras.Model(model.inputs[0], limits), min(len(data), BATCHES)
     observer.jit_compile = False
     means = np.mean([observer.predict_on_batch(data[i][0]) for i in range(n)], axis=0)
-    # Each range has to contain 0, which padding adds.
+    # Each range must contain 0, because padding adds zeros.
     ranges = np.clip(means.reshape(-1, 2), [-np.inf, 1e-6], [0, np.inf]).tolist()
     return {x.name: each for x, each in zip(convolutions, ranges, strict=True)}
 
@@ -158,8 +158,8 @@ def to_openvino(trained):
     Parameters
     ----------
     trained : inference.TrainedModel
-        A 3D U-Net like those of `brats_utils.model`. In int8 if `calibrate_int8` has
-        stored the ranges in its description, else in float32.
+        A 3D U-Net like those of `brats_utils.model`. It runs in int8 if
+        `calibrate_int8` has stored ranges in its description, else in float32.
 
     Returns
     -------
@@ -171,7 +171,7 @@ def to_openvino(trained):
     ImportError
         If OpenVINO is not installed.
     ValueError
-        If a layer is of a kind, or has options, that are not converted.
+        If the type or the options of a layer are not supported.
     """
     if ov is None:
         raise ImportError("OpenVINO is missing: pip install openvino")
@@ -184,26 +184,26 @@ def to_openvino(trained):
 
 
 def calibrate_int8(trained, train_data, val_data):
-    """Find the ranges for int8, and keep them if validation is as good as before.
+    """Find the value ranges for int8, and keep them if the Dice hardly drops.
 
     Parameters
     ----------
     trained : inference.TrainedModel
-        Its description gets "int8", the ranges of the layers' values, or loses it.
-        `evaluation.store_description(trained)` then stores them in the model's file.
+        "int8", the ranges of the layers' inputs, is set in its description or removed.
+        `evaluation.store_description(trained)` then updates the model's file.
     train_data, val_data : BratsGenerator
-        The ranges are those of 16 training batches; all of `val_data` is scored.
+        The ranges come from 16 training batches; all of `val_data` is scored.
 
     Returns
     -------
     result : dict
         The mean validation Dice with "float32" and with "int8", and which is "kept":
-        int8 if its Dice is less than 0.005 below.
+        int8 if its Dice is less than 0.005 lower.
 
     Raises
     ------
     ImportError, ValueError
-        As `to_openvino` does; or if the data do not fit the model.
+        As in `to_openvino`; or if the data do not fit the model.
     """
     model = trained.model
     generator.check_pair(train_data, val_data, model, size_factor(model))

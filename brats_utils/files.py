@@ -1,8 +1,8 @@
-"""Files and settings: output folders that have an owner, atomic writes, JSON.
+"""Output folders, atomic writes, JSON files, settings and checks of options.
 
 Folders of results are written through `OutputFolder`, the only code that deletes
-results. Such a folder holds a `manifest.json`: what it is, what it was made from,
-and the files that belong to it. Whatever else lies there belongs to the user.
+results. Each has a `manifest.json` that records its kind, its inputs and settings, and
+the files that belong to it. Everything else in the folder belongs to the user.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 BOOL = (lambda x: isinstance(x, bool | np.bool_)), "True or False"  # for `check_option`
 MANIFEST, UNFINISHED, FORMAT = "manifest.json", ".writing-manifest.json", 1
-_EXCHANGE, _CURRENT_FOLDER = 2, -100  # of Linux's renameat2
+_EXCHANGE, _CURRENT_FOLDER = 2, -100  # arguments of Linux's renameat2
 
 
 def setting(name, default, or_none=False):
@@ -35,12 +35,12 @@ def setting(name, default, or_none=False):
     name : str
         Name of the constant: `"EPOCHS"` for the variable `BRATS_EPOCHS`.
     default : bool, int, float, str, Path, tuple of int or of str, or None
-        Used where the variable is unset or empty. Its type decides how the text is
-        read: a tuple is written with commas (`128,128,128`), and a relative path
-        starts at the project's root. If the default is None, a number is read as one,
-        whole numbers with commas give a tuple, anything else is text.
+        Used if the variable is unset or empty. Its type decides how the text is
+        parsed: tuples are separated by commas (`128,128,128`), and relative paths
+        start at the project root. If the default is None, numbers and tuples of whole
+        numbers are recognised, and anything else stays text.
     or_none : bool
-        Whether `none` gives None, as it does if that is the default.
+        Whether `none` means None. It always does if the default is None.
 
     Returns
     -------
@@ -99,7 +99,7 @@ def project_root(start=None):
 
 
 def check_option(name, value, fits, expected):
-    """Raise one plain error if an option has an invalid value.
+    """Raise a ValueError if an option has an invalid value.
 
     Parameters
     ----------
@@ -107,15 +107,15 @@ def check_option(name, value, fits, expected):
         The option.
     value : object
     fits : callable
-        Takes the value, returns whether it is valid; an error means that it is not.
-        Sets and dictionaries, which have no order, never are.
+        Takes the value and returns whether it is valid; an error means that it is not.
+        Sets and dictionaries, which have no order, are never valid.
     expected : str
         The possible values, in words.
 
     Raises
     ------
     ValueError
-        Names the option, its value and what is possible.
+        The message names the option, its value and the possible values.
     """
     errors = ArithmeticError, AttributeError, LookupError, TypeError, ValueError
     with contextlib.suppress(*errors):
@@ -125,7 +125,7 @@ def check_option(name, value, fits, expected):
 
 
 def check_path(name, path):
-    """Return an argument as a path; raise one plain error if it is not one.
+    """Convert an argument to a Path; raise a ValueError if it is not a path.
 
     Parameters
     ----------
@@ -140,7 +140,7 @@ def check_path(name, path):
     Raises
     ------
     ValueError
-        Names the argument and its value.
+        The message names the argument and its value.
     """
     check_option(name, path, lambda p: isinstance(p, str | os.PathLike), "a path")
     try:
@@ -150,7 +150,7 @@ def check_path(name, path):
 
 
 def is_whole(value, least=0):
-    """Return whether a value is a whole number of at least `least`; True is not one.
+    """Return whether a value is a whole number of at least `least`, and not a bool.
 
     Parameters
     ----------
@@ -165,7 +165,7 @@ def is_whole(value, least=0):
 
 
 def is_number(value, low, high):
-    """Return whether a value is a number from `low` to `high`; NaN and True are not.
+    """Return whether a value is a number from `low` to `high`, and not NaN or a bool.
 
     Parameters
     ----------
@@ -180,7 +180,7 @@ def is_number(value, low, high):
 
 
 def whole(least):
-    """Return what `check_option` needs for a whole number of at least `least`.
+    """Return arguments of `check_option` for a whole number of at least `least`.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def whole(least):
 
 
 def number(low, high):
-    """Return what `check_option` needs for a number from `low` to `high`.
+    """Return arguments of `check_option` for a number from `low` to `high`.
 
     Parameters
     ----------
@@ -210,7 +210,7 @@ def number(low, high):
 
 
 def are(n, fits):
-    """Return a function that says whether a list holds n items that fit.
+    """Return a function that tests whether a list has n valid items.
 
     Parameters
     ----------
@@ -229,18 +229,18 @@ SIZES_MM = are(3, lambda mm: is_number(mm, 1e-9, 1e9)), "three numbers above 0"
 
 
 def progress_bar(iterable=None, **options):
-    """Return a tqdm progress bar that a saved notebook keeps.
+    """Return a tqdm progress bar that stays visible in a saved notebook.
 
     Parameters
     ----------
     iterable : iterable, optional
     **options
-        Of `tqdm.tqdm`.
+        Passed to `tqdm.tqdm`.
 
     Returns
     -------
     bar : tqdm.tqdm
-        Printed to stdout as text: the last state of a widget is lost on saving.
+        Printed to stdout as text, because the state of a widget is lost on saving.
     """
     return tqdm(iterable, file=sys.stdout, **options)
 
@@ -249,15 +249,15 @@ def progress_bar(iterable=None, **options):
 def atomic_write(path):
     """Yield a temporary path to write to, then move it to `path` in one step.
 
-    A reader sees the old file or the whole new one, never a part: the temporary file
-    is in the same folder, is flushed to disk and then replaces `path`. If the body
-    fails, it is removed and `path` stays as it was.
+    A reader sees either the old file or the complete new one: the temporary file is in
+    the same folder, is flushed to disk and then replaces `path`. If the `with` block
+    fails, the temporary file is removed and `path` is unchanged.
 
     Parameters
     ----------
     path : path
         The file to write; its folder is created. The temporary name keeps the suffix,
-        because some writers choose the format by it.
+        because some writers use it to choose the format.
 
     Yields
     ------
@@ -266,11 +266,12 @@ def atomic_write(path):
     Raises
     ------
     OSError
-        If the disk refuses, for example because it is full. The message names the file.
+        If writing fails, for example because the disk is full. The message names the
+        file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Always the same name: what a killed process left is overwritten by the next one.
+    # A fixed name, so that the next call overwrites what a killed process left behind.
     temporary = path.with_name(f".writing-{path.name}")
     try:
         yield temporary
@@ -285,14 +286,14 @@ def atomic_write(path):
 
 
 def write_json(path, value):
-    """Write a dictionary as JSON, a line for each of its keys, atomically.
+    """Write a dictionary atomically as JSON, with one line per key.
 
     Parameters
     ----------
     path : path
         The file to write.
     value : dict
-        Anything that JSON can hold.
+        Must be JSON-serialisable.
     """
     # Each line is `{"key": value}` without its braces.
     lines = (json.dumps({k: v}, ensure_ascii=False)[1:-1] for k, v in value.items())
@@ -315,7 +316,7 @@ def read_json(path):
     Raises
     ------
     ValueError
-        If the file is not such JSON; the message names it.
+        If the file does not hold a JSON object; the message names it.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
@@ -339,7 +340,7 @@ def read_arrays(path):
     arrays : list of array
         Sorted by name.
     record : dict
-        What the JSON text "record" says.
+        The parsed JSON text of "record".
     """
     # np.load may leave a damaged file open, which then cannot be replaced on Windows.
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
@@ -349,20 +350,20 @@ def read_arrays(path):
 
 
 def find_differences(old, new, name=""):
-    """Compare two nested dictionaries of what JSON can hold.
+    """Compare two nested dictionaries of JSON values.
 
     Parameters
     ----------
     old, new : dict
         To compare.
     name : str
-        Where they are in a larger dictionary: "name.of.key".
+        Their place in a larger dictionary: "name.of.key".
 
     Returns
     -------
     differences : list of str
-        "name.of.key (old value -> new value)" for each value that differs; None is as
-        good as missing.
+        "name.of.key (old value -> new value)" for each value that differs. A missing
+        key counts as None.
     """
     # A list is compared as the dictionary {index: item}.
     parts = [dict(enumerate(x)) if isinstance(x, list) else x for x in (old, new)]
@@ -394,7 +395,7 @@ def describe_file(path):
 
 
 def free_gb(path):
-    """Return the free space of the disk that holds `path`, in GB (10⁹ bytes).
+    """Return the free space on the disk that holds `path`, in GB (10⁹ bytes).
 
     Parameters
     ----------
@@ -427,7 +428,7 @@ def read_manifest(folder):
     Raises
     ------
     ValueError
-        If the manifest is damaged, or is of a newer format.
+        If the manifest is damaged, has another format, or lists files outside `folder`.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -444,12 +445,12 @@ def read_manifest(folder):
 
 
 def lies_in(folder, kind):
-    """Return whether a folder, or one above it, is of a kind that this package writes.
+    """Return whether a folder, or one above it, is an output folder of a given kind.
 
     Parameters
     ----------
     folder : path
-        A link counts as what it points to.
+        Links are resolved.
     kind : str
         As in the manifest: "phantoms", "prepared", "split", ...
 
@@ -465,13 +466,13 @@ def lies_in(folder, kind):
 
 
 def _is_intact(path, noted):
-    """Return whether a file is as recorded; None was claimed and never completed."""
+    """Return whether a file is as recorded; None means that it was never completed."""
     same_size = noted and path.is_file() and path.stat().st_size == noted["bytes"]
     return bool(same_size) and describe_file(path) == noted
 
 
 def find_changed(folder, files):
-    """Return which files of a manifest are incomplete, missing or have changed.
+    """Return the files of a manifest that are incomplete, missing or changed.
 
     Parameters
     ----------
@@ -489,7 +490,7 @@ def find_changed(folder, files):
 
 
 def _exchange(first, second, spare):
-    """Exchange two folders: on Linux in one step, elsewhere by way of `spare`."""
+    """Swap two folders: in one step on Linux, elsewhere through `spare`."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no renameat2
         one, other = os.fsencode(first), os.fsencode(second)
         rename = ctypes.CDLL(None).renameat2
@@ -501,38 +502,38 @@ def _exchange(first, second, spare):
 
 
 class OutputFolder:
-    """A folder that belongs to this package, open for one writer at a time.
+    """An output folder of this package, open to one writer at a time.
 
-    A folder that might hold somebody else's files is refused before anything changes:
-    the constructor compares it with the inputs, and opening it looks inside. Files are
-    announced with `claim` before they are written, so that what a killed process left
-    behind is known to be ours. Only listed files are ever deleted.
+    A folder that might hold somebody else's files is rejected before anything changes:
+    the constructor compares it with the inputs, and entering it checks its contents.
+    Files are listed with `claim` before they are written, so files that a killed
+    process left behind are known to be ours. Only listed files are ever deleted.
 
     Parameters
     ----------
     path : path
-        Absent, empty, or with a manifest of the same kind.
+        A new or empty folder, or one with a manifest of the same kind.
     kind : str
         What the folder holds: "prepared", "split", "run" and so on.
     inputs : sequence of path
         Folders that are read. The output must not be, contain or lie inside one.
     beside : bool
-        Write to a folder beside `path`, which `put_in_place` then exchanges for it in
-        one step (on Linux; elsewhere by three renames, which the next call completes).
-        Until then, and if anything fails, the former result stays as it was.
+        Write to a folder next to `path`; `put_in_place` then swaps the two in one step
+        (on Linux; elsewhere with three renames, which the next call completes if they
+        are interrupted). Until then, and on failure, the previous result is unchanged.
 
     Attributes
     ----------
     path : Path
         Where to write.
     manifest, former : dict
-        Of the folder that is written, and of the result before; see `read_manifest`.
+        Of the folder being written and of the previous result, see `read_manifest`.
 
     Raises
     ------
     ValueError
-        If the folder is an input, is not ours, or another process writes to it; or if
-        it would be exchanged and is the current folder or a mounted disk.
+        If the folder is an input, is not ours, or is being written by another process;
+        or, with `beside`, if it is a mounted disk, the current folder or one above it.
     """
 
     def __init__(self, path, kind, *, inputs=(), beside=False):
@@ -553,7 +554,7 @@ class OutputFolder:
         self._lock, self._is_new = FileLock(lock), beside or not self.path.exists()
 
     def _check_owner(self):
-        """Raise if a path that we would write to holds something else."""
+        """Raise if a path that we would write to is not ours."""
         for path in filter(Path.exists, {self.final, self.path, self._spare}):
             kind = read_manifest(path).get("kind")
             names = {p.name for p in path.iterdir()} if path.is_dir() else {"a file"}
@@ -564,13 +565,13 @@ class OutputFolder:
                 raise ValueError(f"{problem}; choose another output folder")
 
     def __enter__(self):
-        """Take the lock; complete an exchange in which a process was killed."""
+        """Take the lock, and complete a swap that was interrupted."""
         self._check_owner()
         self.final.parent.mkdir(parents=True, exist_ok=True)
         holder, path = "", Path(self._lock.lock_file)
         with contextlib.suppress(OSError):
             holder = path.read_text(encoding="utf-8")
-        # Empty, or a part of the word, if its process was killed while it wrote.
+        # The text is empty or cut short if its process was killed while writing it.
         if not holder.startswith("process "[: len(holder)]):
             raise ValueError(f"{path} is not a lock of this project; move it")
         try:
@@ -592,12 +593,12 @@ class OutputFolder:
         return self
 
     def _read(self, path):
-        """Return the manifest of one of our folders, a new one if it has none."""
+        """Return the manifest of one of our folders, or a new one if it has none."""
         blank = {"kind": self.kind, "format": FORMAT, "made_from": {}}
         return read_manifest(path) or {**blank, "files": {}, "cases": {}}
 
     def __exit__(self, kind, error, traceback):
-        """Save the manifest, or delete it if a call failed that left nothing else."""
+        """Save the manifest, or delete it if the call failed and left nothing else."""
         manifest = self.path / MANIFEST
         try:
             if manifest.exists():
@@ -611,24 +612,24 @@ class OutputFolder:
             self._lock.release()
 
     def begin(self, made_from):
-        """Record what the folder is made from; its files and cases stay recorded.
+        """Record what the folder is made from; keep the recorded files and cases.
 
         Parameters
         ----------
         made_from : dict
-            Anything that JSON can hold.
+            Must be JSON-serialisable.
         """
         self.manifest["made_from"] = made_from
         self.save()
 
     def save(self):
-        """Write the manifest, sorted, so that the order of the work does not matter."""
+        """Write the manifest, sorted so that the order of processing has no effect."""
         for key in ("files", "cases"):
             self.manifest[key] = dict(sorted(self.manifest[key].items()))
         write_json(self.path / MANIFEST, self.manifest)
 
     def claim(self, names):
-        """List files in the manifest, as ours, before they are written.
+        """List files in the manifest as ours before they are written.
 
         Parameters
         ----------
@@ -638,7 +639,7 @@ class OutputFolder:
         Raises
         ------
         ValueError
-            If such a file is there and is not ours.
+            If a path leads outside the folder, or to a file that is not ours.
         """
         names = set(names)
         if outside := [n for n in names if {"..", "/"} & {*PurePosixPath(n).parts}]:
@@ -646,8 +647,8 @@ class OutputFolder:
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
             foreign = [name for name in new if os.path.lexists(folder / name)]
-            # A link to a folder cannot be exchanged for a folder: then the parents of
-            # all our files must be real folders.
+            # A link to a folder cannot be swapped with a folder. So with `beside`, the
+            # parents of all our files must be real folders.
             used = new if self.path == self.final else names | ours["files"].keys()
             parents = {folder / p for n in used for p in PurePosixPath(n).parents[:-1]}
             foreign += [str(p) for p in parents if p.is_symlink() or p.is_file()]
@@ -658,7 +659,7 @@ class OutputFolder:
         self.save()
 
     def start_over(self, made_from, names):
-        """Delete all files of ours in the folder, and claim others.
+        """Delete all our files in the folder, and claim new ones.
 
         Parameters
         ----------
@@ -670,7 +671,8 @@ class OutputFolder:
         Raises
         ------
         ValueError
-            If others changed one of our files, nothing is deleted then; or as `claim`.
+            If one of our files has changed in size (then nothing is deleted), or as in
+            `claim`.
         """
         changed = []
         for name, noted in self.manifest["files"].items():
@@ -687,7 +689,7 @@ class OutputFolder:
 
     @contextlib.contextmanager
     def write(self, name):
-        """Yield a temporary path for a claimed file, then move it there and record it.
+        """Yield a temporary path for a claimed file, then rename and record the file.
 
         Parameters
         ----------
@@ -704,12 +706,12 @@ class OutputFolder:
         self.manifest["files"][name] = noted
 
     def take_over(self, name):
-        """Add a file of the former result to the new one: a hard link, or a copy.
+        """Add a file of the previous result to the new one, as a hard link or a copy.
 
         Parameters
         ----------
         name : str
-            Relative path, claimed.
+            Relative path of a claimed file.
         """
         source, target = self.final / name, self.path / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -727,13 +729,13 @@ class OutputFolder:
         ----------
         case_id : str
         record : dict
-            Anything that JSON can hold.
+            Must be JSON-serialisable.
         """
         self.manifest["cases"][case_id] = record
         self.save()
 
     def remove(self, names):
-        """Delete files of ours, and the folders that this leaves empty.
+        """Delete our files, and the folders that this leaves empty.
 
         Parameters
         ----------
@@ -747,14 +749,15 @@ class OutputFolder:
         self.save()
 
     def put_in_place(self):
-        """Exchange the folder beside for the final one; keep the user's own files."""
+        """Swap the new folder with the final one, and keep the user's own files."""
         self.save()
         if not self.final.exists():
             self.path.rename(self.final)
             return
         _exchange(self.path, self.final, self._spare)
-        # The former result is now beside: delete our files in it, and move the user's
-        # to the new one. The manifest goes last: without it the folder is not ours.
+        # The previous result is now in `self.path`: delete our files there, and move
+        # the user's to the new one. The manifest, which marks the folder as ours, goes
+        # last.
         self.manifest, self.former = self.former, self.manifest
         _unlink(self.path, self.manifest["files"])
         for path in sorted(self.path.rglob("*"), reverse=True):

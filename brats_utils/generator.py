@@ -1,4 +1,4 @@
-"""Batches for Keras, read from one side of a split: whole volumes or patches."""
+"""Batches of whole volumes or patches for Keras, read from one side of a split."""
 
 import hashlib
 import json
@@ -16,16 +16,16 @@ from brats_utils.augment import augment as augment_patch
 from brats_utils.split import name_images
 from brats_utils.volumes import check_shape, pad, standardise
 
-# npy headers are parsed by `ast`, which is not thread-safe in some Pythons 3.11
-# (python/cpython#106905).
+# numpy parses npy headers with `ast`, which is not thread-safe in some releases of
+# Python 3.11 (python/cpython#106905).
 PARSING = threading.Lock()
-# What is known of the models in memory; `read_model` and `train` fill both tables in.
-# SEEN, {model: names of the images it was trained on}, keeps these out of validation.
-# CHANNELS, {model: its modalities in order}, is what `predict_case` reads by default.
+# What is known about the models in memory; `read_model` and `train` fill both tables.
+# SEEN {model: names of the images it was trained on} keeps these out of validation.
+# CHANNELS {model: its modalities in order} sets what `predict_case` reads by default.
 SEEN = weakref.WeakKeyDictionary()
 CHANNELS = weakref.WeakKeyDictionary()
 PREPARE_AGAIN = "Run notebooks/01_prepare.ipynb again"
-# The values that options may have, as (fits, expected) of `check_option`.
+# The values that options may have, as (fits, expected) for `check_option`.
 POSSIBLE = dict.fromkeys(("batch_size", "patches_per_case"), files.whole(1))
 POSSIBLE |= dict.fromkeys(("seed", "workers", "max_queue_size"), files.whole(0))
 POSSIBLE |= {"tumour_share": files.number(0, 1), "full_batches": files.BOOL}
@@ -46,48 +46,46 @@ def _read_side(folder):
 
 
 def _file_state(path):
-    """Return size and time of change, which differ after a file is written again."""
+    """Return size and modification time, which change when a file is rewritten."""
     state = path.stat()
     return state.st_size, state.st_mtime_ns
 
 
 class BratsGenerator(keras.utils.PyDataset):
-    """Batches of one side of a split, whole volumes or patches, standardised.
+    """Standardised whole volumes or patches, in batches, from one side of a split.
 
-    Each case is used once an epoch (or `patches_per_case` times), in an order that is a
-    function of (seed, epoch). The patch that is drawn from a case, and how it is
-    augmented, is a function of (seed, epoch, case, number of the patch). Image and mask
-    are paired by the case id.
+    Each epoch uses every case once (or `patches_per_case` times). The order depends
+    only on (seed, epoch). The position of a patch and its augmentation depend only on
+    (seed, epoch, case id, patch number). Images and masks are paired by case id.
 
     Parameters
     ----------
     folder : path
-        `data/split/train` or `data/split/val`, as `split_dataset` makes them.
+        `data/split/train` or `data/split/val`, as written by `split_dataset`.
     batch_size : int
-        The last batch of an epoch may be smaller, unless `full_batches`.
+        The last batch of an epoch may be smaller, unless `full_batches` is set.
     patch_shape : tuple of 3 int, optional
         Voxels along X, Y and Z; a smaller volume is padded with zeros (background) at
-        its end. None gives whole volumes, which must then be of one shape.
+        its end. None gives whole volumes, of one shape unless `batch_size` is 1.
     tumour_share : float
-        Chance that a patch is centred on a voxel of a tumour label chosen at random,
-        as far as the volume's border allows; the others lie anywhere.
+        Probability that a patch is centred on a voxel of a random tumour label, or
+        as close to it as the border allows. Other patches are placed anywhere.
     augment : bool or callable
-        Whether to change patches at random with `brats_utils.augment.augment`; or a
-        function with the same signature to use instead, such as `flip`, which does not
-        change its arguments.
+        True to use `brats_utils.augment.augment`, or another function with the same
+        signature, such as `flip`. It must not modify its arguments.
     cache : bool
-        Keep the volumes in memory, standardised, instead of reading them again: 4 bytes
-        a voxel and channel.
+        Keep the standardised volumes in memory instead of reading them again: 4 bytes
+        per voxel and channel.
     seed : int
-        Of order, patches and augmentation.
+        Seed for the order, the patches and the augmentation.
     patches_per_case : int
-        How often each case comes in an epoch.
+        Number of samples drawn from each case in an epoch.
     full_batches : bool
-        Fill the last batch up with the first samples of the epoch: several devices
-        divide each batch among them.
+        Fill up the last batch with the first samples of the epoch, so that several
+        devices can share each batch evenly.
     workers : int
-        Threads that load batches. With TensorFlow, 2 are faster than 1 even where
-        loading takes no time: see the comment in the code.
+        Number of threads that load batches. With TensorFlow, 2 are faster than 1 even
+        if loading takes no time; a comment in the code explains why.
     **kwargs
         `max_queue_size` of `keras.utils.PyDataset`.
 
@@ -96,13 +94,13 @@ class BratsGenerator(keras.utils.PyDataset):
     case_ids : list of str
         Sorted.
     modalities : tuple of str
-        The channels, in order.
+        Names of the channels, in order.
     settings : dict
         How the volumes were prepared, and from which folder ("raw").
     rows : dict of str to dict
         The row of each case in the report of `prepare_dataset`.
     epoch : int
-        The epoch of the next batches; it advances when Keras ends one.
+        Epoch of the next batches. It advances when Keras finishes an epoch.
 
     Raises
     ------
@@ -127,8 +125,8 @@ class BratsGenerator(keras.utils.PyDataset):
         workers=2,
         **kwargs,
     ):
-        # With a single worker Keras has tf.data tune itself, and the end of each epoch
-        # waits for that: up to 20 s on two cores, as long as the epoch of a quick run.
+        # With one worker, Keras lets tf.data tune itself, and each epoch ends with a
+        # wait for that: up to 20 s on two cores, as long as an epoch of a quick run.
         super().__init__(workers=workers, **kwargs)
         self.batch_size, self.patches_per_case = batch_size, patches_per_case
         self.tumour_share, self.augment, self.seed = tumour_share, augment, seed
@@ -159,7 +157,7 @@ class BratsGenerator(keras.utils.PyDataset):
         Returns
         -------
         description : dict
-            By name of the option. `cache` is not in it, as it changes no batch.
+            By option name. `cache` is left out because it does not change the batches.
         """
         volumes = hashlib.sha256(json.dumps(self._recorded, sort_keys=True).encode())
         names = "batch_size patch_shape tumour_share augment seed patches_per_case"
@@ -167,11 +165,11 @@ class BratsGenerator(keras.utils.PyDataset):
         return {"volumes": volumes.hexdigest(), **options}
 
     def name_images(self):
-        """Return the names of all images of the cases, as `split.name_images` does."""
+        """Return the names of all images of the cases, see `split.name_images`."""
         return set().union(*map(name_images, self.rows.values()))
 
     def known_cases(self, images, case_ids=()):
-        """Return the cases with one of these images; by id where images are unknown."""
+        """Return cases with one of these images; compare ids if images are unknown."""
         names = {case_id: name_images(row) for case_id, row in self.rows.items()}
         by_id = {i for i in names if not (images and names[i])} & {*case_ids}
         return [i for i in names if names[i] & images or i in by_id]
@@ -182,14 +180,14 @@ class BratsGenerator(keras.utils.PyDataset):
         Parameters
         ----------
         input_shape : tuple
-            (B, X, Y, Z, C) that the model takes; None for open sizes.
+            (B, X, Y, Z, C) of the model; None for sizes that may vary.
         factor : int
-            What open sizes must be multiples of.
+            Sizes that may vary must be multiples of this.
 
         Raises
         ------
         ValueError
-            Says what to change.
+            If a sample does not fit; the message says what to change.
         """
         *sizes, channels = input_shape[1:]
         shapes, problems = {self.patch_shape}, []
@@ -213,17 +211,17 @@ class BratsGenerator(keras.utils.PyDataset):
 
     @property
     def input_shape(self):
-        """Return (X, Y, Z, C) of a sample, as `unet` takes it."""
+        """Return the shape (X, Y, Z, C) of a sample, as `unet` takes it."""
         spatial = self.patch_shape or self._read(self.case_ids[0])[1].shape
         return (*spatial, len(self.modalities))
 
     def verify(self):
-        """Compare every volume with the checksum noted when it was prepared.
+        """Compare every volume with the checksum recorded when it was prepared.
 
         Raises
         ------
         ValueError
-            If some have changed since; all are named.
+            If any have changed; the message lists them.
         """
         if changed := files.find_changed(self._root, self._recorded):
             problem = f"changed since they were prepared: {', '.join(changed)}"
@@ -234,7 +232,7 @@ class BratsGenerator(keras.utils.PyDataset):
         return math.ceil(len(self.case_ids) * self.patches_per_case / self.batch_size)
 
     def order(self, epoch=None):
-        """Return the cases of an epoch in the order in which they come.
+        """Return the cases of an epoch in the order in which they are used.
 
         Parameters
         ----------
@@ -244,7 +242,7 @@ class BratsGenerator(keras.utils.PyDataset):
         Returns
         -------
         draws : list of (str, int)
-            Case id, and which of its patches.
+            Case id and patch number.
         """
         epoch = self.epoch if epoch is None else epoch
         n, rng = len(self.case_ids), np.random.default_rng([self.seed, epoch])
@@ -252,7 +250,7 @@ class BratsGenerator(keras.utils.PyDataset):
         return [(self.case_ids[i % n], int(i // n)) for i in shuffled]
 
     def set_epoch(self, epoch):
-        """Choose the epoch of the next batches, to resume a run.
+        """Set the epoch of the next batches, for example to resume a run.
 
         Parameters
         ----------
@@ -301,7 +299,7 @@ class BratsGenerator(keras.utils.PyDataset):
         order = self.order(epoch)
         last = first + self.batch_size
         last = last if self.full_batches else min(last, len(order))
-        # `full_batches` fills the last batch up with the first samples of the epoch.
+        # With `full_batches`, positions past the end wrap around to the first samples.
         draws = [order[i % len(order)] for i in range(first, last)]
         samples = [self._sample(case_id, epoch, n) for case_id, n in draws]
         images, labels = zip(*samples, strict=True)
@@ -312,7 +310,7 @@ class BratsGenerator(keras.utils.PyDataset):
         return np.stack(images), np.stack(labels)[..., None]
 
     def _read(self, case_id):
-        """Return image and mask: as stored, memory-mapped, or standardised, cached."""
+        """Return image and mask, memory-mapped as stored or standardised if cached."""
         if self._cache is not None and case_id in self._cache:
             return self._cache[case_id]
         paths = [self.folder / kind / f"{case_id}.npy" for kind in ("images", "masks")]
@@ -342,7 +340,7 @@ class BratsGenerator(keras.utils.PyDataset):
         return standardise(stored, statistics)
 
     def _corner(self, mask, rng):
-        """Draw where a patch begins, along X, Y and Z."""
+        """Draw the first voxel of a patch along X, Y and Z."""
         room = np.maximum(np.array(mask.shape) - self.patch_shape, 0)
         if rng.random() < self.tumour_share:
             present = np.flatnonzero(np.bincount(mask.ravel(), minlength=4)[1:]) + 1
@@ -355,7 +353,7 @@ class BratsGenerator(keras.utils.PyDataset):
 
     def _sample(self, case_id, epoch, draw):
         """Return one image (X, Y, Z, C) float32 and its labels (X, Y, Z) uint8."""
-        # Seeded by what is drawn, not by when: any thread may load any batch.
+        # The seed must not depend on loading order: any thread may load any batch.
         key = [self.seed, epoch, zlib.crc32(case_id.encode()), draw]
         rng = np.random.default_rng(key)
         image, labels = self._read(case_id)
@@ -385,14 +383,15 @@ def check_pair(train_data, val_data, model, factor):
     train_data, val_data : BratsGenerator
         To train and to validate with.
     model : keras.Model
-        Not trained on a case of `val_data` in this session, see `SEEN`.
+        Must not have been trained on a case of `val_data`, as far as `SEEN` knows.
     factor : int
         As in `BratsGenerator.check_fit`.
 
     Raises
     ------
     ValueError
-        Says what differs, which cases they share, or which the model was trained on.
+        If they do not fit, share cases, patients or images, or the model was trained on
+        `val_data`.
     """
     for name, data in (("train_data", train_data), ("val_data", val_data)):
         files.check_option(name, data, lambda d: d.check_fit, "a BratsGenerator")

@@ -25,7 +25,7 @@ ENGINES = ["keras", "openvino"]
 
 @dataclass
 class TrainedModel:
-    """A network and what its file says of it.
+    """A network and the description that its file contains.
 
     Parameters
     ----------
@@ -33,10 +33,10 @@ class TrainedModel:
         Not compiled.
     description : dict
         "modalities" in order, "normalisation", "orientation", "outputs", "patch_shape",
-        "train_cases", "val_cases", "keras", "precision" and so on, "decoding" if it was
-        tuned. Empty if the file has none.
+        "train_cases", "val_cases", "keras", "precision" and so on, and "decoding" if it
+        was tuned. Empty if the file has none.
     path : Path or None
-        The file; None for a model from memory.
+        The file; None for a model in memory.
     """
 
     model: keras.Model
@@ -54,9 +54,9 @@ class Prediction:
     box : tuple of 3 slices
         The brain's box in the scan, in LPS order.
     probabilities : (X, Y, Z, K) float32 array
-        Of the box; those of tumour are 0 outside the brain.
+        Inside the box. Tumour probabilities are 0 outside the brain.
     spread : (X, Y, Z) float32 array
-        SD over models and mirror images, of the channel where it is largest.
+        SD over models and mirror images, the largest of all channels.
     """
 
     scan: object
@@ -65,19 +65,19 @@ class Prediction:
     spread: np.ndarray
 
     def place(self, values):
-        """Return values (X, Y, Z) of the box on the stored grid, 0 around it."""
+        """Place values (X, Y, Z) of the box on the stored grid, with 0 around it."""
         volume = np.zeros(self.scan.brain_mask.shape, values.dtype)
         volume[self.box] = values
         return np.ascontiguousarray(self.scan.restore(volume))
 
 
 def load_model(path):
-    """Load a saved model as data: nothing that the file holds is executed.
+    """Load a saved model without executing any code that the file may contain.
 
     Parameters
     ----------
     path : path
-        A `.keras` file; the folder of a run, whose `best.keras` is taken; or "phantom",
+        A `.keras` file; the folder of a run, whose `best.keras` is used; or "phantom",
         the network that comes with this package, trained on synthetic patients only.
 
     Returns
@@ -88,12 +88,12 @@ def load_model(path):
     Raises
     ------
     ValueError
-        If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
-        code (Lambda layers), or does not fit its own description.
+        If the file is missing, damaged, an HDF5 file or an HTML page, contains code
+        (Lambda layers), or does not fit its own description.
     """
     path = find_model("model", path)
     model, description = read_model(path)
-    model.jit_compile = False  # XLA would compile again for each brain's size
+    model.jit_compile = False  # XLA would recompile for each size of brain
     return TrainedModel(model, description, path)
 
 
@@ -109,20 +109,20 @@ def _as_trained(models):
 
 def _gaussian(shape):
     """Return the weights of a patch: high at its centre, low at its border."""
-    # In standard deviations, of which a patch is 8 wide.
+    # Distances in standard deviations; a patch is 8 of them wide.
     distances = ((np.arange(n) - (n - 1) / 2) / (n / 8) for n in shape)
     x, y, z = (np.exp(-0.5 * d**2).astype(np.float32) for d in distances)
     return (x[:, None, None] * y[:, None] * z)[..., None]  # (X, Y, Z, 1)
 
 
 def _starts(size, patch):
-    """Return where to place windows of `patch` to cover `size`, half a patch apart."""
+    """Return the starts of windows that cover `size`, at most half a `patch` apart."""
     n = math.ceil(2 * (size - patch) / patch) + 1
     return np.linspace(0, size - patch, n).round().astype(int)
 
 
 def _slide(model, image, patch_shape):
-    """Return the probabilities of overlapping patches, averaged by Gaussian weights."""
+    """Return the Gaussian-weighted mean of the probabilities of overlapping patches."""
     padded, weights = volumes.pad(image, patch_shape), _gaussian(patch_shape)
     total = np.zeros((*padded.shape[:3], model.output_shape[-1]), np.float32)
     divisor = np.zeros((*padded.shape[:3], 1), np.float32)
@@ -136,7 +136,7 @@ def _slide(model, image, patch_shape):
 
 
 def _predict_once(model, image, patch_shape):
-    """Return the probabilities of an image: by patches, or in one pass if None."""
+    """Predict an image in patches, or in one pass if `patch_shape` is None."""
     if patch_shape is not None:
         probabilities = _slide(model, image, patch_shape)
     else:
@@ -149,7 +149,7 @@ def _predict_once(model, image, patch_shape):
 def _choose_patch(model, channels, patch_shape):
     """Return the shape of patches to predict, None for one pass; raise if none fits."""
     volumes.check_shape(patch_shape, "patch_shape")
-    sizes = model.input_shape[1:-1]  # None where any size is taken
+    sizes = model.input_shape[1:-1]  # None where any size is accepted
     same_grid = model.output_shape[1:-1] == sizes
     if len(sizes) != 3 or not same_grid or channels != model.input_shape[-1]:
         raise ValueError(
@@ -170,34 +170,35 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
     Parameters
     ----------
     model : keras.Model, TrainedModel or path, or list of them
-        (B, X, Y, Z, C) -> (B, X, Y, Z, K). If it takes any spatial size, the image is
+        (B, X, Y, Z, C) -> (B, X, Y, Z, K). If it accepts any spatial size, the image is
         predicted in one pass, padded with zeros to the multiple the model needs. The
-        probabilities of several models, an ensemble, are averaged.
+        probabilities of several models (an ensemble) are averaged.
     image : (X, Y, Z, C) float32 array
         Of any size, in LPS order, as `standardise` gives it.
     flips : bool
         Average over the image and its 7 mirror images: 8 times the work.
     patch_shape : tuple of 3 int, optional
-        Predict patches of this shape, half a patch apart, and average them by Gaussian
-        weights. Needs less memory than one pass. A model of fixed size always does so.
+        Predict patches of this shape, at most half a patch apart, and average them with
+        Gaussian weights. This needs less memory than one pass. Models of
+        fixed input size always do this.
 
     Returns
     -------
     probabilities : (X, Y, Z, K) float32 array
     spread : (X, Y, Z) float32 array
-        The SD over models and mirror images, of the channel where it is largest; zeros
-        for a single pass. Where it is large, the prediction is not to be trusted.
+        SD over models and mirror images, the largest of all channels; zeros for a
+        single pass. Where it is large, do not trust the prediction.
 
     Raises
     ------
     ValueError
-        If a model is no such model, or takes patches of another shape.
+        If the input or output of a model does not fit, or `patch_shape` does not.
     """
     models, total, squares = _as_trained(model), 0, 0
     files.check_option("flips", flips, *files.BOOL)
     if np.ndim(image) != 4:
         raise ValueError(f"image has shape {np.shape(image)}, expected (X, Y, Z, C)")
-    # The axes along which to flip: none first, then each, each two, and all three.
+    # The axes along which to flip: none first, then single axes, pairs and all three.
     counts = range(4) if flips else [0]
     flipped_axes = [a for n in counts for a in itertools.combinations(range(3), n)]
     n_passes = len(models) * len(flipped_axes)
@@ -214,11 +215,11 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
 
 
 def _choose_modalities(trained, modalities):
-    """Return the channels of a model: those given, described, or the usual ones."""
+    """Return a model's channels: as given, as in its description, or the usual ones."""
     n_channels = trained.model.input_shape[-1]
     stored = trained.description.get("modalities") or CHANNELS.get(trained.model)
     usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(n_channels, ())
-    if modalities is None:  # a model in memory, not from a file, may be guessed
+    if modalities is None:  # guess for models in memory, not from a file
         modalities = stored or (usual if trained.path is None else ())
     valid = isinstance(modalities, (list, tuple)) and len(modalities) == n_channels
     valid = valid and {*labels.ALL_MODALITIES}.issuperset(map(str, modalities))
@@ -232,21 +233,21 @@ def _choose_modalities(trained, modalities):
 
 
 def _fill_in(trained, options):
-    """Return options, with None replaced by what a model's description stores."""
+    """Return options, with None replaced by the value in a model's description."""
     stored = trained.description | trained.description.get("decoding", {})
     return {k: stored.get(k) if v is None else v for k, v in options.items()}
 
 
 def check_options(models, options, possible=OPTIONS):
-    """Raise if models do not fit each other, or an option is not possible.
+    """Raise if the models do not fit each other or an option is invalid.
 
     Parameters
     ----------
     models : list of TrainedModel
     options : dict
-        Keywords of `predict_case`.
+        Keyword arguments of `predict_case`.
     possible : sequence of str
-        Their names.
+        Names of the allowed options.
 
     Raises
     ------
@@ -270,16 +271,16 @@ def check_options(models, options, possible=OPTIONS):
 
 
 def _choose_engine(models, engine):
-    """Return models that are computed by an engine."""
+    """Return the models, converted if an engine requires it."""
     if engine == "keras":
         return models
-    from brats_utils.export import to_openvino  # imports openvino, if it is there
+    from brats_utils.export import to_openvino  # imports openvino if it is installed
 
     return [to_openvino(trained) for trained in models]
 
 
 def _check_decoding(**decoding):
-    """Raise if an option of decoding is not possible; None is the default."""
+    """Raise if a decoding option is invalid; None stands for its default."""
     given = {name: PLAIN[name] if x is None else x for name, x in decoding.items()}
     check, share = files.check_option, files.number(0, 1)
     thresholds, expected = given["thresholds"], "three numbers from 0 to 1"
@@ -289,7 +290,7 @@ def _check_decoding(**decoding):
 
 
 def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None):
-    """Return the probabilities of a scan, and where they belong.
+    """Predict the probabilities of a scan, inside the bounding box of its brain.
 
     Parameters
     ----------
@@ -314,7 +315,7 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     for name, volume in zip(names, scan.volumes, strict=True):
         volumes.check_outliers(volume, case.images[name])
     box = volumes.bounding_box(scan.brain_mask)
-    # All non-zero voxels lie in the box: mean and SD are the whole scan's.
+    # All non-zero voxels are in the box, so mean and SD are those of the whole scan.
     stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
     image = volumes.standardise(stacked)
     options = _fill_in(models[0], {"flips": flips, "patch_shape": patch_shape})
@@ -325,7 +326,7 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
         problem = f"outputs go from {found.min():.3g} to {found.max():.3g}, expected "
         raise ValueError(f"{case.id}: {problem}probabilities: end it with a softmax")
     outside = ~scan.brain_mask[box]
-    found[outside, -3:] = 0  # no tumour outside the brain, nor doubt
+    found[outside, -3:] = 0  # no tumour outside the brain, and no doubt
     spread[outside] = 0
     return Prediction(scan, box, found, spread)
 
@@ -348,40 +349,40 @@ def predict_case(
     Parameters
     ----------
     model : keras.Model, TrainedModel or path, or list of them
-        Four output channels are the labels 0 to 3, three the regions WT, TC and ET.
-        Several models are an ensemble; the description of the first one counts.
+        Four output channels are the labels 0 to 3, three are the regions WT, TC and ET.
+        Several models form an ensemble, which uses the description of the first one.
     case : Case
         Its segmentation, if it has one, is not read.
     modalities : sequence of str, optional
-        The channels of a model without description; a described one takes no others.
-        A file needs them, for a `keras.Model` the default is FLAIR, T1CE, T2 for three
-        channels and all modalities for four.
+        The channels, in order. By default those that the model was trained with, which
+        cannot be changed. If they are unknown, a file needs this argument; a
+        `keras.Model` defaults to FLAIR, T1CE, T2 or, with four channels, to all.
     flips, patch_shape
         As in `predict_probabilities`. The default shape is that of the training
-        patches, if the model is described.
+        patches, if the model has a description.
     thresholds, min_island, min_et_voxels : optional
-        As in `decode_probabilities`. By default as `evaluation.tune_model` stored them.
+        As in `decode_probabilities`. By default, what `evaluation.tune_model` stored.
     uncertainty : bool
-        Return the spread over flips and models as well.
+        Also return the spread over flips and models.
     engine : {"keras", "openvino"}
-        What computes the network: Keras's backend, or OpenVINO on the CPU, in int8 if
-        `export.calibrate_int8` has made the model ready for it, else in float32.
+        What runs the network: Keras's backend, or OpenVINO on the CPU, in int8 if
+        `export.calibrate_int8` has prepared the model for it, else in float32.
 
     Returns
     -------
     segmentation : (X, Y, Z) uint8 array
         Values 0, 1, 2 and 4; 0 where all modalities are 0, outside the brain.
     uncertainty : (X, Y, Z) float32 array
-        Only if asked for; see `predict_probabilities`.
+        Only if requested; see `predict_probabilities`.
 
     Raises
     ------
     BratsDataError
         If a file of the case is not valid, or its voxels are not 1 mm wide.
     ImportError
-        If OpenVINO is asked for and not installed.
+        If OpenVINO is requested but not installed.
     ValueError
-        If a model does not fit, or its output is NaN or no probability.
+        If a model does not fit, or its output is NaN or not a probability.
     """
     options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
     options |= {"thresholds": thresholds, "min_island": min_island}
@@ -402,10 +403,10 @@ def _predict_maps(models, case, **options):
 
 
 def _fingerprint(trained):
-    """Return a checksum of whatever of a model changes a prediction."""
+    """Return a checksum of everything in a model that affects its predictions."""
     digest = hashlib.sha256(json.dumps(describe_model(trained.model)).encode())
     names = ["modalities", "patch_shape", "decoding"]
-    if "engine" in trained.description:  # not of Keras, to equal older checksums
+    if "engine" in trained.description:  # not for Keras, to match older checksums
         names += ["engine", "int8"]
     digest.update(json.dumps([trained.description.get(n) for n in names]).encode())
     for weights in trained.model.get_weights():
@@ -416,10 +417,10 @@ def _fingerprint(trained):
 def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     """Predict many cases and write each as `<case id>.nii.gz`.
 
-    Cases that the same model has predicted there with the same options are not
-    predicted again. What another model predicted is replaced; once a map is, the others
-    of that model are refused by `score_cases`. A case that cannot be predicted does not
-    stop the others: all such cases are listed by one error at the end.
+    Cases already predicted there by the same model with the same options are skipped.
+    Predictions of another model are replaced; as soon as one of them is, `score_cases`
+    refuses the rest. A case that cannot be predicted does not stop the others: one
+    error at the end lists all such cases.
 
     Parameters
     ----------
@@ -430,7 +431,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     out_dir : path
         Absent, empty or written by this function.
     uncertainty : bool
-        Write the spread as `uncertainty/<case id>.nii.gz`, float32, as well.
+        Also write the spread as `uncertainty/<case id>.nii.gz`, float32.
 
     Returns
     -------
@@ -440,8 +441,8 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
     Raises
     ------
     BratsDataError, ValueError
-        As `predict_case` does; or if `out_dir` holds something else, or a label map
-        that was corrected since.
+        As in `predict_case`; or if `out_dir` holds something else, or a label map that
+        was edited since it was written.
     """
     models, failed = _as_trained(model), []
     check_options(models, {**options, "uncertainty": uncertainty})
@@ -465,13 +466,13 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
                 done = same_call and output.manifest["cases"].get(case.id) == scans
                 if not done or files.find_changed(output.path, recorded):
                     found = _predict_maps(models, case, **options)
-                    if not same_call:  # only now is there something to replace them by
+                    if not same_call:  # keep the old ones until there is a new one
                         output.manifest["cases"] = {}
                     if not same_call and not uncertainty:
                         output.remove(n for n in output.manifest["files"] if "/" in n)
                     output.manifest["files"] |= dict.fromkeys(names[case.id])
-                    # Before the maps: if killed in between, a new map must not be
-                    # recorded as one of the old model.
+                    # Before the maps: if the process is killed in between, a new map
+                    # must not be recorded as one of the old model.
                     output.begin(made_from)
                     _write_maps(output, names[case.id], *found)
                     output.note_case(case.id, scans)
@@ -495,7 +496,7 @@ def _write_maps(output, names, found, spread, header):
 def _check_probabilities(probabilities):
     """Return probabilities as an array, and how many channels they have: 3 or 4."""
     probabilities = np.asarray(probabilities)
-    n_channels = (0, *probabilities.shape)[-1]  # 0 of a single number
+    n_channels = (0, *probabilities.shape)[-1]  # 0 for a single number
     if n_channels not in (3, 4) or not np.issubdtype(probabilities.dtype, np.number):
         problem = "probabilities: expected 4 channels (labels) or 3 (WT, TC, ET)"
         found = f"got {n_channels} of {probabilities.dtype} {probabilities.shape}"
@@ -504,13 +505,13 @@ def _check_probabilities(probabilities):
 
 
 def region_probabilities(probabilities):
-    """Return the probabilities of WT, TC and ET, whatever a model's outputs are.
+    """Return the probabilities of WT, TC and ET from either kind of model output.
 
     Parameters
     ----------
     probabilities : (..., K) float array
-        K = 3: of the regions themselves. K = 4: of the labels 0 to 3, which are added
-        up over each region.
+        K = 3: of the regions themselves. K = 4: of the labels 0 to 3, which are summed
+        over each region.
 
     Returns
     -------
@@ -532,7 +533,7 @@ def region_probabilities(probabilities):
 def decode_probabilities(
     probabilities, *, thresholds=None, min_island=0.0, min_et_voxels=0
 ):
-    """Return the BraTS labels of a model's probabilities.
+    """Convert a model's probabilities to BraTS labels.
 
     Parameters
     ----------
@@ -540,14 +541,14 @@ def decode_probabilities(
         K = 4: of the labels 0 to 3. K = 3: of the regions WT, TC and ET.
     thresholds : sequence of 3 float, optional
         A region counts where its probability is above its threshold, TC only within
-        WT, and ET only within TC. By default the largest of four labels wins, and
-        each of three regions counts above 0.5.
+        WT, and ET only within TC. By default, the most probable of four labels is
+        chosen, and each of three regions counts above 0.5.
     min_island : float
         Drop the connected components of the whole tumour that are smaller than this
         share of the largest one; 0 keeps all, 1 keeps the largest only.
     min_et_voxels : int
-        If less enhancing tumour than this is found, call it core (label 1): a few
-        stray voxels would cost the whole Dice of a case that has none.
+        If fewer enhancing voxels than this are found, relabel them as core (label 1):
+        in a case without any, a few stray voxels would reduce the Dice from 1 to 0.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Label values, tumour regions, their names and colours, and how files write them."""
+"""Label values, tumour regions, names, colours, and the label conventions of files."""
 
 import contextlib
 import re
@@ -15,12 +15,12 @@ LABELS = {
 REGIONS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 REGION_NAMES = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
 ENCODED_REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}  # in training labels
-# Blue, yellow and vermilion of Okabe and Ito's palette, told apart by all readers.
+# Blue, yellow and vermilion from Okabe and Ito's palette, which is colour-blind safe.
 COLOURS = {1: "#0072B2", 2: "#F0E442", 4: "#D55E00"}
 
 MODALITIES = ("flair", "t1ce", "t2")
 ALL_MODALITIES = ("flair", "t1", "t1ce", "t2")
-# What each file is called in the public sets, after the id of the case.
+# How file names continue after the case id in the public sets.
 _FILES = {
     "flair": "(?:brain_)?(?:flair|t2f|t2[-_]?flair)",
     "t1": "(?:brain_)?(?:t1|t1n|t1w)",
@@ -32,7 +32,7 @@ _FILES = {
 FOLDERS = {"images_segm", "labelstr", "labels", "masks", "segmentations"}
 _KEY = "|".join(f"(?P<{key}>{names})" for key, names in _FILES.items())
 _NAME = re.compile(rf"(?:(.+?)[-_])??(?:{_KEY})\.nii(?:\.gz)?", re.I)
-# A name that only says when a scan was made: the patient is its folder.
+# A name that is only a visit or a date: the folder above it names the patient.
 _DAY = r"(?:0[1-9]|1[0-2])[-._]?(?:0[1-9]|[12]\d|3[01])"
 _DATE = rf"(?:19|20)\d\d[-._]?{_DAY}|{_DAY}-(?:19|20)\d\d(?:-.*)?"  # the last: NBIA's
 _TIME = (
@@ -40,29 +40,30 @@ _TIME = (
     r"|(?:ses-)?(?:pre|post)(?:-?op)?|anat|baseline|follow-?up[-_ ]?\d*"
 )
 VISIT = re.compile(f"{_TIME}|{_DATE}", re.I)
-# How files write background, core, oedema and enhancing tumour, in this order.
+# The values that files use for background, core, oedema and enhancing tumour.
 CONVENTIONS = ("0124", "0123", "0213")
-# What to pass as `labels=` where the id of a case does not settle the convention.
+# Hints on what to pass as `labels=` if the case id does not settle the convention.
 TOLD_GLI = "labels={1: 1, 2: 2, 3: 4, 4: 0} counts the cavity as background"
-TOLD_PED = "labels={1: 4, 2: 1, 3: 1, 4: 2} counts cysts as core"
+PED = "since 2024: 1 ET, 2 NET, 3 cyst, 4 oedema; in 2023: 1 core, 2 oedema, 3 ET"
+TOLD_PED = "labels={1: 4, 2: 1, 3: 1, 4: 2}, which counts cysts as core, or '0123'"
 TOLD_TASK01 = "labels='0213' if 1 is oedema, as there, or '0123' or '0124'"
-# Which set a case id belongs to: (set, convention, or one of the hints above).
+# Pattern of the case ids in each set: (set, its convention or one of the hints above).
 NAMINGS = {
     r"brats[-_]?(1[789]|20|2021)_|tcga-\w\w-\w{4}": ("BraTS 2017-2021", "0124"),
     r"upenn[-_]gbm[-_]|ucsf[-_]pdgm[-_]": ("UPENN-GBM and UCSF-PDGM", "0124"),
     r"brats[-_]gli[-_]\d+[-_]1\d\d": ("BraTS 2024, treated: 4 is a cavity", TOLD_GLI),
-    r"brats[-_]ped": ("BraTS-PED: 1 ET, 2 NET, 3 cyst, 4 oedema", TOLD_PED),
+    r"brats[-_]ped": (f"BraTS-PED, {PED}", TOLD_PED),
     r"brats[-_](gli|ssa|men|met|goat)[-_]": ("BraTS 2023", "0123"),
     r"(?<!.)brats_\d{3}$": ("an id as in the Decathlon's Task01", "0213"),
 }
-# The labels that the names in a `dataset.json` mean; the first that fits counts.
+# Patterns of label names in a `dataset.json`, and their labels; the first match counts.
 _MEANINGS = {
     "background|^0$": 0,
     "o?edema|^ed$|snfh|hyper.?intens": 2,
     r"(?<![a-z])(no[nt]?|un)[\W_]*(contrast[\W_]*)?enhanc|necro|^ncr|^netc?$": 1,
     "^(?!.*without).*enhanc|^et$": 4,
 }
-# What the names of nested regions hold, from the outermost to the innermost.
+# Words that identify nested regions, from the outermost to the innermost.
 _REGION_WORDS = (
     r"(?i)whole|complete|(^|[\W_])wt",
     r"(?i)core|(^|[\W_])tc",
@@ -71,45 +72,45 @@ _REGION_WORDS = (
 
 
 def naming(case_id, as_task01=True):
-    """Return what the id of a case says about its labels.
+    """Return the set and the label convention that a case id implies.
 
     Parameters
     ----------
     case_id : str
     as_task01 : bool
-        Whether the label map lies in a folder `labelsTr`, as the Decathlon's do; others
-        have ids like its ids.
+        Whether the label map is in `labelsTr` or `labelsTs`, as in the Decathlon; other
+        sets use ids of the same form.
 
     Returns
     -------
     name, convention : str
-        The set of that naming, and one of `CONVENTIONS` or, if its labels cannot be
-        told by the name, what to pass; empty if the naming is not known.
+        The name of the set; and one of `CONVENTIONS`, or a hint on what to pass if the
+        id does not settle it, or "" if the id is unknown.
     """
-    start = "(?i)(?:^|[-_])(?:"  # `train_BraTS-GLI-...` is of that set, too
+    start = "(?i)(?:^|[-_])(?:"  # also matches `train_BraTS-GLI-...`
     known = (name for p, name in NAMINGS.items() if re.search(f"{start}{p})", case_id))
     name, code = next(known, ("the rest of this set", ""))
     return name, code if as_task01 or code != "0213" else TOLD_TASK01
 
 
 def label_table(labels):
-    """Return how the values in label maps translate to BraTS labels.
+    """Return a table from the values in label maps to BraTS labels.
 
     Parameters
     ----------
     labels : str or dict
-        One of `CONVENTIONS`; or {value in the file: 0, 1, 2 or 4}, also written as
+        One of `CONVENTIONS`, or {value in the file: 0, 1, 2 or 4}, also as text such as
         "1:1 2:2 3:4".
 
     Returns
     -------
     table : dict of int to int
-        Value in the file to BraTS label; 0 is always background.
+        From value in the file to BraTS label; 0 is always background.
 
     Raises
     ------
     ValueError
-        If it is something else.
+        If `labels` is neither.
     """
     with contextlib.suppress(AttributeError, OverflowError, TypeError, ValueError):
         if isinstance(labels, dict):
@@ -119,7 +120,7 @@ def label_table(labels):
         else:
             pairs = (pair.split(":") for pair in labels.split())
         table = {0: 0} | {float(value): float(label) for value, label in pairs}
-        # A fraction equals no whole number, so it is refused here.
+        # Fractions are rejected here, because these sets hold only whole numbers.
         valid = table.keys() <= {*range(256)} and {*table.values()} <= LABELS.keys()
         if valid and len(table) > 1 and table[0] == 0:
             return {int(value): int(label) for value, label in table.items()}
@@ -129,7 +130,7 @@ def label_table(labels):
 
 
 def label_code(labels):
-    """Return a label table as text: one of `CONVENTIONS`, or "1:1 2:2 3:4" and so on.
+    """Return a label table as text: one of `CONVENTIONS`, or pairs like "1:1 2:2 3:4".
 
     Parameters
     ----------
@@ -143,33 +144,69 @@ def label_code(labels):
     Raises
     ------
     ValueError
-        If it is something else.
+        If `labels` is not valid.
     """
     table = label_table(labels)
     known = [code for code in CONVENTIONS if label_table(code) == table]
     return known[0] if known else " ".join(f"{v}:{x}" for v, x in table.items() if v)
 
 
-def parse_name(name):
-    """Return whose file this is, and what it holds, by its name in the public sets.
+def parse_name(name, folder=""):
+    """Parse a file name of the public sets into the case id and the content.
 
     Parameters
     ----------
     name : str
         For example `BraTS20_Training_001_t1ce.nii`, or just `t1c.nii.gz`.
+    folder : str
+        Name of the file's folder: the case id, if the file's name begins with it.
 
     Returns
     -------
     case_id, key : str
-        The id of the case, and "flair", "t1", "t1ce", "t2" or "seg". Empty if the name
-        does not say.
+        The case id, and "flair", "t1", "t1ce", "t2" or "seg"; empty where the name does
+        not say.
     """
+    start, rest = name[: len(folder) + 1].lower(), name[len(folder) + 1 :]
+    # The id is the folder's name if the rest is known: it may end in _T1 itself.
+    if folder and start[:-1] == folder.lower() and start[-1:] in ("_", "-"):
+        match = _NAME.fullmatch(rest)
+        if match and not match[1]:
+            return folder, match.lastgroup
     match = _NAME.fullmatch(name)
     return (match[1] or "", match.lastgroup) if match else ("", "")
 
 
+def parse_path(path):
+    """Return the place of a file's case, and the file's content, by the file's path.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    place : (Path, str) or None
+        The folder and the case id. An id that only says when the scan was made is
+        preceded by the names of the folders above: P1/20190301/flair.nii.
+    key : str
+        As in `parse_name`.
+    """
+    for named in (path.parent, path):  # Kaggle has folders named like files, too
+        folder = named.parent
+        case_id, key = parse_name(named.name, folder.name)
+        if key:
+            case_id = name = case_id or folder.name
+            parents = iter((folder if case_id == folder.name else named).parents)
+            while VISIT.fullmatch(name):
+                name = next(parents).name
+                case_id = f"{name}_{case_id}"
+            return (folder, case_id), key
+    return None, ""
+
+
 def are_modalities(names):
-    """Return whether all names are modalities, each there once.
+    """Return whether all names are known modalities, without repetition.
 
     Parameters
     ----------
@@ -181,8 +218,36 @@ def are_modalities(names):
     known : bool
     """
     in_order = not isinstance(names, set | frozenset)
-    # Not a str either: its letters are no modalities.
+    # A str is not accepted either: its letters are not modalities.
     return in_order and len(names) == len({*names} & {*ALL_MODALITIES})
+
+
+def find_misfit(labels, labelled):
+    """Return what is wrong if one table is given for label maps of two conventions.
+
+    Parameters
+    ----------
+    labels : str or dict
+        As in `label_table`.
+    labelled : dict of str to tuple
+        {case id: (what `naming` returns, which of the labels 3 and 4 it holds)}.
+
+    Returns
+    -------
+    problem : str
+        Empty if the table contradicts the names of all cases, or of none: users may
+        know better than the names.
+    """
+    told, misfits = label_table(labels), []
+    for case_id, ((name, code), values) in labelled.items():
+        settled = label_table(code) if code and "=" not in code else {}
+        # Values that the name does not allow show that the name is wrong.
+        found = {1, 2, *values} if settled and values <= settled.keys() else ()
+        if any(told.get(value) != settled[value] for value in found):
+            misfits.append(f"{case_id}: {name} writes labels {code}")
+    if len(misfits) in (0, len(labelled)):
+        return ""
+    return f"{misfits[0]}, but labels={labels!r} is for all cases: two conventions"
 
 
 def read_channel_names(described):
@@ -191,21 +256,22 @@ def read_channel_names(described):
     Parameters
     ----------
     described : dict
-        With {"0": "FLAIR", ...} as "modality" (the Decathlon's) or "channel_names".
+        Its content, with {"0": "FLAIR", ...} under "modality" (Decathlon) or
+        "channel_names" (nnU-Net).
 
     Returns
     -------
     channels : tuple of str
-        Of `ALL_MODALITIES`, in order; empty if it names none.
+        Names from `ALL_MODALITIES`, in channel order; empty if none are given.
 
     Raises
     ------
     ValueError
-        If a name is no modality.
+        If a name is not a known modality.
     """
     names = described.get("channel_names") or described.get("modality") or {}
     names = [str(names[key]).lower() for key in sorted(names, key=int)]
-    # Read as file names; a prefix may change the meaning, as in "post-contrast T1".
+    # Parsed as file names; a prefix may change the meaning, as in "post-contrast T1".
     parsed = [parse_name(re.sub("[- ]", "_", name) + ".nii") for name in names]
     channels = ["" if prefix else key for prefix, key in parsed]
     if not {*channels} <= {*ALL_MODALITIES}:
@@ -214,13 +280,13 @@ def read_channel_names(described):
 
 
 def read_label_names(names):
-    """Return the label table that names of labels describe.
+    """Return the label table that the label names in a `dataset.json` describe.
 
     Parameters
     ----------
     names : dict
-        {"1": "edema", ...} as in the Decathlon, {"edema": 1, ...} as in nnU-Net, or its
-        nested regions {"whole tumor": [1, 2, 3], ...}.
+        {"1": "edema", ...} as in the Decathlon, {"edema": 1, ...} as in nnU-Net, or
+        nnU-Net's nested regions {"whole tumor": [1, 2, 3], ...}.
 
     Returns
     -------
@@ -233,7 +299,7 @@ def read_label_names(names):
         regions = {str(name): {*np.ravel(v).tolist()} for name, v in pairs if v != 0}
         outermost_first = sorted(regions, key=lambda name: -len(regions[name]))
         named = all(map(re.search, _REGION_WORDS, outermost_first))
-        # In how many regions a value lies: 2 (oedema) in one, 1 in two, 4 in all three.
+        # Oedema (2) is in one region, necrotic core (1) in two, enhancing (4) in three.
         depths = Counter(value for region in regions.values() for value in region)
         sizes = sorted(map(len, regions.values()))
         nested = named and sizes == sorted(depths.values()) == [1, 2, 3]
@@ -247,14 +313,14 @@ def read_label_names(names):
 
 
 def relabel(values, table):
-    """Return another value for each label, by a table that must know them all.
+    """Replace values using a table that must contain all of them.
 
     Parameters
     ----------
     values : array, any shape
         Whole numbers from 0 to 255, of any type.
     table : dict of int to int
-        Old value to new one.
+        From old to new value.
 
     Returns
     -------
@@ -263,7 +329,7 @@ def relabel(values, table):
     Raises
     ------
     ValueError
-        If a value is not in the table, with how often it occurs; nothing is rounded.
+        If a value is not in the table (nothing is rounded); the message has the counts.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "biuf":
@@ -282,7 +348,7 @@ def relabel(values, table):
 
 
 def encode_labels(segmentation):
-    """Return the training labels 0, 1, 2, 3 of a BraTS label map.
+    """Convert a BraTS label map to the training labels 0, 1, 2, 3.
 
     Parameters
     ----------
@@ -308,7 +374,7 @@ def encode_labels(segmentation):
 
 
 def decode_labels(labels):
-    """Return the BraTS label map of training labels: the inverse of `encode_labels`.
+    """Convert training labels to a BraTS label map: the inverse of `encode_labels`.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Losses for label maps, the Dice metric, and which weights are validated.
+"""Losses for label maps, the Dice metric, deep supervision and averaged weights.
 
 The five losses share one interface. They take
 
@@ -17,7 +17,7 @@ of being inside or outside a region (K = 3). Each term is 0 for a perfect predic
   is the mean over three maps, which are the regions (K = 3) or the labels 1, 2 and 3
   (K = 4). The background is left out because its Dice is always close to 1. For a map
   that is absent from the truth the loss is Σp / (Σp + 1): one false voxel costs 1/2 and
-  a thousand hardly more, so it is up to the second term to correct them.
+  a thousand cost almost 1, so it is up to the second term to correct them.
 - Focal: the mean over voxels (and regions) of -(1 - q)² log q.
 - Cross-entropy: the mean over voxels (and regions) of -log q.
 """
@@ -53,7 +53,7 @@ def _look_up(table, labels):
 
 
 def _check_outputs(y_pred):
-    """Return the number of outputs, 4 or 3; raise if it is another."""
+    """Return the number of outputs, 4 or 3; raise if it is neither."""
     n = y_pred.shape[-1]
     if n not in (len(LABELS), len(ENCODED_REGIONS)):
         raise ValueError(f"expected 4 outputs (labels 0..3) or 3 (WT, TC, ET), got {n}")
@@ -70,7 +70,7 @@ def _prepare(y_true, y_pred):
 
 
 def _true_probability(targets, probabilities):
-    """Return the probability of the truth: (B, voxels, 1) of 4 outputs, or (..., 3)."""
+    """Return the probability of the truth: (B, voxels, 1), or 3 for three regions."""
     if probabilities.shape[-1] == len(LABELS):
         q = ops.sum(targets * probabilities, axis=-1, keepdims=True)
     else:
@@ -248,14 +248,14 @@ class RegionDice(keras.metrics.Mean):
 
 
 class _DeeplySupervised(keras.Model):
-    """A U-Net with additional outputs at lower resolutions, each with half the weight.
+    """A U-Net with additional outputs, each at a lower resolution and half the weight.
 
-    `factors` holds, for each output, how many voxels of the labels along each axis
-    correspond to one voxel of the output.
+    `factors` holds the downsampling factor of each output: how many voxels of the
+    labels correspond to one voxel of the output along each axis.
     """
 
     def compute_loss(self, x, y, y_pred, sample_weight=None, training=True):
-        """Return the weighted mean loss in training, the first output's otherwise."""
+        """Return the weighted mean loss in training, else that of the first output."""
         total = 0.0
         for level, factor in enumerate(self.factors if training else (1,)):
             # Nearest-neighbour downsampling of the labels, along the spatial axes.
@@ -270,7 +270,7 @@ class _DeeplySupervised(keras.Model):
 
 
 def supervise_deeply(model, levels):
-    """Add outputs to a U-Net's decoder, at lower resolutions, to train with.
+    """Add outputs at lower resolutions to the decoder of a U-Net, for training.
 
     Parameters
     ----------
@@ -282,8 +282,8 @@ def supervise_deeply(model, levels):
     Returns
     -------
     supervised : keras.Model
-        Shares the layers and weights of `model`, whose output is its first, and trains
-        on the same labels.
+        Shares the layers and weights of `model` and trains on the same labels. Its
+        first output is that of `model`.
 
     Raises
     ------
@@ -316,13 +316,13 @@ def supervise_deeply(model, levels):
 def build_losses(model):
     """Build the losses and metrics of a compiled model.
 
-    Keras has no public way to do so. On JAX and torch, `fit` would build them with a
-    batch from the generator, and then draw the same batch again to train on.
+    Keras has no public API for this. On JAX and torch, `fit` would build them with a
+    batch from the generator, and then load the same batch again to train on.
 
     Parameters
     ----------
     model : keras.Model
-        If it is supervised deeply, `factors` says how coarse its outputs are.
+        With deep supervision, its `factors` give the downsampling of each output.
     """
     factors = getattr(model, "factors", (1,))
     _, *grid, n_outputs = model.outputs[0].shape
@@ -372,19 +372,20 @@ def _check_probabilities(model):
 
 
 def check_loss(loss, model):
-    """Raise unless a model returns probabilities, and its loss is lowest for the truth.
+    """Raise unless a model returns probabilities and its loss favours the truth.
 
     Parameters
     ----------
     loss : function, keras.losses.Loss or str
-        As Keras takes it.
+        Any loss that Keras accepts.
     model : keras.Model
-        Four outputs are labels, three are regions.
+        With four outputs for labels or three for regions.
 
     Raises
     ------
     ValueError
-        If the loss fails or is higher for the truth, or the model's outputs do not fit.
+        If the loss fails or is higher for the truth than for a wrong map, or the model
+        does not fit or cannot be loaded again.
     """
     check_model(model)
     outputs = model.output_shape[-1]
@@ -399,7 +400,7 @@ def check_loss(loss, model):
     maps = perfect, 1 - perfect, 0 * perfect
     try:
         right, opposite, empty = [float(ops.mean(function(truth, p))) for p in maps]
-    except Exception as error:  # whatever Keras and its backends raise at other shapes
+    except Exception as error:  # whatever Keras and its backends raise for other shapes
         found = f"which fails: {str(error)[:100]}"
     else:
         # Not `<=`: a loss of NaN passes here, and `FiniteCheck` reports it in training.
@@ -413,21 +414,22 @@ def check_loss(loss, model):
 
 @contextlib.contextmanager
 def averaged_weights(model, start=(), share=0.0):
-    """Give a model, for the `with` block, the weights that are validated and saved.
+    """Switch to the weights to validate and save, for the length of a `with` block.
 
     Parameters
     ----------
     model : keras.Model
-        Compiled. If its optimizer keeps a moving average of the weights, it gets that.
+        Compiled. If its optimizer keeps a moving average of the weights, this is used.
     start : iterable of (keras.Variable, array)
-        Weights to average with, and their values at the start.
+        Weights to average with their values before training.
     share : float
-        Of the start in the average.
+        Share of these first values in the average.
     """
     trained = model.get_weights()
     if model.optimizer.use_ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
-        # Copies: JAX donates a model's arrays in validation, here the optimizer's own.
+        # Copy them: in validation, JAX donates the model's arrays, which would be the
+        # optimizer's own.
         model.set_weights(model.get_weights())
     for variable, initial in start:
         variable.assign((1 - share) * variable + share * initial)
@@ -447,7 +449,7 @@ def describe(description):
     Returns
     -------
     description : dict
-        Of text, numbers, lists and dicts.
+        Made up of text, numbers, lists and dicts.
 
     Raises
     ------
@@ -488,12 +490,12 @@ def _captured_values(function):
 
 
 def describe_object(value):
-    """Return what distinguishes a loss or another object, as `default` of json.dumps.
+    """Return what identifies a loss or another object, as `default` for `json.dumps`.
 
     A function is described by its name, an object by its class, its `get_config` and
-    its attributes, private ones too. Code is not compared; for code that is neither
-    Keras's nor this package's, a warning says so. `json.dumps` calls this again for
-    whatever it cannot store in the result.
+    its attributes, including private ones. Code is not compared; for code outside Keras
+    and this package, a warning says so. `json.dumps` calls this function again for
+    anything in the result that it cannot store.
 
     Parameters
     ----------

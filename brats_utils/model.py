@@ -1,4 +1,4 @@
-"""U-Nets in two and three dimensions, and a table of what each stage costs."""
+"""U-Nets in 2D and 3D, what each of their stages costs, and saved models."""
 
 import contextlib
 import json
@@ -19,14 +19,15 @@ from brats_utils.generator import CHANNELS, SEEN
 from brats_utils.volumes import NORMALISATION
 
 DESCRIPTION = "brats.json"  # in a model's file
-# Times the size of a .keras file; Keras hardly compresses, so more is a "zip bomb".
+# Times the size of a .keras file. Keras hardly compresses, so a file that unpacks to
+# more is probably a "zip bomb".
 MOST_UNPACKED = 10
 BEST = "best.keras"  # in the folder of a run
 NO_START = "Choose what fits, or no start (notebook 04: BRATS_START=none)"
 PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
-# Tuned on real scans, where a network trained on phantoms only misses much tumour.
+# Tuned on real scans, where a network trained only on phantoms misses much tumour.
 PHANTOM_DECODING = {"thresholds": [0.3, 0.2, 0.3], "min_island": 0.5}
-# All that depends on the rank: 2 for slices, 3 for volumes.
+# Everything that depends on the spatial rank: 2 for slices, 3 for volumes.
 CONV = {2: layers.Conv2D, 3: layers.Conv3D}
 POOL = {2: layers.MaxPooling2D, 3: layers.MaxPooling3D}
 REPEAT = {2: layers.UpSampling2D, 3: layers.UpSampling3D}
@@ -34,7 +35,7 @@ UPSAMPLE = {2: layers.Conv2DTranspose, 3: layers.Conv3DTranspose}
 
 KERNEL = {"kernel_size": 3, "padding": "same", "kernel_initializer": "he_normal"}
 # Instance normalisation: as many groups as channels, so that each channel of each
-# sample is normalised by itself, whatever the batch size.
+# sample is normalised separately, whatever the batch size.
 INSTANCE = {"groups": -1, "epsilon": 1e-5}
 
 
@@ -105,9 +106,9 @@ def _encode_and_decode(image, widths, *, stride=1, up_ratio=1, up_bias=True, **b
 def _to_full_resolution(x, image, filters):
     """Restore the resolution that a strided first convolution halved.
 
-    This is a convolution 1x1x1 over the upsampled features and the image together, at
-    full resolution. The features' part of the sum is the same for 8 voxels, so it is
-    computed once, before upsampling.
+    This equals a 1x1x1 convolution of the upsampled features and the image together, at
+    full resolution. The features contribute the same to each block of 8 voxels, so
+    their part is computed once, before upsampling.
     """
     rank = len(x.shape) - 2
     x = CONV[rank](filters, 1, name="full_conv")(x)
@@ -118,7 +119,7 @@ def _to_full_resolution(x, image, filters):
 
 
 def output_head(x, n_classes, name="head"):
-    """Apply the last convolution and return probabilities, float32 in every policy.
+    """Apply the last convolution and return probabilities, always in float32.
 
     Parameters
     ----------
@@ -185,8 +186,7 @@ def unet(
     Raises
     ------
     ValueError
-        If `input_shape` does not fit, or `n_classes`, `depth` or `stem_stride` has a
-        value other than those above.
+        If `input_shape` does not fit or another argument is out of range.
 
     References
     ----------
@@ -240,10 +240,10 @@ def unet_cicek2016(input_shape, *, n_classes=4):
     Notes
     -----
     Two details differ from the paper. Convolutions are zero-padded, so that the output
-    has the size of the patch; the paper's lose a voxel at each face. The paper uses
-    batch normalisation with a batch of one and the current statistics at test time,
-    which is instance normalisation. It has an offset but no scale here, which agrees
-    with the published number of parameters.
+    has the size of the patch; in the paper they lose a voxel at each face. The paper
+    uses batch normalisation with a batch of one and the current statistics at test
+    time, which is instance normalisation. Here it has an offset but no scale, which
+    agrees with the published number of parameters.
 
     References
     ----------
@@ -260,7 +260,7 @@ def unet_cicek2016(input_shape, *, n_classes=4):
 
 
 def check_model(model):
-    """Raise unless a model is a functional one with a single input.
+    """Raise unless a model is functional and has a single input.
 
     Parameters
     ----------
@@ -269,7 +269,7 @@ def check_model(model):
     Raises
     ------
     ValueError
-        If it is something else.
+        If it is not.
     """
     single = "a functional keras.Model with one input"
     files.check_option("model", model, lambda m: len(m.inputs) == 1, single)
@@ -289,7 +289,7 @@ def grid_sizes(model, tensors):
     ----------
     model : keras.Model
     tensors : list of tensor
-        Of this model.
+        Tensors of this model.
 
     Returns
     -------
@@ -300,7 +300,7 @@ def grid_sizes(model, tensors):
 
 
 def size_factor(model):
-    """Return the number that the spatial sizes of a model's input are multiples of.
+    """Return the number that a model's spatial input sizes must be multiples of.
 
     Parameters
     ----------
@@ -319,7 +319,8 @@ def size_factor(model):
     """
     tensors = [x.input for x in model.layers if not isinstance(x, keras.Model)]
     full, *sizes = grid_sizes(model, keras.tree.flatten([model.input, tensors]))
-    # One voxel of an open size is not a grid: squeeze-and-excitation blocks have it.
+    # With open sizes, a single voxel is not a grid but the output of global pooling, as
+    # in squeeze-and-excitation blocks.
     smallest = 2 if None in model.input_shape[1:] else 1
     return full // min(size for size in sizes if size >= smallest)
 
@@ -356,7 +357,7 @@ def model_table(model, input_shape=None):
     Raises
     ------
     ValueError
-        If a size is neither in the model nor in `input_shape`, or a size does not fit.
+        If a size is given neither by the model nor by `input_shape`, or does not fit.
     """
     check_model(model)
     own = model.input_shape[1:]
@@ -389,7 +390,7 @@ def model_table(model, input_shape=None):
 def describe_model(model):
     """Return a model's configuration with layer numbers instead of layer names.
 
-    Keras numbers default names per session, so that equal models differ in names.
+    Keras numbers default names per session, so equal models can differ in names.
 
     Parameters
     ----------
@@ -398,7 +399,7 @@ def describe_model(model):
     Returns
     -------
     config : dict
-        What JSON can hold.
+        Can be stored as JSON.
     """
     numbers = {}  # {layer name: number}, in the order in which the config uses them
 
@@ -420,15 +421,15 @@ def _in_float32(layer):
 
 
 def write_model(model, path, description):
-    """Write architecture, weights and description, so that Keras reloads the file.
+    """Write architecture, weights and description to a file that Keras can load.
 
     Parameters
     ----------
     model : keras.Model
-        Functional. Only its first output is saved, without loss and optimizer. Mixed
-        precision is saved as float32: half precision cannot be pooled on a CPU.
+        Functional. Only its first output is saved, without loss or optimizer. Mixed
+        precision is saved as float32, because pooling in float16 fails on a CPU.
     path : path
-        Ends in `.keras`; the temporary path of an atomic write.
+        Must end in `.keras`; the temporary path of an atomic write.
     description : dict
         Stored in the archive as `brats.json`, with Keras's version and backend.
     """
@@ -453,14 +454,14 @@ def _read_phantom_weights():
 
 
 def find_model(name, path):
-    """Return the file of a model that a user named.
+    """Return the path of a model file.
 
     Parameters
     ----------
     name : str
-        Of the argument, for the message.
+        Name of the argument, for the error message.
     path : path
-        A `.keras` file; the folder of a run, whose `best.keras` is taken; or "phantom",
+        A `.keras` file; the folder of a run, whose `best.keras` is used; or "phantom",
         the network that comes with this package.
 
     Returns
@@ -470,14 +471,14 @@ def find_model(name, path):
     Raises
     ------
     ValueError
-        If it is no path.
+        If it is not a path.
     """
     path = PHANTOM_WEIGHTS if path == "phantom" else files.check_path(name, path)
     return path / BEST if path.is_dir() else path
 
 
 def read_model(path):
-    """Read a saved model as data: nothing that the file holds is executed.
+    """Read a saved model without executing any code that the file may contain.
 
     Parameters
     ----------
@@ -489,13 +490,13 @@ def read_model(path):
     model : keras.Model
         Not compiled.
     description : dict
-        As `write_model` stored it; empty without one.
+        As stored by `write_model`; empty if the file has none.
 
     Raises
     ------
     ValueError
-        If there is no such file, or it is an HDF5 file, an HTML page, damaged, or holds
-        code (Lambda layers), or does not fit its own description.
+        If the file is missing, damaged, an HDF5 file or an HTML page, contains code
+        (Lambda layers), or does not fit its own description.
     """
     if path == PHANTOM_WEIGHTS:
         return _read_phantom_weights()
@@ -518,7 +519,7 @@ def read_model(path):
             text = archive.read(DESCRIPTION) if has_description else "{}"
             description = dict(json.loads(text))
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except Exception as error:  # whatever Keras, HDF5 and zip raise at damaged files
+    except Exception as error:  # whatever Keras, HDF5 and zip raise for damaged files
         found = "damaged, holds code (Lambda layers) or comes from another version"
         problem = f"{path} cannot be loaded: it is {found} than Keras"
         raise ValueError(f"{problem} {keras.__version__}: {error}") from None
@@ -530,7 +531,7 @@ def read_model(path):
 
 
 def _unet_options(model):
-    """Return the options that a U-Net was made with, as its layers show them."""
+    """Return the options that a U-Net was made with, inferred from its layers."""
     options, kinds = {"channels": model.input_shape[-1]}, tuple(CONV.values())
     stem = next((layer for layer in model.layers if isinstance(layer, kinds)), None)
     if stem:
@@ -542,7 +543,7 @@ def _unet_options(model):
 
 
 def start_from(start, model, train_data, val_data):
-    """Give a model the weights of another, to start training from.
+    """Copy the weights of another model, to start training from.
 
     If their outputs differ (labels or regions), the last layer is not copied.
 
@@ -552,21 +553,21 @@ def start_from(start, model, train_data, val_data):
         A `.keras` file, the folder of a run, or the weights of this package: a U-Net
         with the same channels, filters, depth and stride. None changes nothing.
     model : keras.Model
-        Its weights are changed.
+        Its weights are replaced.
     train_data, val_data : BratsGenerator
-        What it will be trained on, and validated with.
+        Data for training and validation.
 
     Returns
     -------
     sha256 : str or None
-        Of the file that was read.
+        Checksum of the file that was read.
     copied : list of (keras.Variable, array)
-        The model's weights that were changed, and their values.
+        The replaced weights, and their new values.
 
     Raises
     ------
     ValueError
-        Says what differs.
+        If `start` does not fit, or was trained on cases of `val_data`.
     """
     if start is None:
         return None, ()
@@ -605,14 +606,14 @@ def check_description(model, description, path):
     ----------
     model : keras.Model
     description : dict
-        As `write_model` stores it.
+        As stored by `write_model`.
     path : Path
-        The file, for the message.
+        The file, for the error message.
 
     Raises
     ------
     ValueError
-        Names what differs.
+        If they differ.
     """
     n_outputs = {"labels 0..3": 4, "WT, TC, ET": 3}.get(str(description.get("outputs")))
     modalities, version = description.get("modalities"), str(description.get("keras"))
@@ -652,16 +653,16 @@ def has_gpu():
 
 @contextlib.contextmanager
 def advice_on_memory(model, data):
-    """Turn whatever a backend raises when memory is short into one plain error.
+    """Turn any backend's out-of-memory error into one plain MemoryError.
 
     Parameters
     ----------
     model : keras.Model
     data : BratsGenerator
-        Whose batches it is trained on.
+        Provides the training batches.
     """
     try:
-        # Half of the layers' outputs is the least that a step keeps.
+        # A step keeps at least half of the layers' outputs in memory.
         megabytes = model_table(model, data.input_shape)["activations_mb"]["total"]
         needed, memory = megabytes * data.batch_size * 1e6 / 2, math.inf
         if not has_gpu() and hasattr(os, "sysconf"):  # Windows has no sysconf
@@ -670,7 +671,7 @@ def advice_on_memory(model, data):
             # Caught below, like an error of the backend in the `with` block.
             raise MemoryError(f"a step keeps {needed:.1e} of {memory:.1e} bytes")
         yield
-    except Exception as error:  # each backend has a class of its own
+    except Exception as error:  # each backend has its own class
         if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):
             raise
         problem = f"out of memory with {data.batch_size} patches of {data.patch_shape}"

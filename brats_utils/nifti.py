@@ -1,4 +1,4 @@
-"""Read NIfTI files checked to the last byte, and write them; all nibabel is here."""
+"""Read, check and write NIfTI files; the only module that uses nibabel."""
 
 import contextlib
 import io
@@ -19,8 +19,8 @@ MAX_VOXELS = 2**28
 AGAIN = "The file is incomplete or damaged; download it again"
 CORRECT = "Correct its header with nibabel, or export the file again"
 CONVERT = "Unpack it, or convert it to one .nii.gz (nibabel.save, SimpleITK, dcm2niix)"
-# How files begin: the key is the class that reads the header, or the name of a format
-# that is refused. The first that matches counts.
+# Patterns of the first bytes of a file. The key is the class that reads the header, or
+# the name of an unsupported format. The first match counts.
 FORMATS = {
     nib.Nifti1Header: rb".{344}n\+1\0",
     nib.Nifti2Header: rb".{4}n\+2\0.{532}",
@@ -33,13 +33,13 @@ FORMATS = {
 }
 GEOMETRY = re.compile("pixdim|[qs]form_code|quatern|qoffset|srow|xyzt_units")
 NO_ORIENTATION = "its header states no orientation; LAS is assumed"
-WRITTEN_BY = "brats_utils"  # in the header of our label maps: those may be replaced
+WRITTEN_BY = "brats_utils"  # marks our label maps, which may be overwritten
 _SYSTEM_DIRS = "__macosx", "lost+found", "$recycle.bin", "system volume information"
 _LPS = nib.orientations.axcodes2ornt("LPS")
 
 
 class BratsDataError(ValueError):
-    """Something is wrong with the scans; the message says where and what to do.
+    """Raised for invalid data; the message says where it is and what to do.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class BratsDataError(ValueError):
         super().__init__(f"{text}. {advice}." if advice else f"{text}.")
 
     def of(self, case):
-        """Return the same error with a case's id in it."""
+        """Return the same error with the id of its case added."""
         return type(self)(self.problem, case=case, file=self.file, advice=self.advice)
 
 
@@ -69,34 +69,34 @@ def _refuse(path, problem, advice=CORRECT):
 
 
 def _is_singular(affine):
-    """Return whether an affine of finite numbers gives voxels no volume."""
+    """Return whether an affine is finite but gives voxels no volume."""
     return np.isfinite(affine).all() and abs(np.linalg.det(affine)) < 1e-6
 
 
 def _repair(header):
-    """Repair what nibabel can, and an affine where its meaning is certain."""
+    """Repair what nibabel can, and affines whose meaning is clear."""
     sizes = abs(header["pixdim"][1:4])
     header.check_fix()
     if header["qform_code"] and _is_singular(header.get_sform()):
         header["sform_code"] = 0
     header["pixdim"][1:4] = sizes  # check_fix turns a size of 0 into 1 mm
     length = math.hypot(header["quatern_b"], header["quatern_c"], header["quatern_d"])
-    # A unit quaternion that was rounded; nibabel refuses one that is too long.
+    # Rounding can make a unit quaternion too long, which nibabel rejects.
     for axis in "bcd" if 1 < length < 1.001 else "":
         header[f"quatern_{axis}"] /= length
 
 
 def _parse_header(start, path, channels):
-    """Return the header of a file, checked, from its first bytes `start`.
+    """Parse and check a file's header, given its first bytes `start`.
 
-    It must state `channels` volumes that are not too large, and an affine that can be
-    inverted.
+    The header must state `channels` volumes that are not too large, and an invertible
+    affine.
     """
     kind = next(kind for kind, sign in FORMATS.items() if re.match(sign, start, re.S))
     if isinstance(kind, str):
         problem = f"not a NIfTI file: {kind} (starts with {start[:12]!r})"
         _refuse(path, problem, AGAIN if "too short" in kind else CONVERT)
-    # Extensions hold notes of other programs, no geometry: they are not read.
+    # Extensions hold other programs' notes and no geometry, so they are not read.
     header = kind(start[: kind.sizeof_hdr], check=False)
     dtype = header.get_value_label("datatype")
     if not re.fullmatch("u?int(8|16|32|64)|float(32|64)", dtype):
@@ -105,10 +105,10 @@ def _parse_header(start, path, channels):
         _repair(header)
         header.get_slope_inter()  # raises if it is not valid
         shape, affine = header.get_data_shape(), header.get_best_affine()
-    except Exception as error:  # damaged bytes make nibabel raise many kinds
+    except Exception as error:  # nibabel raises many types for damaged bytes
         _refuse(path, f"its header or affine is not valid: {error}")
     wanted = f"{channels} images in one file" if channels > 1 else "a 3-D volume"
-    # The axes after the third: one over the channels at most, and others of length 1.
+    # After the third axis, only a channel axis and axes of length 1 are allowed.
     more = [length for length in shape[3:] if length != 1]
     if len(shape) < 3 or min(shape) < 1 or more != ([channels] if channels > 1 else []):
         _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
@@ -123,28 +123,28 @@ def _parse_header(start, path, channels):
 
 
 def _read(path, channels, *, voxels):
-    """Return a file's header and all its bytes, unpacked; check its length.
+    """Return a file's header and all its bytes, decompressed; check its length.
 
-    Without `voxels`, the bytes are only those read for the header, and the length of a
-    packed file is checked roughly.
+    Without `voxels`, only the start of the file is read, and the length of a compressed
+    file is only checked roughly.
     """
     try:
         with open(path, "rb") as file:
-            # A header lies in the first 128 KB, whatever else the file would unpack to.
+            # The header is in the first 128 KB, however much the file decompresses to.
             contents, size = file.read(2**17), file.seek(0, os.SEEK_END)
             packed = contents[:2] == b"\x1f\x8b"
             unpack = igzip.open if packed else (lambda stored: stored)
-            start = unpack(io.BytesIO(contents)).read(544)  # of NIfTI-2, the longer one
+            start = unpack(io.BytesIO(contents)).read(544)  # enough for NIfTI-2
             header = _parse_header(start, path, channels)
             sizes = *header.get_data_shape(), channels, header.get_data_dtype().itemsize
             expected = int(header["vox_offset"]) + math.prod(sizes)
-            # gzip packs 1032 bytes into one at most, and adds a few per cent.
+            # gzip compresses by a factor of 1032 at most, or adds a few per cent.
             least = expected // 1032 if packed else expected
             most = expected + expected // 8 + 2**20 if packed else expected
             if voxels and least <= size <= most:
                 file.seek(0)
-                # A byte more than expected, so that the gzip checksum is read, and a
-                # file that unpacks to far more is noticed without unpacking it all.
+                # One byte more than expected, so that the gzip checksum is verified and
+                # a file that is far too long is detected without unpacking all of it.
                 contents = unpack(file).read(expected + 1)
                 size, least, most = len(contents), expected, expected
     except (EOFError, OverflowError, OSError, isal_zlib.error) as error:
@@ -163,16 +163,16 @@ def read_header(path, channels=1):
     Parameters
     ----------
     path : path
-        NIfTI-1 or NIfTI-2, packed or not: the contents decide, not the name. The length
-        of a plain file is checked too; that of a packed one is only known roughly until
-        it is unpacked.
+        NIfTI-1 or NIfTI-2, compressed or not; the content decides, not the name. The
+        length of an uncompressed file is checked exactly, that of a compressed one only
+        roughly.
     channels : int
-        How many images the file must hold, one after the other.
+        Number of images that the file must hold, one after the other.
 
     Returns
     -------
     header : nibabel.Nifti1Header or Nifti2Header
-        Of three dimensions: those of one image. Its best affine is the qform if the
+        With the three dimensions of one image. Its best affine is the qform if the
         sform is singular.
 
     Raises
@@ -189,15 +189,15 @@ def read_volume(path, channels=1):
     Parameters
     ----------
     path : path
-        As in `read_header`. A plain `.nii` has no checksum: changed bytes among its
-        voxels cannot be noticed.
+        As in `read_header`. A plain `.nii` has no checksum, so changes in its voxels
+        cannot be detected.
     channels : int
         As in `read_header`.
 
     Returns
     -------
     volume : (X, Y, Z) array, or (X, Y, Z, channels)
-        As stored, in the file's own type if it is not scaled.
+        In the file's own type, unless the header scales the values.
     header : nibabel.Nifti1Header or Nifti2Header
 
     Raises
@@ -221,7 +221,7 @@ def load_labels(path, labels="0124"):
     path : path
         A NIfTI file of labels.
     labels : str or dict
-        How the file writes its labels, see `labels.label_table`.
+        The file's label convention, see `labels.label_table`.
 
     Returns
     -------
@@ -233,15 +233,16 @@ def load_labels(path, labels="0124"):
     Raises
     ------
     BratsDataError
-        If the file cannot be read, or holds another value.
+        If the file cannot be read, or holds a value that `labels` does not list.
     """
     table = label_table(labels)
     volume, header = read_volume(path)
     try:
-        # To four decimals: a scaling may round, 0.1 * 30 in float32 is 3.0000001.
+        # Scaling may not be exact: in float32, 0.1 * 30 is 3.0000001.
         segmentation = relabel(np.round(volume, 4), table)
     except ValueError as error:
-        advice = "If the set writes its labels otherwise, pass labels= to find_cases"
+        advice = "If a set uses other labels, pass labels= to find_cases; a prediction "
+        advice += "to score has to use 0, 1, 2 and 4 (see labels.relabel)"
         _refuse(path, str(error), advice)
     return segmentation, header.get_best_affine()
 
@@ -252,14 +253,14 @@ def check_unedited(folder, files):
     Parameters
     ----------
     folder : path
-        Holds a manifest.
+        The folder with the manifest.
     files : dict
         "files" of the manifest: NIfTI volumes.
 
     Raises
     ------
     ValueError
-        Names the file.
+        The message names the file.
     """
     complete = {name: noted for name, noted in files.items() if noted}
     for path in (Path(folder, name) for name in find_changed(folder, complete)):
@@ -270,7 +271,7 @@ def check_unedited(folder, files):
 
 
 def absolute(root):
-    """Return a folder as an absolute path, so that it has a name; keep links.
+    """Return a folder as an absolute path, so that it has a name.
 
     Parameters
     ----------
@@ -279,18 +280,19 @@ def absolute(root):
     Returns
     -------
     root : Path
+        Links are kept, unless the path contains "..".
     """
     root = check_path("root", root)
     return root.resolve() if ".." in root.parts else root.absolute()
 
 
 def walk(root):
-    """Yield each file below a root once, sorted in each folder.
+    """Yield each file below a folder once, sorted within each subfolder.
 
     Parameters
     ----------
     root : path
-        Links are followed; hidden files and folders are left out, and the system's.
+        Links are followed; hidden files, hidden folders and system folders are skipped.
 
     Yields
     ------
@@ -299,8 +301,8 @@ def walk(root):
     Raises
     ------
     BratsDataError
-        If a folder cannot be read, or a link is broken: the files behind it would be
-        left out without a message.
+        If a folder cannot be read or a link is broken, because files would be missed
+        without a message.
     """
 
     def refuse(error):
@@ -323,7 +325,7 @@ def walk(root):
 
 
 def file_states(paths):
-    """Return sizes and times that show whether files have changed, without reading.
+    """Return sizes and times that show whether files changed, without reading them.
 
     Parameters
     ----------
@@ -365,7 +367,7 @@ def check_spacing(header, case_id=None):
     Raises
     ------
     BratsDataError
-        If a size differs by more than 0.05 mm.
+        If a side differs from 1 mm by more than 0.05 mm.
     """
     spacing = np.round(spacing_mm(header.get_best_affine()), 2).tolist()
     if not np.allclose(spacing, 1, atol=0.05):
@@ -374,7 +376,7 @@ def check_spacing(header, case_id=None):
 
 
 def check_grid(header, path, first):
-    """Raise if a volume lies on another grid than the first one of its case.
+    """Raise if a volume is not on the same grid as the first one of its case.
 
     Parameters
     ----------
@@ -387,7 +389,7 @@ def check_grid(header, path, first):
     Raises
     ------
     BratsDataError
-        Says what differs.
+        The message says what differs.
     """
     name, other = first[0].name, first[1]
     shape, expected = header.get_data_shape(), other.get_data_shape()
@@ -408,7 +410,7 @@ def threes_and_fours(path):
     Returns
     -------
     values : set of int
-        Empty if there is no file, or it cannot be read: reading the case raises that.
+        Empty if there is no file or it cannot be read; reading the case will raise.
     """
     with contextlib.suppress(BratsDataError):
         if path is not None:
@@ -431,12 +433,12 @@ def to_lps(volume, affine):
     volume : (X, Y, Z, ...) array
         On the stored grid.
     affine : (4, 4) array
-        Of that grid.
+        Affine of that grid.
 
     Returns
     -------
     volume : array
-        Axes swapped and flipped, no voxel changed; a view where possible.
+        With axes swapped and flipped, values unchanged; a view where possible.
     """
     return _reorient(volume, nib.orientations.io_orientation(affine), _LPS)
 
@@ -449,7 +451,7 @@ def from_lps(volume, affine):
     volume : (X, Y, Z, ...) array
         In LPS order.
     affine : (4, 4) array
-        Of the stored grid.
+        Affine of the stored grid.
 
     Returns
     -------
@@ -486,9 +488,9 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
     path : path
         Ends in `.nii` or `.nii.gz`; the temporary path of an atomic write.
     affine : (4, 4) array, optional
-        Voxel indices to millimetres, in nibabel's RAS+ world.
+        Voxel indices to millimetres, in nibabel's RAS+ space.
     like : nibabel.Nifti1Header or Nifti2Header, optional
-        Take the geometry of this header instead. Its texts, which may name the
+        Header to take the geometry from instead. Its text fields, which may name the
         patient, are not copied.
     name : str
         Written as the header's "intent_name", at most 15 characters.
@@ -515,14 +517,14 @@ def write_segmentation(segmentation, header, path):
     segmentation : (X, Y, Z) integer array
         Values 0, 1, 2 and 4.
     header : nibabel.Nifti1Header
-        Of the case's images.
+        Header of the case's images.
     path : path
         Ends in `.nii` or `.nii.gz`.
 
     Raises
     ------
     ValueError
-        If the shape is not the header's, or a value is no BraTS label.
+        If the shape differs from the header's, or a value is not a BraTS label.
     """
     segmentation, shape = np.asarray(segmentation), header.get_data_shape()
     if segmentation.shape != shape:
@@ -533,14 +535,14 @@ def write_segmentation(segmentation, header, path):
 
 
 def save_segmentation(segmentation, case, path):
-    """Write a label map on the case's own grid, as the challenge wants it.
+    """Write a label map on the case's own grid, as the challenge requires.
 
     Parameters
     ----------
     segmentation : (X, Y, Z) integer array
         Values 0, 1, 2 and 4, in the shape of the case's images.
     case : Case
-        The file takes the affine and the header geometry of its images.
+        The file gets the affine and the header geometry of its images.
     path : path
         Ends in `.nii` or `.nii.gz`; the file holds uint8. A label map that this
         function wrote is replaced; any other file is left as it is.
@@ -548,8 +550,8 @@ def save_segmentation(segmentation, case, path):
     Raises
     ------
     ValueError
-        If the shape is not the case's, a value is no BraTS label, or a file is there
-        that this function did not write.
+        If the shape differs from the case's, a value is not a BraTS label, or `path` is
+        a file that this function did not write.
     """
     path = check_path("path", path)
     check_option("case", case, lambda c: len(c.images), "a Case, as find_cases returns")

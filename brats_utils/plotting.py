@@ -25,7 +25,7 @@ from brats_utils.volumes import best_slice, bounding_box, bounding_boxes, surfac
 
 PLANES = ("sagittal", "coronal", "axial")
 EDGES = ("APSI", "RLSI", "RLAP")  # left, right, top and bottom of each plane
-# 9 voxels on either side of a slice(start, stop), as pixel 0 reaches from -0.5 to 0.5.
+# 9 voxels on either side of a slice(start, stop); pixel 0 extends from -0.5 to 0.5.
 FRAME_MARGIN = np.array([-9.5, 8.5])
 LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 # Labels, errors, boxes and regions have different colours, so that they are not mixed
@@ -33,7 +33,7 @@ LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 ERRORS = {"missed": "#CC79A7", "false positive": "#009E73", "wrong label": "#00E5FF"}
 BOX_COLOUR = "#FFFFFF"
 REGION_COLOURS = {"WT": "#332288", "TC": "#882255", "ET": COLOURS[4]}
-SD_LIMITS = (0.05, 0.5)  # less is not coloured; 0.5 is the largest SD of a probability
+SD_LIMITS = (0.05, 0.5)  # smaller SDs have no colour; a probability has at most 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +56,14 @@ class Overlay:
     opacity: float = 0.5
 
     def draw(self, axes, index, axis):
-        """Draw one slice over the slice that the axes show already.
+        """Draw one slice over the slice that the axes already show.
 
         Parameters
         ----------
         axes : matplotlib axes
-            Show the same slice of a scan.
+            Already show the same slice of a scan.
         index, axis : int
-            Which slice, across which axis.
+            Index of the slice, and its axis.
         """
         colours, cmap, (low, high) = [*self.colours.values()], "plasma", SD_LIMITS
         if colours:
@@ -77,13 +77,13 @@ class Overlay:
 
 
 def _overlay(labels):
-    """Return the overlay of a BraTS label map; None without one."""
+    """Return the overlay of a BraTS label map, or None if there is no map."""
     if labels is not None:
         return Overlay(encode_labels(labels), LABEL_COLOURS)
 
 
 def _comparison(truth=None, prediction=None, spread=None):
-    """Return what can be drawn over a scan, by name, starting with nothing."""
+    """Return the overlays to choose from, by name; the first is "nothing"."""
     overlays = {"truth": _overlay(truth), "prediction": _overlay(prediction)}
     if all(overlays.values()):
         truth, prediction = (overlay.volume for overlay in overlays.values())
@@ -105,7 +105,7 @@ def _best_slice_of(overlays, shape, axis):
 
 
 def _slice_indices(index, sizes):
-    """Return the slice of each volume; raise if one of them has no such slice."""
+    """Return the slice index for each volume; raise if one is out of range."""
     indices, last = np.broadcast_to(index, len(sizes)), np.array(sizes) - 1
     fits = indices.dtype.kind in "iu" and ((indices >= 0) & (indices <= last)).all()
     check_option("index", index, lambda _: fits, f"a slice from 0 to {last.min()}")
@@ -113,15 +113,15 @@ def _slice_indices(index, sizes):
 
 
 def _in_plane(values, axis):
-    """Return the values, of one for each axis, of the two axes that a slice shows."""
+    """Return the values for the two axes that a slice shows, given one per axis."""
     return [value for a, value in enumerate(values) if a != axis]
 
 
 def _find_frames(volumes, boxes):
     """Return the limits of the part of each volume to show, (3, 2) in pixels.
 
-    This is where the volume is not 0, with its box and a margin. Volumes of the same
-    shape share one frame.
+    This part contains all non-zero voxels, the box if there is one, and a margin.
+    Volumes of the same shape share one frame.
     """
     masks = [volume != 0 for volume in volumes]
     for mask, box in zip(masks, boxes, strict=True):
@@ -132,7 +132,7 @@ def _find_frames(volumes, boxes):
 
 
 def _make_axes(axes, n, size):
-    """Return the first n of the axes given, or a new row of a size in inches."""
+    """Return the first n of the given axes, or a new row (size in inches)."""
     if axes is None:
         axes = plt.subplots(1, n, figsize=size, squeeze=False, layout="constrained")[1]
     axes = np.ravel(axes)[:n]
@@ -141,7 +141,7 @@ def _make_axes(axes, n, size):
 
 
 def _show_grey(axes, volume, index, axis, spacing_mm, frame, window):
-    """Draw one slice in grey; the black of the axes where the volume is exactly 0."""
+    """Draw one slice in grey; where it is exactly 0, the black background shows."""
     if window is None:  # the 1st to the 99th percentile
         some = np.asarray(volume[::2, ::2, ::2], np.float32)
         window = np.percentile(some[some != 0], (1, 99)) if some.any() else (0, 1)
@@ -151,7 +151,7 @@ def _show_grey(axes, volume, index, axis, spacing_mm, frame, window):
     style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
     axes.imshow(picture, aspect=up / across, **style)
     columns, rows = _in_plane(frame, axis)
-    # The front is the first row of an axial slice, the head the last of the others.
+    # Row 0 is the front of an axial slice, and goes on top; in others it is the feet.
     axes.set(xlim=columns, ylim=rows[::-1] if axis == 2 else rows)
     axes.set(xticks=[], yticks=[], facecolor="black")
 
@@ -165,9 +165,9 @@ def _draw_box(axes, box, axis):
 
 
 def _annotate(axes, index, axis, sides):
-    """Write plane and index in a corner and, unless `sides` is False, letters at edges.
+    """Write plane and index in a corner, and letters for the sides at the edges.
 
-    `sides` is True for those of the plane, or other letters.
+    `sides` is True for the letters of the plane, False for none, or the four letters.
     """
     style = {"color": "0.8", "fontsize": "small", "transform": axes.transAxes}
     style["path_effects"] = [withStroke(linewidth=2, foreground="black")]
@@ -198,7 +198,7 @@ def _add_legend(axes, overlays):
 
 
 def _check_view(n, axis, spacing_mm, window, **lists):
-    """Return the lists, [None] * n for None; raise if an option is not possible."""
+    """Validate the options; return the lists, with None replaced by [None] * n."""
     check_option("axis", axis, lambda a: is_whole(a) and a < 3, "0, 1 or 2")
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     check_option("window", window, lambda w: w is None or np.diff(w) >= 0, "low, high")
@@ -240,8 +240,8 @@ def plot_slices(
     boxes : sequence of tuple of 3 slices or None, optional
         A box to outline in each volume, as `crop_box` returns it.
     index : int or sequence of int, optional
-        Which slice, or one for each volume. By default the slice with the most tumour
-        in the first label map that has any, otherwise the middle slice.
+        Index of the slice, or one for each volume. By default the slice with the most
+        tumour in the first label map that has any, otherwise the middle slice.
     axis : int
         The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
     spacing_mm : (3,) sequence of float
@@ -250,7 +250,7 @@ def plot_slices(
         Mark the patient's sides at the edges. For a volume that was flipped, give the
         letters at its left, right, upper and lower edge, such as "LRAP", or False.
     window : (float, float), optional
-        The values to draw black and white in all panels, to compare them.
+        The values drawn as black and white in all panels, to make them comparable.
     axes : sequence of matplotlib axes, optional
         Where to draw; a new figure by default.
 
@@ -261,7 +261,7 @@ def plot_slices(
     Raises
     ------
     ValueError
-        If an option is not possible, an overlay does not have the shape of its volume,
+        If an option is invalid, an overlay does not have the shape of its volume,
         or a label map holds a value that is not a BraTS label.
     """
     check_option("volumes", volumes, lambda v: {x.ndim for x in v} == {3}, "3-D arrays")
@@ -371,7 +371,7 @@ def plot_uncertainty(image, prediction, spread, *, channel=0, **view):
         BraTS label map, values 0, 1, 2 and 4.
     spread : (X, Y, Z) float array
         Standard deviation of the probabilities, as `predict_case` returns it. The
-        colours of 0.05 to 0.5 are the same in every figure; less is not coloured.
+        colour scale is 0.05 to 0.5 in every figure; smaller values have no colour.
     channel : int
         Which modality to show; the first, FLAIR, by default.
     **view
@@ -390,19 +390,19 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     Parameters
     ----------
     segmentations : sequence of (X, Y, Z) integer array
-        BraTS label maps of one grid, values 0, 1, 2 and 4, in LPS order.
+        BraTS label maps on the same grid, values 0, 1, 2 and 4, in LPS order.
     titles : sequence of str
-        One for each of them.
+        One for each label map.
     spacing_mm : (3,) sequence of float
         Voxel size along X, Y and Z, in millimetres.
     step : int
-        Draw every n-th voxel only, which takes 1/n² of the time and may miss what is
+        Draw every n-th voxel only, which takes 1/n² of the time and may miss structures
         thinner than that.
 
     Returns
     -------
     axes : array of matplotlib 3D axes
-        The same limits for all.
+        All have the same limits.
     """
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     check_option("step", step, *whole(1))
@@ -473,10 +473,10 @@ def plot_history(history, axes=None):
 
 
 class _Browser:
-    """Widgets to look through the slices of one case or of several.
+    """Widgets for browsing the slices of one or more cases.
 
-    One set of widgets serves all cases, so only the volumes of the case on display
-    are in memory.
+    All cases share one set of widgets, so only the volumes of the case on display are
+    in memory.
     """
 
     def __init__(self, load, cases, axis=2, spacing_mm=(1, 1, 1)):
@@ -495,7 +495,7 @@ class _Browser:
         self.layer = widgets.Dropdown(description="overlay", options=[*self.overlays])
         self.layer.index = min(2, len(self.overlays) - 1)  # the prediction, if any
         self.opacity = widgets.FloatSlider(0.5, max=1, description="opacity", **late)
-        # Not an Output widget, which at times stalls a notebook run without a browser.
+        # Not an Output widget: it sometimes stalls a notebook run without a browser.
         self.picture = widgets.Image(format="png")
         self.go_to_tumour()
         self.draw()
@@ -508,7 +508,7 @@ class _Browser:
         self.box = widgets.HBox([self.picture, widgets.VBox([*shown, jump])])
 
     def open_case(self):
-        """Read the case that was chosen."""
+        """Load the selected case."""
         self.image, *labels = self.load(self.case.value)
         self.channels, self.overlays = _channels(self.image), _comparison(*labels)
 
@@ -519,7 +519,7 @@ class _Browser:
         self.index.value = _best_slice_of(self.overlays.values(), shape, axis)
 
     def update(self, change):
-        """Draw the slice again, after a change of any control."""
+        """Redraw the slice after any control has changed."""
         if change.owner is self.case:
             self.open_case()
         if change.owner in (self.case, self.plane):
@@ -548,8 +548,8 @@ class _Browser:
 def browse(image, segmentation=None, prediction=None, spread=None, **view):
     """Show a case as a still picture and, in a running notebook, a browser below it.
 
-    The browser has a slider over the slices of each plane, a button to the slice with
-    the most tumour, and a choice of the modality, the overlay and its opacity.
+    The browser has a slider for the slices of each plane, a button that jumps to the
+    slice with the most tumour, and controls for modality, overlay and opacity.
 
     Parameters
     ----------
@@ -558,25 +558,25 @@ def browse(image, segmentation=None, prediction=None, spread=None, **view):
     segmentation : (X, Y, Z) integer array, optional
         True BraTS labels.
     prediction : (X, Y, Z) integer array, optional
-        Predicted BraTS labels. With both, the errors are shown too.
+        Predicted BraTS labels. If both are given, the errors can be shown too.
     spread : (X, Y, Z) float array, optional
         Standard deviation of the probabilities, as `predict_case` returns it.
     **view
-        `axis`, the plane to begin with, and `spacing_mm`, as in `plot_slices`.
+        `axis`, the initial plane, and `spacing_mm`, as in `plot_slices`.
     """
     _Browser(lambda _: (image, segmentation, prediction, spread), [""], **view).show()
 
 
 def browse_cases(scores, load, **view):
-    """Show a browser of the cases in a table of results, the worst first.
+    """Show a browser for a series of scored cases, worst first.
 
-    The still picture, which a saved notebook keeps, is of the worst.
+    The still picture that a saved notebook keeps shows the worst case.
 
     Parameters
     ----------
     scores : pandas.Series
-        A score for each case id, higher is better: mean Dice, for example. Its name, if
-        it has one, is shown.
+        A score for each case id, where higher is better, such as the mean Dice. The
+        name of the Series is shown, if it has one.
     load : callable
         Takes a case id and returns what `browse` takes: image, segmentation, prediction
         and, if there is one, spread, in LPS order.

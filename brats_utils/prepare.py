@@ -1,4 +1,4 @@
-"""From scans to npy volumes: scale, stack, crop, keep or drop, save."""
+"""Convert scans to npy volumes: scale, stack, crop, select and save."""
 
 import errno
 import lzma
@@ -19,15 +19,15 @@ from brats_utils.nifti import BratsDataError, check_spacing, file_states, spacin
 from brats_utils.split import KINDS, find_patients
 
 REPORT = "cases.csv"
-# Voxels along X, Y and Z of the box around a large brain, to estimate disk space with.
+# Voxels along X, Y and Z of the box around a large brain, for estimating disk space.
 TYPICAL_BRAIN_BOX = (145, 180, 150)
-# What zipfile raises for damaged archives.
+# Errors that zipfile raises for damaged archives.
 _BAD = EOFError, OSError, UnicodeError, lzma.LZMAError, zipfile.BadZipFile, zlib.error
 LOSS_TO_WARN_OF = 0.05  # share of the tumour outside our own crop
 
 
 def _check_options(crop_shape, modalities, min_labelled=0, scaling="minmax"):
-    """Return the options of a preparation as JSON holds them; raise if one is wrong."""
+    """Check the options of a preparation, and return them as JSON values."""
     check, scalings = files.check_option, volumes.SCALINGS
     volumes.check_shape(crop_shape)
     check("min_labelled", min_labelled, *files.number(0, 1))
@@ -40,7 +40,7 @@ def _check_options(crop_shape, modalities, min_labelled=0, scaling="minmax"):
 
 
 def _made_of(case, options):
-    """Return what a prepared case depends on: settings, version, its files' state."""
+    """Return what a prepared case depends on: settings, version, state of its files."""
     paths = [*map(case.images.get, options["modalities"]), case.segmentation]
     made_of = {**options, "labels": case.labels, "version": __version__}
     return {**made_of, "files": file_states(paths)}
@@ -52,9 +52,9 @@ def _volume_names(case_id):
 
 
 def _reuse(case_id, made_of, output):
-    """Return whether the open folder holds a case, intact and made of the same.
+    """Return whether a case is already in the output: intact, with the same `made_of`.
 
-    If only the former result holds it, the case is taken over from there.
+    If only the previous result holds it, the case is taken over from there.
     """
     places = (output.path, output.manifest), (output.final, output.former)
     for folder, manifest in places:
@@ -83,36 +83,37 @@ def prepare_case(
 ):
     """Scale, stack, crop and save one case, unless too little of it is labelled.
 
-    A case that was finished before is left as it is, unless its files, the settings or
-    this package have changed or a volume is damaged.
+    A finished case is left as it is, unless its files, the settings or the version of
+    this package have changed, or a volume is damaged.
 
     Parameters
     ----------
     case : Case
-        With a segmentation.
+        Must have a segmentation.
     out : path
         Gets `images/<case>.npy`, float16 (X, Y, Z, C), and `masks/<case>.npy`, uint8
-        (X, Y, Z) with labels 0 to 3, in LPS order. Not the folder of a whole data set.
+        (X, Y, Z) with labels 0 to 3, in LPS order. Must not hold a whole data set.
     crop_shape, min_labelled, modalities, scaling
         As in `prepare_dataset`.
 
     Returns
     -------
     row : dict
-        The case's row in `cases.csv`: kept or not and why, the labelled share of the
-        crop, tumour voxels that the crop and the tutorial recipe's fixed window lose,
-        the regions' volumes, and for each channel the mean and SD of the whole scan's
-        non-zero voxels and the value of background, in stored units.
+        The case's row, as in `cases.csv`: whether it was kept and if not, why; the
+        labelled share of the crop; the tumour lost by the crop and by the tutorial
+        recipe's fixed window; the volumes of the regions; and for each channel, the
+        mean and SD of the whole scan's non-zero voxels and the background value, in
+        stored units.
 
     Raises
     ------
     BratsDataError
         If the case has no segmentation, or its files are not valid.
     ValueError
-        If an option is out of range, or `out` holds something else, or other cases
-        that were prepared with other options (`min_labelled` apart).
+        If an option is out of range, or `out` holds something else, or cases that were
+        prepared with other options (except `min_labelled`).
     OSError
-        If the disk has no room for the result.
+        If there is not enough disk space.
     """
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
     check_distinct([case])
@@ -124,7 +125,7 @@ def prepare_case(
             problem = f"{out} holds a data set, which prepare_dataset changes whole"
             raise ValueError(f"{problem}; choose another folder")
         for case_id, record in output.manifest["cases"].items():
-            # Cases may differ in min_labelled; what is no option is not compared.
+            # Cases may differ in min_labelled; only options are compared.
             made_of = {**record["made_of"], "min_labelled": min_labelled}
             differ = files.find_differences(made_of, made_of | options)
             if differ and record["row"]["kept"] and case_id != case.id:
@@ -143,7 +144,7 @@ def prepare_case(
 
 
 def _folders(cases):
-    """Return the folders in which the files of cases lie."""
+    """Return the folders that hold the files of cases."""
     paths = [p for c in cases for p in (*c.images.values(), c.segmentation) if p]
     return {path.absolute().parent for path in paths}
 
@@ -164,10 +165,10 @@ def _prepare(case, folder, options):
 
 
 def _prepare_all(cases, output, options, jobs):
-    """Prepare the cases that cannot be reused; return the rows of all, and errors."""
+    """Prepare the cases that cannot be reused; return all rows, and the errors."""
     output.claim(name for case in cases for name in _volume_names(case.id))
     made_of = {case.id: _made_of(case, options) for case in cases}
-    # _reuse also takes finished cases over from the former result.
+    # _reuse also takes over finished cases from the previous result.
     todo = [case for case in cases if not _reuse(case.id, made_of[case.id], output)]
     calls = (delayed(_prepare)(case, output.path, options) for case in todo)
     jobs = max(1, min(jobs or os.cpu_count(), len(todo)))
@@ -213,10 +214,10 @@ def _crop_and_measure(case, options):
         "labelled_share": share,
         "lost_voxels": tumour - inside,
         "lost_share": lost,
-        "window_lost_share": (tumour - in_window) / max(1, tumour),  # the recipe's
+        "window_lost_share": (tumour - in_window) / max(1, tumour),  # by the recipe
         "shape": "x".join(map(str, mask.shape)),
     }
-    tumour_box = volumes.bounding_box(truth)  # counts the same voxels, faster
+    tumour_box = volumes.bounding_box(truth)  # same counts, but faster
     sizes_ml = labels.region_volumes_ml(truth[tumour_box], spacing_mm(scan.affine))
     row |= {f"{region}_ml": ml for region, ml in sizes_ml.items()}
     image = np.empty((*mask.shape, len(scan.volumes)), np.float16)  # (X, Y, Z, C)
@@ -236,16 +237,16 @@ def _crop_and_measure(case, options):
 def estimate_disk_gb(
     n_cases, *, crop_shape=(128, 128, 128), modalities=labels.MODALITIES
 ):
-    """Return the space that prepared cases take, in GB (10⁹ bytes).
+    """Estimate the disk space that prepared cases take, in GB (10⁹ bytes).
 
     Parameters
     ----------
     n_cases : int
-        How many are kept.
+        Number of kept cases.
     crop_shape : tuple of 3 int or None
-        None assumes the box around a typical brain.
+        None assumes the box around a large brain.
     modalities : sequence of str
-        The channels, two bytes a voxel each; the mask takes one.
+        The channels, at two bytes per voxel; the mask takes one.
 
     Returns
     -------
@@ -264,9 +265,9 @@ def estimate_disk_gb(
 
 
 def _find_input(raw, label_option):
-    """Return the folders of sets, all folders that are read, and cases: all, labelled.
+    """Return the folders of the sets, all input folders, all cases, and labelled cases.
 
-    `raw` and `label_option` are what `prepare_dataset` takes as `raw` and `labels`.
+    `raw` and `label_option` are `raw` and `labels` of `prepare_dataset`.
     """
     is_list = isinstance(raw, (list, tuple))
     fits = is_list or isinstance(raw, str | os.PathLike)
@@ -302,10 +303,10 @@ def prepare_dataset(
     """Prepare all cases of a folder; an interrupted call resumes where it left off.
 
     All options, names, headers and mappings are checked before anything is written.
-    The volumes are written to a folder beside `out`, which replaces a former result in
-    one step when all cases are done. Cases that are finished there or in `out` are
-    taken over, unless their files, the settings or this package have changed or a
-    volume is damaged.
+    The volumes are written to a folder next to `out`, which replaces a previous result
+    in one step when all cases are done. Cases that are finished there or in `out` are
+    reused, unless their files, the settings or the version of this package have
+    changed, or a volume is damaged.
 
     Parameters
     ----------
@@ -322,17 +323,17 @@ def prepare_dataset(
     scaling : {"minmax", "zscore"}
         See `scale_volume`.
     jobs : int, optional
-        Cases prepared at once, in threads; as many as there are cores by default. A
-        surrounding `joblib.parallel_config` decides where they run.
+        Number of cases prepared in parallel, in threads; by default, the number of
+        cores. An enclosing `joblib.parallel_config` can choose another backend.
     skip_bad : bool
         Leave invalid cases out, with the reason in the report, instead of raising.
     labels : str or dict
-        As in `find_cases`, which reads all label maps unless this is given.
+        As in `find_cases`; "auto" has to read all label maps.
 
     Returns
     -------
     report : pandas.DataFrame
-        A row for each case; those without segmentation are there too, as not kept. Its
+        One row per case; cases without a segmentation are included as not kept. Its
         `attrs["patients"]` says how many ids each mapping table matched.
 
     Raises
@@ -342,7 +343,7 @@ def prepare_dataset(
     ValueError
         If an option is out of range, or `out` holds something else or is an input.
     OSError
-        If the disk has no room for the result.
+        If there is not enough disk space.
     """
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
     files.check_option("jobs", 1 if jobs is None else jobs, *files.whole(1))
@@ -396,7 +397,7 @@ def _check_space(cases, output, options):
 
 
 def _report(rows, cases, bad, patients):
-    """Return the rows of prepared cases and those of the others, by id."""
+    """Return a table of the prepared cases and of the others, sorted by id."""
     reasons = {case.id: "no segmentation" for case in cases if not case.segmentation}
     reasons |= {case_id: f"not valid: {text}" for case_id, text in bad.items()}
     rows += [{"case": i, "kept": False, "reason": why} for i, why in reasons.items()]
@@ -406,14 +407,14 @@ def _report(rows, cases, bad, patients):
 
 
 def _bad_headers(cases, modalities):
-    """Return {case id: all that names, headers and lengths show to be wrong}."""
+    """Return {case id: all problems found in names, headers and lengths}."""
     table = check_cases(cases, voxels=False, modalities=modalities)
     lines = table["file"] + ": " + table["problem"] + ". " + table["what to do"]
     return lines.str.rstrip(". ").groupby(table["case"]).agg("; ".join).to_dict()
 
 
 def _refuse(bad, skip_bad):
-    """Raise one error for all invalid cases, {id: what is wrong}, unless skipped."""
+    """Raise one error for all invalid cases, {id: problem}, unless they are skipped."""
     if bad and not skip_bad:
         problem = f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip(".")
         advice = "Correct them, or leave them out with prepare_dataset(skip_bad=True); "
@@ -422,24 +423,24 @@ def _refuse(bad, skip_bad):
 
 
 def extract(archive, folder, *, max_gb=100):
-    """Unpack a downloaded zip file, checked as a whole before anything is written.
+    """Unpack a downloaded zip file, after checking all of it.
 
     Parameters
     ----------
     archive : path
         The zip file.
     folder : path
-        New or empty. It appears once all of the archive is unpacked.
+        A new or empty folder. It appears once the whole archive is unpacked.
     max_gb : float
-        An archive that unpacks to more is refused, in GB (10⁹ bytes).
+        Maximum unpacked size, in GB (10⁹ bytes).
 
     Raises
     ------
     ValueError
-        If the folder holds something; if the archive is incomplete, damaged, encrypted
-        or too large; or if a name in it is a link or leads out of the folder.
+        If the folder is not empty; if the archive is incomplete, damaged, encrypted or
+        too large; or if an entry is a link or leads out of the folder.
     OSError
-        If the disk refuses.
+        If reading or writing fails.
     """
     files.check_option("max_gb", max_gb, *files.number(0, np.inf))
     archive = files.check_path("archive", archive)
@@ -466,11 +467,11 @@ def extract(archive, folder, *, max_gb=100):
 def _check_archive(zipped, root, max_gb):
     """Return the names of an archive's files; raise unless all can be unpacked."""
     entries = zipped.infolist()
-    size = sum(entry.file_size for entry in entries) / 1e9  # in GB, as is the room
+    size = sum(entry.file_size for entry in entries) / 1e9  # in GB, like `room`
     room = min(max_gb, files.free_gb(root))
     problems = [f"unpacks to {size:.1f} GB, over {room:.1f} GB"] if size > room else []
     for entry in entries:
-        if "\\" in entry.filename:  # starts a folder on Windows only
+        if "\\" in entry.filename:  # a separator only on Windows
             problems.append(f"{entry.filename!r} has backslashes; use another tool")
         outside = {"..", "/", "//"} & {*PurePosixPath(entry.filename).parts}
         if outside or stat.S_ISLNK(entry.external_attr >> 16):

@@ -365,6 +365,10 @@ def _split(prepared, out, kind, choose, least, why, **choice):
     if not ids or not all(ids.values()):
         n, advice = len(manifest["cases"]), "Provide more cases, or lower min_labelled"
         problem = f"{n} kept cases of {len(groups)} patients cannot be split {why}"
+        largest = max(groups, key=len, default=[])
+        if len(largest) > 1:
+            problem += f"; {', '.join(largest[:5])} and so on are one patient's"
+            advice = "If that is wrong, put the patient into each case's name or folder"
         raise BratsDataError(problem, file=prepared, advice=advice)
     _write_split(out, kind, prepared, manifest, ids, choice)
     return ids

@@ -30,8 +30,8 @@ from brats_utils.volumes import NORMALISATION
 
 HISTORY, STATE, FORMER = "history.csv", "last.npz", "last_but_one.npz"
 ANOTHER_RUN = "Choose another run_dir (in notebook 04, RUN), or delete this one"
-WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps: averages reach back no further
-PILOT, PILOT_PLAN = 2, 20  # epochs that are timed, and the plan until then
+WARMUP_SHARE = AVERAGED_SHARE = 0.05  # of all steps; averages span at most this
+PILOT, PILOT_PLAN = 2, 20  # epochs to time, and the planned number until then
 VALIDATIONS = 10  # in a run, by default
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
@@ -41,7 +41,7 @@ def _are_callbacks(xs):
 
 
 OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")  # may be None
-# The values that options of `train` may have, as (fits, expected) of `check_option`.
+# The values that options of `train` may have, as (fits, expected) for `check_option`.
 POSSIBLE = dict.fromkeys(("epochs", "validation_freq"), files.whole(1))
 POSSIBLE |= {"average": files.number(0, 0.9999), "start_share": files.number(0, 0.99)}
 POSSIBLE |= {"minutes": files.number(0, 1e6), "max_minutes": files.number(0, np.inf)}
@@ -68,7 +68,7 @@ def _compile(model, loss, learning_rate, average, steps):
     plan = {"warmup_target": learning_rate, "warmup_steps": warmup}
     plan |= {"decay_steps": max(1, steps - warmup)}
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate / warmup, **plan)
-    # Keras's average begins with the first weights, which a short run would keep.
+    # Keras's average starts at the initial weights, which would dominate a short run.
     momentum = min(average, max(0.5, 1 - 1 / (AVERAGED_SHARE * steps)))
     ema = {"use_ema": average > 0, "ema_momentum": momentum}
     optimizer = keras.optimizers.AdamW(schedule, **OPTIMIZER, **ema)
@@ -76,13 +76,13 @@ def _compile(model, loss, learning_rate, average, steps):
     # XLA makes TensorFlow's 3-D convolutions ten times slower on a CPU; JAX needs it.
     slow = keras.backend.backend() == "tensorflow" and not has_gpu()
     model.compile(optimizer, loss, metrics=metrics, jit_compile=not slow and "auto")
-    # Not `optimizer`: with mixed_float16 Keras has wrapped it, to scale the loss.
+    # Not `optimizer`: with mixed_float16, Keras wraps it to scale the loss.
     model.optimizer.build(model.trainable_variables)
     losses.build_losses(model)
 
 
 def _describe_run(model, train_data, val_data, loss, **settings):
-    """Return the run's description: all that must be equal when it is resumed."""
+    """Return the run's description: everything that must match to resume it."""
     settings["start_share"] = settings["start_share"] or None  # as in older states
     description = {
         "modalities": train_data.modalities,
@@ -104,14 +104,14 @@ def _describe_run(model, train_data, val_data, loss, **settings):
 
 
 class Run:
-    """The folder of a training run: its history, its states, its best model.
+    """The folder of a training run, with its history, states and best model.
 
     Parameters
     ----------
     output : files.OutputFolder
         Open, of the kind "run".
     description : dict
-        All that must be equal when the run is resumed.
+        Everything that must match to resume the run.
     """
 
     def __init__(self, output, description):
@@ -119,18 +119,18 @@ class Run:
         self.former_is_newest = False  # the newest state is damaged
 
     def resume(self, model):
-        """Restore the run that the folder holds, if any; nothing is written.
+        """Restore the run in the folder, if there is one, without writing anything.
 
         Parameters
         ----------
         model : keras.Model
-            Compiled, its optimizer built; gets the run's variables.
+            Compiled, with its optimizer built. Receives the run's variables.
 
         Raises
         ------
         ValueError
-            If the folder holds a run of another description, only damaged states, or a
-            model without any.
+            If the folder holds a run with another description, only damaged states, or
+            a model without a state.
         """
         folder = self.output.path
         nothing = {"history": [], "description": {}}
@@ -149,12 +149,12 @@ class Run:
                 variable.assign(array)
 
     def begin(self, model):
-        """Announce the files of the run.
+        """Register the files of the run, and save the initial state of a new one.
 
         Parameters
         ----------
         model : keras.Model
-            Its weights before the first step are a state to resume from, too.
+            Compiled.
         """
         self.output.begin(self.description)
         self.output.claim([BEST, HISTORY, STATE, FORMER])
@@ -164,7 +164,7 @@ class Run:
             self.save(model)
 
     def save(self, model):
-        """Write the state, and keep the one before it.
+        """Write the state and keep the previous one.
 
         Parameters
         ----------
@@ -175,7 +175,7 @@ class Run:
         arrays = {f"v{i:04}": array for i, array in enumerate(variables)}
         record = json.dumps({"history": self.rows, "description": self.description})
         state, former = self.output.path / STATE, self.output.path / FORMER
-        self.output.save()  # the best model is noted before a state says it is there
+        self.output.save()  # record the best model before a state that refers to it
         with self.output.write(STATE) as temporary:
             np.savez(temporary, record=record, **arrays)
             if state.exists():
@@ -190,12 +190,12 @@ class Run:
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
 
     def _read_state(self):
-        """Return (variables, record) of the newest valid state; None without any."""
+        """Return (variables, record) of the newest valid state, None without any."""
         problems, state = [], self.output.path / STATE
         for path in filter(Path.exists, (state, self.output.path / FORMER)):
             try:
                 arrays, record = files.read_arrays(path)
-            except Exception as error:  # whatever zip and numpy raise at damaged bytes
+            except Exception as error:  # whatever zip and numpy raise for damaged files
                 problems.append(f"{path} is damaged ({error})")
                 continue
             if problems:
@@ -209,12 +209,12 @@ class Run:
 
 
 def _variables(model):
-    """Return what a state stores: weights, dropout's seeds, the optimizer's state."""
+    """Return what a state stores: weights, dropout seeds and optimizer state."""
     return [*model.variables, *model.optimizer.variables]
 
 
 def _mean_dice(row):
-    """Return the mean validation Dice of a history row, -1 where there is none."""
+    """Return the mean validation Dice of a history row, -1 if there is none."""
     values = [row.get(f"val_dice_{region}", np.nan) for region in ENCODED_REGIONS]
     return float(np.nan_to_num(np.mean(values), nan=-1))
 
@@ -223,7 +223,7 @@ class FiniteCheck(keras.callbacks.Callback):
     """Stop if the loss or a weight is NaN or infinite, before anything is saved."""
 
     def on_epoch_end(self, epoch, logs=None):
-        """Raise FloatingPointError, with advice."""
+        """Raise FloatingPointError if the loss or a weight is not finite."""
         finite = all(bool(ops.all(ops.isfinite(w))) for w in self.model.weights)
         if not (finite and np.isfinite(logs["loss"])):
             problem = f"epoch {epoch + 1}: the loss or a weight is NaN or infinite"
@@ -235,8 +235,8 @@ class Checkpoint(keras.callbacks.Callback):
     """Set the generator's epoch; after each epoch save history, best model and state.
 
     Training stops after the epoch in which `deadline` passes. `averaged(model)` is a
-    context manager in which the model has the weights to validate and save. `model`
-    is without the outputs of deep supervision.
+    context manager that switches to the weights to validate and save. `model` does not
+    have the outputs of deep supervision.
     """
 
     def __init__(self, output, description, model, data, averaged, verbose):
@@ -248,7 +248,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.bar, self.deadline = files.progress_bar(**options), np.inf
 
     def begin(self, model):
-        """Check the volumes, and announce the files of the run."""
+        """Verify the volumes and register the files of the run."""
         self.train_data.verify()
         self.val_data.verify()
         self.run.begin(model)
@@ -263,24 +263,24 @@ class Checkpoint(keras.callbacks.Callback):
         self.start = time.perf_counter()
 
     def on_test_begin(self, logs=None):
-        """Validate the averaged weights, on the same patches each time."""
+        """Switch to the averaged weights, and to the same patches each time."""
         self.val_data.set_epoch(0)
         self.validation = self.averaged(self.model)
         self.validation.__enter__()
 
     def on_test_end(self, logs=None):
-        """Return to the weights that are trained."""
+        """Switch back to the weights that are being trained."""
         self.validation.__exit__(None, None, None)
 
     def on_epoch_end(self, epoch, logs=None):
-        """Save the epoch's results; the state last, because it vouches for the rest."""
+        """Save the results; the state last, because it implies that the rest exists."""
         rows, output = self.run.rows, self.run.output
         seconds = time.perf_counter() - self.start
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         row = {"epoch": epoch + 1, "seconds": seconds, "learning_rate": rate}
         rows.append({**row, **{k: float(v) for k, v in logs.items()}})
         score = _mean_dice(rows[-1])
-        # Until the first validation the newest model is the best there is.
+        # Until the first validation, the newest model counts as the best.
         if score >= max(map(_mean_dice, rows)) or not (output.path / BEST).exists():
             stored = {k: v for k, v in self.run.description.items() if k != "model"}
             stored["train_images"] = sorted(self.trained_images)
@@ -297,7 +297,7 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 def _check_options(model, start, **options):
-    """Raise if an option of `train` is not possible, or not with this model."""
+    """Raise if an option of `train` is invalid or does not fit the model."""
     for name, value in options.items():
         if value is not None or name not in OPTIONAL:
             files.check_option(name, value, *POSSIBLE[name])
@@ -309,29 +309,29 @@ def _check_options(model, start, **options):
 
 
 def plan_epochs(rows, minutes, epochs=None):
-    """Return how many epochs fit into a time, from the duration of those done.
+    """Estimate how many epochs fit into a given time, from those already done.
 
     Parameters
     ----------
     rows : list of dict
-        The history; a resumed run finds the same plan in it.
+        The history, from which a resumed run gets the same plan.
     minutes : float
-        Of all epochs together.
+        Time for all epochs together.
     epochs : int, optional
-        As many in any case.
+        If given, plan this number whatever the time.
 
     Returns
     -------
     total : int
-        Epochs in all.
+        Total number of epochs.
     stop : int
-        How many to train before planning again: the first two, then a quarter, in case
-        the machine is slower or faster than it was; at last all.
+        How many to train before planning again: first two, then a quarter, in case the
+        speed of the machine has changed, and finally all.
     """
 
     def estimate(n_timed):
         first, *others = [row["seconds"] for row in rows[:n_timed]]
-        # The first epoch is slower, as it builds the graph as well.
+        # The first epoch is slower because it also builds the graph.
         return max(n_timed, 1 + int((60 * minutes - first) / np.mean(others)))
 
     if epochs is not None:
@@ -346,7 +346,7 @@ def plan_epochs(rows, minutes, epochs=None):
 
 
 def _fit(model, checkpoint, epochs, stop, validation_freq, callbacks):
-    """Train for the epochs up to `stop`, of `epochs` planned, that are not done yet."""
+    """Train the epochs up to `stop` that are not done yet, out of `epochs` planned."""
     every = validation_freq or max(1, epochs // VALIDATIONS)
     validated = [e for e in range(1, epochs + 1) if e % every == 0 or e == epochs]
     fit = partial(
@@ -355,7 +355,7 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, callbacks):
         validation_data=checkpoint.val_data,
         validation_freq=validated,
         epochs=stop,
-        shuffle=False,  # the generator's order is its own
+        shuffle=False,  # the generator shuffles by itself
         verbose=0,
         callbacks=[FiniteCheck(), checkpoint, *callbacks],
     )
@@ -368,14 +368,14 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, callbacks):
         text = f"XLA failed ({str(error)[:200]}): training goes on without it, slower"
         warnings.warn(text, stacklevel=3)
         model.jit_compile, model.train_function, model.test_function = False, None, None
-        checkpoint.run.resume(model)  # undo what part of an epoch has changed
+        checkpoint.run.resume(model)  # undo the changes of the unfinished epoch
         fit(initial_epoch=len(checkpoint.run.rows))
 
 
 def _follow_plan(
     model, compile_for, checkpoint, extra, epochs, minutes, validation_freq, max_minutes
 ):
-    """Train with extra callbacks until the planned epochs are done, or time is up.
+    """Train with extra callbacks until the planned epochs are done or time is up.
 
     The learning rate depends on the number of epochs, so each new plan compiles the
     model again and resumes the run from its state.
@@ -422,79 +422,78 @@ def train(
 ):
     """Train a model, or resume the run that `run_dir` holds.
 
-    Either `epochs` says how long, or `minutes`. AdamW with a linear warm-up over a
-    twentieth of all steps and a cosine decay to 0. After each epoch the state is saved,
-    so that an interrupted run resumes where it left off when the same call is made
-    again; a finished run returns at once. The learning rate is planned for `epochs`:
-    asking a finished run for more continues with the rate that the longer plan has at
-    that point.
+    Give either `epochs` or `minutes`. The optimizer is AdamW, with a linear warm-up
+    over a twentieth of all steps and a cosine decay to 0. The state is saved after each
+    epoch: the same call resumes an interrupted run where it left off, and returns at
+    once if the run is finished. The learning rate is planned for `epochs`: if you ask a
+    finished run for more, it continues at the rate of the longer plan.
 
     Parameters
     ----------
     model : keras.Model
-        As `unet` makes it; a resumed run needs the same architecture. Holds the
-        weights of the best epoch afterwards.
+        For example from `unet`. To resume a run, it must have the same architecture.
+        Afterwards it holds the weights of the best epoch.
     train_data, val_data : BratsGenerator
         Validation uses the same patches in every epoch.
     run_dir : path
-        Gets `best.keras` (the epoch with the best mean Dice of WT, TC and ET in
+        Where to write `best.keras` (the epoch with the best mean Dice of WT, TC, ET in
         validation), `last.npz` and `last_but_one.npz` (the states), `history.csv` and
         `manifest.json`.
     epochs : int, optional
-        In all, those of an earlier call included.
+        Total number of epochs, including those of earlier calls.
     minutes : float, optional
         Train for as many epochs as fit into this time, if `epochs` is not given. The
         first two epochs are timed, and the plan is corrected once after a quarter. A
         resumed run keeps its plan.
     loss : function or keras.losses.Loss
-        Of labels (B, ..., 1) and probabilities (B, ..., K).
+        Takes labels (B, ..., 1) and probabilities (B, ..., K).
     learning_rate : float
-        The highest one, after the warm-up.
+        The peak learning rate, reached after the warm-up.
     deep_supervision : int
-        How many coarser outputs are trained as well, see `losses.supervise_deeply`.
+        Number of coarser outputs to train as well, see `losses.supervise_deeply`.
     average : float
-        Momentum of a moving average of the weights, which is what is validated and kept
-        as the best: 0.99 averages over some hundred steps, though never over more than
-        a twentieth of the run; 0 keeps the weights as they are. The statistics of batch
-        normalisation, a moving average already, are not averaged.
+        Momentum of a moving average of the weights, which is validated and saved in
+        their place. 0.99 averages over about a hundred steps, but over a twentieth of
+        the run at most. 0 turns averaging off. The statistics of batch normalisation,
+        already a moving average, are not averaged again.
     validation_freq : int, optional
-        Validate after this many epochs each, and after the last. None validates about
-        ten times in all.
+        Number of epochs between validations; the last epoch is always validated. None
+        validates about ten times in total.
     start : path or "phantom", optional
-        Begin with the weights of this model rather than with random ones: a `.keras`
-        file, the folder of a run, or "phantom", the weights that come with this
-        package. Channels, filters, depth and stride must be the same.
+        Start from the weights of this model instead of random ones: a `.keras` file,
+        the folder of a run, or "phantom", the weights that come with this package.
+        Channels, filters, depth and stride must be the same.
     start_share : float
-        The weights that are validated and kept are an average with this share of the
-        first ones and the rest of the trained ones. A short training on few cases then
-        forgets less of what the start had learned. 0 without a `start`.
+        Share of the weights of `start` in the weights that are validated and saved; the
+        trained weights make up the rest. A short run on few cases then forgets less of
+        what `start` had learned. Must be 0 without `start`.
     max_minutes : float, optional
         Stop after the epoch in which this time is up; the same call then resumes. The
-        learning rate stays planned for `epochs`, so give as many as the time allows.
+        learning rate is still planned for `epochs`, so set as many as the time allows.
     callbacks : list of keras.callbacks.Callback
-        Of your own: a logger, early stopping. Called after the state of an epoch is
-        saved, with the model that is trained, and with epochs counted over the whole
-        run. They are no part of the run: a call that resumes may bring others.
+        Your own, such as a logger or early stopping. They are called after the state of
+        an epoch is saved, with the model being trained and epochs counted over the
+        whole run. They are not part of the run: a call that resumes it may pass others.
     verbose : bool
         Whether to show a progress bar.
 
     Returns
     -------
     history : pandas.DataFrame
-        A row an epoch: "epoch" (from 1), "seconds", "learning_rate", "loss",
+        One row per epoch: "epoch" (from 1), "seconds", "learning_rate", "loss",
         "dice_WT", ..., and "val_loss", "val_dice_WT", ... where validated.
 
     Raises
     ------
     FloatingPointError
-        If the loss or a weight becomes NaN or infinite; the state before is kept.
+        If the loss or a weight becomes NaN or infinite; the last state is kept.
     MemoryError
-        If the device has too little memory; says which sizes to lower.
+        If the device runs out of memory; the message says which sizes to lower.
     ValueError
-        If `run_dir` holds a run of another model, of other data or other settings, or
-        only damaged states, or something else; if a volume has changed since it was
-        prepared; if `start` does not fit; if train and val data share cases, patients
-        or images; if `start`, or `model` in this session, was trained on a case of
+        If `run_dir` holds a run with another model, data or settings, only damaged
+        states, or other files; if a volume has changed since it was prepared; if
+        `start` does not fit; if `train_data` and `val_data` share cases, patients or
+        images; if `start` or `model` is known to have been trained on a case of
         `val_data`; or if an option is out of range.
 
     References

@@ -1,4 +1,4 @@
-"""Operations on arrays of voxels: scale, standardise, crop, pad, and check them."""
+"""Scale, standardise, crop, pad and check arrays of voxels."""
 
 import itertools
 
@@ -8,11 +8,11 @@ from scipy import ndimage
 from brats_utils.files import are, check_option, whole
 from brats_utils.nifti import BratsDataError
 
-# The tutorial recipe's crop of a 240 x 240 x 155 scan, kept to compare with.
+# The tutorial recipe's crop of a 240 x 240 x 155 scan, kept for comparison.
 FIXED_WINDOW = (slice(56, 184), slice(56, 184), slice(13, 141))
-NORMALISATION = "mean 0, SD 1 over each modality's non-zero voxels"  # by standardise
+NORMALISATION = "mean 0, SD 1 over each modality's non-zero voxels"  # see standardise
 SCALINGS = ("minmax", "zscore")
-LEAST_GREY_LEVELS = 64  # of a stored brain; with fewer it shows next to nothing
+LEAST_GREY_LEVELS = 64  # in a stored brain; fewer show next to nothing
 MOST_SD = 200  # a voxel's distance from the mean; at most 18 in eleven real scans
 MOST_OFF_BRAIN = 0.05  # share of the labelled voxels; none in eleven real scans
 LEAST_BACKGROUND = 0.05  # share of voxels that are exactly 0; BraTS scans have 0.8
@@ -63,7 +63,7 @@ def _scale(volume, offset, divisor, method):
 
 
 def scale_volume(volume, method="minmax"):
-    """Scale one modality of one scan, the whole volume by the same two numbers.
+    """Scale one modality of a scan, using the same two numbers for the whole volume.
 
     Parameters
     ----------
@@ -81,8 +81,8 @@ def scale_volume(volume, method="minmax"):
     Raises
     ------
     ValueError
-        If the volume holds NaN or infinity, if "minmax" meets a blank volume, or if
-        the method is unknown.
+        If the volume holds NaN or infinity, if it is blank and the method is "minmax",
+        or if the method is unknown.
 
     Examples
     --------
@@ -99,7 +99,7 @@ def scale_volume(volume, method="minmax"):
 
 
 def scale_to_store(volume, box, shape, method):
-    """Scale a whole volume, then crop it to what is stored.
+    """Scale a volume as a whole, and return the crop to be stored.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ def scale_to_store(volume, box, shape, method):
     box : tuple of 3 slices
         The crop, from `crop_box`.
     shape : tuple of 3 int or None
-        A shorter crop is padded to it.
+        The shape to which a smaller crop is padded.
     method : {"minmax", "zscore"}
         See `scale_volume`.
 
@@ -116,19 +116,19 @@ def scale_to_store(volume, box, shape, method):
     -------
     stored : (X, Y, Z) float16 array
     statistics : dict
-        "mean" and "sd" of the whole scan's non-zero voxels and "zero", the value of
-        background, all in stored units: what `standardise` needs. "raw_mean" and
-        "raw_sd" are in the file's units; equal images are recognised by them.
+        "mean" and "sd" of the whole scan's non-zero voxels and "zero", the background
+        value, all in stored units, as `standardise` needs them. "raw_mean" and "raw_sd"
+        are in the file's units and serve to recognise equal images.
 
     Raises
     ------
     BratsDataError
-        If a voxel lies too far from all others, or the stored values are not finite or
-        show too few grey levels.
+        If a voxel is an extreme outlier, or the stored values are not finite or have
+        too few grey levels.
     """
     offset, divisor = _offset_and_divisor(volume, method)
     mean, sd = nonzero_statistics(volume)
-    # Where background is mapped to: 0 if it is the minimum, as in skull-stripped scans.
+    # Background after scaling: 0 if it is the minimum, as in skull-stripped scans.
     zero = 0.0 if method == "zscore" else (0 - offset) / divisor
     crop = pad(_scale(volume[box], offset, divisor, method), shape, zero)
     stored = crop.astype(np.float16)
@@ -139,26 +139,26 @@ def scale_to_store(volume, box, shape, method):
 
 
 def check_grey_levels(volume, stored=None, *, path=None):
-    """Raise if a volume, stored in half precision, would no longer show a brain.
+    """Raise if a volume has too few grey levels when stored in half precision.
 
     Parameters
     ----------
     volume : (X, Y, Z) array
         Raw intensities, finite and not blank.
     stored : (X, Y, Z) float16 array, optional
-        The same, scaled; scaled here by "minmax" if not given.
+        The scaled volume; computed here with "minmax" if not given.
     path : path, optional
         Its file, for the message.
 
     Raises
     ------
     BratsDataError
-        Names the voxel that squeezes all others together.
+        The message names the voxel that compresses the grey scale.
     """
     if stored is None:
         stored = scale_volume(volume).astype(np.float16)
     levels = np.unique(stored[::8, ::8, ::8]).size - 1  # without the background
-    if levels < LEAST_GREY_LEVELS:  # only then, as it takes long
+    if levels < LEAST_GREY_LEVELS:  # slow, so only if needed
         levels = np.unique(stored).size - 1
     if levels < LEAST_GREY_LEVELS or not np.isfinite(stored).all():
         extreme = max(volume.min(), volume.max(), key=abs)
@@ -170,7 +170,7 @@ def check_grey_levels(volume, stored=None, *, path=None):
 
 
 def check_outliers(volume, path=None, *, statistics=None):
-    """Raise if a voxel of a scan is so bright or dark that it squeezes all others.
+    """Raise if a voxel is so bright or dark that it compresses the grey scale.
 
     Parameters
     ----------
@@ -179,12 +179,12 @@ def check_outliers(volume, path=None, *, statistics=None):
     path : path, optional
         Its file, for the message.
     statistics : (2,) tuple of float, optional
-        Its `nonzero_statistics`, if they are known.
+        Its `nonzero_statistics`, if already known.
 
     Raises
     ------
     BratsDataError
-        Says how far it lies from the mean.
+        The message says how many SD the voxel is from the mean.
     """
     mean, sd = statistics or nonzero_statistics(volume)
     furthest = max(float(volume.max()) - mean, mean - float(volume.min()))
@@ -208,8 +208,8 @@ def standardise(image, statistics=None):
         A whole scan with raw intensities; or any part of a stored volume, with the
         whole scan's `statistics`.
     statistics : sequence of 3 (C,) array, optional
-        Mean, SD and the value of background of each channel. By default the image's
-        own, with background 0.
+        Mean, SD and background value of each channel. By default those of the image,
+        with background 0.
 
     Returns
     -------
@@ -223,7 +223,7 @@ def standardise(image, statistics=None):
         statistics = (*zip(*pairs, strict=True), np.zeros(image.shape[-1]))
     expected, shape = "mean, SD and zero of each channel", (3, image.shape[-1])
     check_option("statistics", statistics, lambda s: np.shape(s) == shape, expected)
-    # A plane at a time in long rows: numpy's inner loop would be C = 3 steps long.
+    # Long rows, plane by plane: otherwise NumPy's inner loop has only C = 3 steps.
     mean, sd, zero = (np.tile(np.float32(v), image.shape[2]) for v in statistics)
     zero = zero.astype(image.dtype).astype(np.float32)
     result = np.empty(image.shape, np.float32)
@@ -243,7 +243,7 @@ def bounding_box(mask):
     Parameters
     ----------
     mask : array of any rank
-        Non-zero counts.
+        Non-zero voxels count.
 
     Returns
     -------
@@ -259,7 +259,7 @@ def bounding_box(mask):
 
 
 def bounding_boxes(masks):
-    """Return the box of each mask; of all together if they have one shape.
+    """Return the box of each mask, or of their union if they all have the same shape.
 
     Parameters
     ----------
@@ -268,7 +268,7 @@ def bounding_boxes(masks):
     Returns
     -------
     boxes : list of tuple of slices
-        Of the whole grid where no voxel is filled.
+        One for each mask; the whole grid if no voxel is set.
     """
     if len({mask.shape for mask in masks}) == 1:
         masks = [np.logical_or.reduce(masks)] * len(masks)
@@ -283,7 +283,7 @@ def best_slice(segmentation, axis=2):
     segmentation : (X, Y, Z) array
         Non-zero is tumour.
     axis : int
-        The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
+        The axis perpendicular to the slices: 2 is axial, 1 coronal, 0 sagittal.
 
     Returns
     -------
@@ -303,22 +303,22 @@ def best_slice(segmentation, axis=2):
 
 
 def surface_quads(mask, rounds=3):
-    """Return the surface of a mask as quadrilaterals, smoothed, to draw it in 3D.
+    """Return the smoothed surface of a mask as quadrilaterals, for plotting in 3D.
 
-    The faces between a voxel inside and one outside; their corners are moved to the
-    mean of the centres of the faces around them, some rounds.
+    It consists of the faces between voxels inside and outside. Each smoothing round
+    moves every corner to the mean centre of the faces around it.
 
     Parameters
     ----------
     mask : (X, Y, Z) bool array
     rounds : int
-        Of smoothing; 0 keeps the faces of the voxels.
+        Number of smoothing rounds; 0 keeps the voxel faces.
 
     Returns
     -------
     quads : (n, 4, 3) float array
-        In voxels: voxel 0 reaches from 0 to 1. Seen from outside, the corners go round
-        counterclockwise.
+        In voxels: voxel 0 extends from 0 to 1. Seen from outside, the corners are in
+        counterclockwise order.
 
     Examples
     --------
@@ -331,7 +331,7 @@ def surface_quads(mask, rounds=3):
         change = np.diff(padded, axis=axis)
         along, second, third = np.roll(steps, -axis, axis=0)
         for sign, corners in ((-1, (second, third)), (1, (third, second))):
-            start = np.argwhere(change == sign) + along - 1  # the pad was a voxel wide
+            start = np.argwhere(change == sign) + along - 1  # the padding is 1 voxel
             first, last = corners
             round_the_face = [start, start + first, start + first + last, start + last]
             quads.append(np.stack(round_the_face, axis=1))
@@ -346,7 +346,7 @@ def surface_quads(mask, rounds=3):
 
 
 def brain_mask(volumes):
-    """Return where any of a scan's volumes is not zero.
+    """Return the mask of voxels that are non-zero in any modality of a scan.
 
     Parameters
     ----------
@@ -381,8 +381,8 @@ def background_problem(volume):
     Returns
     -------
     problem : str
-        Empty if at least half of the voxels are exactly 0; or 5 %, if no other value is
-        as frequent, nor values near 0 are.
+        Empty if at least half of the voxels are exactly 0; or 5 %, if neither any other
+        value nor the values near 0 make up 5 %.
     """
     share = 1 - np.count_nonzero(volume) / volume.size
     if share >= SURELY_BACKGROUND:
@@ -435,7 +435,7 @@ def find_doubts(volumes, brain, segmentation=None):
     return found
 
 
-@np.errstate(over="ignore")  # float64 reaches further than float32
+@np.errstate(over="ignore")  # float64 values may exceed the range of float32
 def check_image(volume, path, *, thorough=False):
     """Raise if a scan's modality cannot be used.
 
@@ -446,12 +446,12 @@ def check_image(volume, path, *, thorough=False):
     path : path
         Its file, for the message.
     thorough : bool
-        Look for too few grey levels and a background that is not 0, too.
+        Also check for outliers, too few grey levels and a background that is not 0.
 
     Raises
     ------
     BratsDataError
-        If it is blank, or holds NaN or infinity.
+        If it is blank, holds NaN or infinity, or fails a thorough check.
     """
     problem, low, high = "", volume.min(), volume.max()
     if low == high:
@@ -474,7 +474,7 @@ def dice(first, second):
     Parameters
     ----------
     first, second : bool array
-        Of one shape.
+        Masks of the same shape.
 
     Returns
     -------
@@ -486,14 +486,14 @@ def dice(first, second):
 
 
 def drop_islands(segmentation, share):
-    """Set to 0 the components of a label map that are small beside its largest.
+    """Remove the components of a label map that are small compared with its largest.
 
     Parameters
     ----------
     segmentation : integer array
-        Non-zero counts; voxels that touch by a corner are connected. Is changed.
+        Changed in place. Non-zero voxels that share a corner are connected.
     share : float
-        Of the size of the largest component.
+        Smallest size to keep, relative to the largest component.
     """
     corners = np.ones((3,) * segmentation.ndim)
     islands, n_islands = ndimage.label(segmentation, corners)
@@ -510,7 +510,7 @@ def check_shape(shape, name="crop_shape"):
     shape : sequence of 3 int or None
         Voxels along X, Y and Z.
     name : str
-        Of the option, for the message.
+        Name of the option, for the message.
 
     Raises
     ------
@@ -523,13 +523,13 @@ def check_shape(shape, name="crop_shape"):
 
 
 def _plane_counts(mask):
-    """Return, for each axis, how many voxels each plane across it holds."""
+    """Return, for each axis, the voxel counts of the planes perpendicular to it."""
     columns = mask.sum(axis=2, dtype=np.int32)  # (X, Y)
     return columns.sum(axis=1), columns.sum(axis=0), mask.sum(axis=(0, 1))
 
 
 def _window(tumour, brain, size):
-    """Return the slice of length `size` that holds most tumour, and then most brain.
+    """Return the slice of length `size` with the most tumour; brain decides ties.
 
     `tumour` and `brain` count the voxels of each plane along one axis.
     """
@@ -538,7 +538,7 @@ def _window(tumour, brain, size):
     for counts in (tumour, brain):
         sums = np.convolve(counts, np.ones(size, int), "valid")[starts]
         starts = starts[sums == sums.max()]
-    start = int(starts[len(starts) // 2])  # the middle one of those that are equal
+    start = int(starts[len(starts) // 2])  # the middle one if several are equal
     return slice(start, start + size)
 
 
@@ -580,7 +580,7 @@ def crop_box(image, segmentation=None, shape=(128, 128, 128)):
 
 
 def pad(volume, shape, value=0):
-    """Pad a volume at its ends where it is shorter than a shape.
+    """Pad a volume at the end of each axis that is shorter than in `shape`.
 
     Parameters
     ----------
@@ -593,7 +593,7 @@ def pad(volume, shape, value=0):
     Returns
     -------
     padded : array
-        The volume itself if it is long enough.
+        The volume itself if no padding is needed.
     """
     sizes = zip(shape or (), volume.shape, strict=False)  # channels are not padded
     widths = [(0, max(0, wanted - have)) for wanted, have in sizes]

@@ -26,6 +26,7 @@ from brats_utils.cases import (
     save_segmentation,
 )
 from brats_utils.inference import predict_cases
+from brats_utils.labels import label_table
 from brats_utils.model import unet
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_case, prepare_dataset
@@ -282,7 +283,7 @@ def test_I3_only_known_names_are_label_maps(tmp_path):
     others = ("brain_segmentation", "ALGOseg-AURORA", "algo_seg", "brain_seg", "mask")
     for other in (*others, "brain_parenchyma_segmentation", "automated_approx_segm"):
         shutil.copy(folder / f"{case_id}_t2.nii", folder / f"{case_id}_{other}.nii")
-    with pytest.warns(UserWarning, match="7 files of unknown names are ignored.*seg"):
+    with pytest.warns(UserWarning, match="7 files .* are ignored.*seg"):
         (case,) = find_cases(tmp_path)
     assert case.segmentation.name == f"{case_id}_tumor_segmentation.nii"
     case.segmentation.unlink()
@@ -656,7 +657,7 @@ def test_R2_upenn_keeps_its_label_maps_in_a_folder_of_their_own(tmp_path):
         assert find_cases(tmp_path)[0].segmentation is None
     manual = f"images_segm/{case_id}_segm.nii.gz"
     write_named(tmp_path, [*names, manual])
-    with pytest.warns(UserWarning, match="1 files of unknown names are ignored"):
+    with pytest.warns(UserWarning, match="1 files .* are ignored"):
         assert find_cases(tmp_path)[0].segmentation == tmp_path / manual
 
 
@@ -1110,3 +1111,78 @@ def test_I1_a_dataset_json_of_another_program_says_nothing(tmp_path, text):
     write_case(tmp_path, "BraTS20_Training_001")
     (tmp_path / "dataset.json").write_text(text)
     assert find_cases(tmp_path)[0].labels == "0124"
+
+
+@pytest.mark.parametrize(
+    "known, values, told",
+    [
+        ("BraTS20_Training_001", (0, 1, 2, 4), {1: 1, 2: 2, 3: 4, 4: 0}),
+        ("BraTS-GLI-00001-000", (0, 1, 2, 3), {1: 4, 2: 1, 3: 1, 4: 2}),
+        ("UPENN-GBM-00001_11", (0, 1, 2, 4), "0123"),
+    ],
+)
+def test_I1_one_labels_for_two_conventions_is_refused(tmp_path, known, values, told):
+    write_labelled(tmp_path, known, values)
+    (case,) = find_cases(tmp_path, labels=told)  # the user may know better
+    assert label_table(case.labels) == label_table(told)
+    write_labelled(tmp_path, "BraTS-GLI-02000-100", (0, 1, 2, 3))
+    with pytest.raises(BratsDataError, match=f"(?s){known}.*two conventions.*apart"):
+        find_cases(tmp_path, labels=told)
+    # Both are written as told: what the names say of 4 does not matter.
+    shutil.rmtree(tmp_path / known)
+    write_labelled(tmp_path, "BraTS-GLI-00001-000", (0, 1, 2, 3))
+    cases = find_cases(tmp_path, labels={1: 1, 2: 2, 3: 4, 4: 0})
+    assert [set(np.unique(load_case(c)[1])) for c in cases] == [{0, 1, 2, 4}] * 2
+
+
+@pytest.mark.parametrize("folders", [("auto", "manual"), ("rater1", "rater2")])
+def test_A02_two_label_maps_of_one_case_are_refused(tmp_path, folders):
+    names = [f"images/BraTS20_001_{n}.nii" for n in ("flair", "t1", "t1ce", "t2")]
+    write_named(tmp_path, [*names, f"labels/{folders[0]}/BraTS20_001_seg.nii"])
+    assert find_cases(tmp_path)[0].segmentation is not None
+    write_named(tmp_path, [None] * 4 + [f"labels/{folders[1]}/BraTS20_001_seg.nii"])
+    with pytest.raises(BratsDataError, match="(?s)two files for seg.*auto|rater1") as e:
+        find_cases(tmp_path)
+    assert all(folder in str(e.value) for folder in folders)
+    # Beside the images lies the label map; one elsewhere is named with its folder.
+    shutil.copy(tmp_path / "labels" / folders[0] / "BraTS20_001_seg.nii", tmp_path)
+    shutil.rmtree(tmp_path / "labels")
+    (tmp_path / "derivatives").mkdir()
+    shutil.move(tmp_path / "BraTS20_001_seg.nii", tmp_path / "derivatives")
+    with pytest.warns(UserWarning, match="ignored.*derivatives.BraTS20_001_seg.nii"):
+        assert find_cases(tmp_path)[0].segmentation is None
+
+
+def test_A21_files_of_a_case_may_mix_both_forms_of_unicode(tmp_path):
+    names = [f"Müller_1_{n}.nii" for n in ("flair", "t1", "t1ce", "t2", "seg")]
+    forms = ("NFC", "NFD", "NFD", "NFC", "NFD")
+    pairs = zip(forms, names, strict=True)
+    write_named(tmp_path, [unicodedata.normalize(*pair) for pair in pairs])
+    (case,) = find_cases(tmp_path)
+    assert case.id == unicodedata.normalize("NFC", "Müller_1")
+    assert len(case.images) == 4 and case.segmentation is not None
+
+
+def test_I1_both_conventions_of_brats_ped_are_named(tmp_path):
+    write_labelled(tmp_path, "BraTS-PED-00002-000", (0, 1, 2, 3))
+    with pytest.raises(BratsDataError, match="2024.*2023.*'0123'"):
+        find_cases(tmp_path)
+
+
+def test_R2_ids_that_end_like_a_modality_are_ids(tmp_path):
+    ids = "P001_T0", "P001_T1", "P001_T2", "P002_flair"
+    for number, case_id in enumerate(ids):
+        names = [f"imagesTr/{case_id}_000{n}.nii.gz" for n in range(4)]
+        label_map = f"labelsTr/{case_id}.nii.gz"
+        write_named(tmp_path / "nnunet", [*names, label_map], number)
+        names = [f"{n}.nii" for n in ("flair", "t1", "t1ce", "t2", "seg")]
+        names = [f"{case_id}/{case_id}_{name}" for name in names]
+        write_named(tmp_path / "folders", names, number)
+    channels = dict(enumerate(("FLAIR", "T1", "T1CE", "T2")))
+    described = {"background": 0, "NCR": 1, "edema": 2, "ET": 4}
+    text = json.dumps({"channel_names": channels, "labels": described})
+    (tmp_path / "nnunet" / "dataset.json").write_text(text)
+    for folder in ("nnunet", "folders"):
+        cases = find_cases(tmp_path / folder)
+        assert [case.id for case in cases] == sorted(ids)
+        assert all(len(c.images) == 4 and load_case(c)[1].any() for c in cases)

@@ -732,9 +732,7 @@ def test_I2_names_are_the_same_in_either_form_of_unicode(tmp_path):
         other = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[form], rows[0])
         table = "\n".join(("case_id,patient_id", other, *rows[1:]))
         (raw / "mapping.csv").write_text(table, encoding="utf-8")
-        with pytest.warns(UserWarning, match="pass labels="):
-            cases = find_cases(raw)
-        patients, notes = find_patients(cases, raw)
+        patients, notes = find_patients(find_cases(raw), raw)
         assert "4 of 4 ids matched, 2 patients" in notes[0]
         assert len({*patients.values()}) == 2
 

@@ -1,8 +1,8 @@
-"""Draw heads with tumours: a label map and four images, as BraTS scans show them.
+"""Draw heads with tumours: a label map and four images, as in BraTS.
 
 Nothing here is a real scan. Sizes, contrasts and textures, and how much they vary, are
-set to figures measured on 25 real labelled BraTS cases. A score on these patients
-therefore says something about a recipe, but nothing about real patients.
+set to values measured on 25 real labelled BraTS cases. A score on these patients can
+therefore compare training recipes, but it says nothing about real patients.
 
 To save time, smooth maps are drawn at half the resolution and interpolated. Lengths
 are in mm of a full-size head, whatever the shape of the volume.
@@ -28,9 +28,9 @@ TISSUES = {
     "t1ce": (-2.1, -0.3, 3.1, 0.0),
     "t2": (3.5, 0.5, 0.0, 0.4),
 }
-# Weights of the six textures (the modalities share the first four, and each has the
-# last two, texture and bias field, to itself), SD of the noise, and weights of the
-# tumour's shared texture (water content) and of its own.
+# Weights of six textures (the modalities share the first four; the last two, a texture
+# and a bias field, are drawn for each), SD of the noise, and weights of two textures of
+# the tumour (one shared, the water content, and one drawn for each modality).
 TEXTURE_MM, TUMOUR_TEXTURE_MM = (1.5, 3, 8, 25, 3, 25), 2.5
 TEXTURES = {
     "flair": ((0.10, 0.42, 0.38, -0.36, 0.00, 0.30), 0.07, (0.80, 0.60)),
@@ -56,7 +56,7 @@ SCANNER = {
 
 
 def per_axis(values):
-    """Shape three values, one for each axis, to broadcast with (3, X, Y, Z).
+    """Reshape three values, one per axis, to broadcast with (3, X, Y, Z).
 
     Parameters
     ----------
@@ -98,7 +98,7 @@ def smooth_noise(rng, shape, length):
     rng : numpy.random.Generator
     shape : tuple of 3 int
     length : (3,) array
-        Voxels over which it is smooth.
+        SD of the Gaussian filter, in voxels; at least 0.4 is used.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def soft_step(x, width):
     ----------
     x : array
     width : float
-        A quarter of how wide the step is.
+        About a quarter of the width of the step.
 
     Returns
     -------
@@ -138,13 +138,13 @@ def soft_step(x, width):
 
 
 def _threshold_of_highest(values, n):
-    """Return the threshold that the `n` highest of `values` reach, n at least 1."""
+    """Return the `n`-th highest of `values`, with n limited to 1..len(values)."""
     n = int(np.clip(n, 1, len(values)))
     return np.partition(values, len(values) - n)[len(values) - n]
 
 
 def _ellipsoid(points, centre, half_axes, power=2.0):
-    """Return roughly how many mm a point is inside (+) or outside (-) an ellipsoid."""
+    """Return roughly how far points are inside (+) or outside (-) an ellipsoid."""
     half_axes = per_axis(half_axes)
     scaled = np.abs((points - per_axis(centre)) / half_axes)
     radius = (scaled**power).sum(0) ** (1 / power)
@@ -175,7 +175,7 @@ class Head:
         return smooth_noise(rng, self.depth.shape, length_mm / self.step_mm)
 
     def place(self, values, shape):
-        """Return a volume of `shape` with values (N,) at the brain's voxels, else 0."""
+        """Return a volume of `shape` with values (N,) in the brain and 0 elsewhere."""
         volume = np.zeros(shape, values.dtype, order="F")
         volume[self.window][self.inside] = values
         return volume
@@ -186,7 +186,7 @@ class Head:
 
 
 def _draw_brain(rng, points, step_mm):
-    """Return how deep points are inside cerebrum, and cerebellum with brain stem."""
+    """Return the depth of points in the cerebrum, and in cerebellum or brain stem."""
     size = per_axis(rng.normal(1, 0.02) * rng.normal(1, 0.015, 3))
     points = (points - per_axis(CENTRE_MM)) / size + per_axis(CENTRE_MM)
     bumps = 1.5 * smooth_noise(rng, points.shape[1:], 14 / step_mm)
@@ -224,10 +224,10 @@ def draw_head(rng, shape, *, bend=None, strip=None, ventricle_mm=(3.5, 7)):
     bend : function, optional
         (rng, points, step_mm) -> points: changes the shape of the anatomy.
     strip : function, optional
-        (rng, height, step_mm) -> height: errors of skull-stripping. The image shows
-        where the height, about the mm inside the surface of the brain, is above 0.
+        (rng, height, step_mm) -> height: adds errors of skull-stripping. The height is
+        roughly the depth inside the brain in mm; the images show where it is above 0.
     ventricle_mm : (float, float)
-        Least and greatest half width of the lateral ventricles.
+        Smallest and largest half width of the lateral ventricles.
 
     Returns
     -------
@@ -300,7 +300,7 @@ def draw_tumour_heights(rng, head, raggedness):
     rng : numpy.random.Generator
     head : Head
     raggedness : float
-        Factor on the roughness of the tumour's surface, in mm.
+        Factor on the roughness of the surface of the whole tumour.
 
     Returns
     -------
@@ -415,7 +415,7 @@ def draw_images(
     rng : numpy.random.Generator
     head : Head
     draws : (4, 4) sequence of float
-        As `draw_patient` takes them, without the first row.
+        As in `draw_patient`, without the first row.
     regions : list of 3 (N,) arrays
         From `draw_tumour`.
     brightness : float
@@ -423,10 +423,9 @@ def draw_images(
     spread : float
         Factor on how much tissues and textures vary.
     degrade : function, optional
-        (rng, head, image) -> image, (N,) arrays: a worse scanner.
+        (rng, head, image) -> image, (N,) arrays: imitates a worse scanner.
     enhancement : float
-        By how many SDs of the brain, at least, the enhancing tumour is brighter than
-        necrosis on T1CE.
+        Least contrast of the enhancing tumour to necrosis on T1CE, in SDs of the brain.
 
     Yields
     ------
@@ -472,10 +471,10 @@ def draw_patient(seed, draws, shape, *, enhances=True, brightness=1.0):
     seed : int or sequence of int
         The same seed and draws give the same patient.
     draws : (5, 4) sequence of float
-        Standard normal values that set the tumour's size and contrasts. First a row
-        for the sizes of whole tumour, core and enhancing part and for the roughness;
-        then, for each modality, a value that all classes share and one each for
-        oedema, necrosis and enhancing tumour.
+        Standard normal values that set the tumour's sizes and contrasts. The first row
+        is for the sizes of whole tumour, core and enhancing part, and for roughness.
+        Then comes a row for each modality: a value that all classes share, and one each
+        for oedema, necrosis and enhancing tumour.
     shape : tuple of 3 int
         Voxels of a volume; the anatomy is scaled to it.
     enhances : bool

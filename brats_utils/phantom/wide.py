@@ -1,9 +1,9 @@
-"""Draw patients who differ more than real ones do, to pretrain a network on.
+"""Draw patients that vary more than real ones, to pretrain a network.
 
-The patients of `anatomy` look like the scans of one collection. A network that is to
-work on other people's scans must not rely on that. Here shape, tissues, tumours and
-scanner vary well beyond the calibrated figures, after the idea of SynthSeg: whatever
-varies in training cannot mislead later.
+The patients of `anatomy` look like scans from one collection. A network that has to
+work on scans from elsewhere must not rely on that. Here shape, tissues, tumours and
+scanner vary well beyond the calibrated values. The idea is that of SynthSeg: a network
+learns to ignore whatever varies in training.
 
 References
 ----------
@@ -22,10 +22,10 @@ from brats_utils.phantom.anatomy import CENTRE_MM, per_axis, smooth_noise
 TILT_DEGREES, SIZE_SD, BEND_MM = 8, 0.06, 4
 VENTRICLE_MM = (2, 12)
 LARGEST_ML, BRAIN_ML = 250, 1471
-# Shares of the patients: no tumour; of the others no enhancing part, a core that
-# enhances as a whole, a core of which a tenth at most does.
+# Shares of patients: no tumour; and of the others, no enhancing part, a core that
+# enhances completely, and a core that enhances in at most a tenth of its volume.
 HEALTHY, LOW_GRADE, SOLID, FAINT = 0.1, 0.25, 0.15, 0.25
-SPREAD = (0.8, 2.0)  # of contrasts, tissues, textures, times the calibrated spread
+SPREAD = (0.8, 2.0)  # of contrasts, tissues and textures: factor on the calibrated one
 LEAST_ENHANCEMENT = 0.8  # in SDs of the brain, above necrosis
 GAMMA, BIAS_SD, SLICE_MM = (0.6, 1.7), 0.15, (1.5, 6)
 
@@ -43,7 +43,7 @@ def _bend(rng, points, step_mm):
 
 
 def _strip(rng, height, step_mm):
-    """Strip the skull badly: take bites out of the brain, leave residues around it."""
+    """Imitate bad skull-stripping: bites out of the brain, residues around it."""
     errors = smooth_noise(rng, height.shape, 12 / step_mm)
     bites = np.maximum(errors - rng.uniform(1.2, 4), 0)
     residues = np.maximum(-errors - rng.uniform(1.2, 4), 0)
@@ -52,7 +52,7 @@ def _strip(rng, height, step_mm):
 
 
 def _draw_sizes(rng, n_brain):
-    """Return the voxels of whole tumour, core and enhancing tumour, of any kind."""
+    """Draw the numbers of voxels of whole tumour, core and enhancing tumour."""
     whole = LARGEST_ML ** rng.random(2).max() / BRAIN_ML * n_brain  # from 1 ml
     n_core = max(2, round(rng.uniform(0.03, 0.95) * whole))
     kinds = [1, 0.1 * rng.random(), rng.uniform(0.1, 0.9)]
@@ -62,7 +62,7 @@ def _draw_sizes(rng, n_brain):
 
 
 def _draw_tumours(rng, head):
-    """Draw no tumour or up to three: the labels and soft regions of `draw_tumour`."""
+    """Draw a tumour of one to three foci, or none; return what `draw_tumour` does."""
     if rng.random() < HEALTHY:
         nothing = np.zeros(np.count_nonzero(head.inside), np.float32)
         return nothing.astype(np.uint8), [nothing] * 3
@@ -77,7 +77,7 @@ def _draw_tumours(rng, head):
 
 
 def _thicken(rng, head, values):
-    """Return values (N,) as a scanner with thick slices along one axis shows them."""
+    """Return values (N,) as seen by a scanner with thick slices along one axis."""
     volume = np.full(head.inside.shape, np.median(values), np.float32)
     volume[head.inside] = values
     axis, thickness = rng.integers(3), rng.uniform(*SLICE_MM)
@@ -89,7 +89,7 @@ def _thicken(rng, head, values):
 
 
 def _degrade(rng, head, image):
-    """Change the grey scale, the evenness, the resolution and the noise of an image."""
+    """Change the grey scale, bias field, resolution and noise of an image."""
     low, high = np.percentile(image[::7], (0.5, 99.5)).tolist()
     image = np.clip((image - low) / (high - low), 0, 1.5)
     if rng.random() < 0.5:
@@ -103,10 +103,10 @@ def _degrade(rng, head, image):
 
 
 def draw_wide_patient(seed, shape):
-    """Draw one patient of any appearance.
+    """Draw one patient from a very wide range of appearances.
 
-    One in ten has no tumour, a quarter of the others no enhancing one. There are one to
-    three foci, of 1 to 250 ml in all, with any share of oedema and necrosis.
+    One in ten has no tumour, and a quarter of the others have no enhancing part. There
+    are one to three foci, 1 to 250 ml in total, with any share of oedema and necrosis.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def draw_wide_patient(seed, shape):
     Yields
     ------
     name, volume
-        As `draw_patient` does.
+        As in `draw_patient`.
     """
     rng = np.random.default_rng(seed)
     changes = {"bend": _bend, "strip": _strip, "ventricle_mm": VENTRICLE_MM}

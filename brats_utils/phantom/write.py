@@ -1,4 +1,4 @@
-"""Write synthetic patients to disk, in the folders and names of the BraTS2020 set."""
+"""Write synthetic patients to disk, with the folders and file names of BraTS2020."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from brats_utils.phantom.anatomy import FULL_SHAPE, draw_patient
 from brats_utils.phantom.wide import draw_wide_patient
 
 SET_FOLDER = "BraTS2020_{0}Data/MICCAI_BraTS2020_{0}Data"
-# As in folder 355 of the Kaggle set, one segmentation has another name.
+# One segmentation has an odd name, as in folder 355 of the Kaggle data set.
 ODD_NAME, ODD_INDEX = "W39_1998.09.19_Segm", 2
 
 
@@ -33,7 +33,7 @@ def _even_draws(seed, kind_number, index):
 
 
 def _plan_case(root, kind, index, suffix):
-    """Return where the files of a patient will be."""
+    """Return the case of a patient, with the paths to write to."""
     case_id = f"BraTS20_{kind}_{index + 1:03}"
     folder = Path(root, SET_FOLDER.format(kind), case_id)
     images = {m: folder / f"{case_id}_{m}{suffix}" for m in ALL_MODALITIES}
@@ -51,7 +51,7 @@ def _write_case(folder, root, case, index, seed, shape, wide):
         volumes = draw_wide_patient([seed, kind_number, 3, index], shape)
     else:
         draws = _even_draws(seed, kind_number, index)
-        # One case in eight is from a scanner with values about thirty times higher.
+        # One case in eight is from a scanner with values about 25 times higher.
         look = {"brightness": 25 if index % 8 == 3 else 1}
         look |= {"enhances": not _is_low_grade(index)}
         volumes = draw_patient([seed, kind_number, 0, index], draws, shape, **look)
@@ -96,9 +96,9 @@ def _check_arguments(compressed, wide, jobs, shape, **numbers):
 
 
 def _follow_renaming(case, root, noted):
-    """Return a case as it is now: its odd segmentation may have the usual name.
+    """Return a case as it is on disk: its odd segmentation may have been renamed.
 
-    `noted`, the files of the manifest, is brought up to date.
+    `noted`, the files in the manifest, is updated accordingly.
     """
     path = case.segmentation
     renamed = path and path.with_name(path.name.replace(ODD_NAME, f"{case.id}_seg"))
@@ -121,13 +121,12 @@ def write_phantom(
     wide=False,
     jobs=None,
 ):
-    """Write synthetic BraTS-like patients, in the folders and names of the Kaggle set.
+    """Write synthetic BraTS-like patients, laid out and named as in the Kaggle set.
 
-    The third training case has a segmentation with another name, as folder 355 of that
-    set has. The 8th, 18th, 28th and so on have no enhancing tumour. The same seed gives
-    the same bytes, whatever `jobs` is, and case i does not depend on how many cases are
-    written. A second call with the same arguments checks the files and leaves them as
-    they are.
+    The segmentation of the third training case has an odd name, as in folder 355 of
+    that set. The 8th, 18th, 28th case and so on have no enhancing tumour. The same seed
+    gives identical files, whatever `jobs` is, and case i does not depend on how many
+    cases are written. A second call with the same arguments keeps intact files.
 
     Parameters
     ----------
@@ -137,18 +136,18 @@ def write_phantom(
     n_cases : int
         Number of training patients, which have a segmentation.
     seed : int
-        Another seed gives other patients.
+        Different seeds give different patients.
     shape : tuple of 3 int
         Voxels of a volume, at least 16 along each axis. The anatomy is scaled to it.
     without_segmentation : int
         Number of validation patients, which have no segmentation.
     compressed : bool
-        Write `.nii.gz` instead of `.nii`, which is slower.
+        Write `.nii.gz` files, which takes longer than `.nii`.
     wide : bool
-        Draw patients who differ more than real ones do, to pretrain on: see
+        Draw patients that vary more than real ones, for pretraining; see
         `brats_utils.phantom.wide`.
     jobs : int, optional
-        How many patients to draw at once, in threads. By default, one per core.
+        Number of patients to draw at once, in threads. By default, one per core.
 
     Returns
     -------
@@ -158,9 +157,9 @@ def write_phantom(
     Raises
     ------
     ValueError
-        If an argument is not possible, no case is asked for, or `root` holds files
-        that this function did not write, or a scan that was changed since. Nothing is
-        changed then.
+        If an argument is invalid, no cases are requested, `root` holds only files of
+        other origin, or writing would replace such a file or a scan that was edited
+        since. Nothing is changed then.
     """
     root = files.check_path("root", root)
     numbers = {"n_cases": n_cases, "without_segmentation": without_segmentation}
