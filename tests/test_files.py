@@ -1,5 +1,7 @@
 """Settings, small files, output folders that have an owner, and archives."""
 
+import errno
+import fcntl
 import os
 import shutil
 import stat
@@ -485,6 +487,37 @@ def test_H4_two_writers_in_one_process(tmp_path):
         with pytest.raises(ValueError, match=f"process {os.getpid()}"):
             fill(tmp_path / "out", ["two"])
     fill(tmp_path / "out", ["two"])
+
+
+def test_H4_windows_shields_the_lock_and_flushes_only_what_it_may_write(
+    tmp_path, monkeypatch
+):
+    fsync, unlink, write_text = os.fsync, os.unlink, Path.write_text
+
+    def flush(fd):
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        fsync(fd)
+
+    def shield(function):
+        def refuse_locks(path, *arguments, **options):
+            if str(path).endswith(".lock"):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return function(path, *arguments, **options)
+
+        return refuse_locks
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "unlink", shield(unlink))
+    monkeypatch.setattr(Path, "write_text", shield(write_text))
+    monkeypatch.setattr(Path, "read_text", shield(Path.read_text))
+    fill(tmp_path / "out", ["one"], beside=True)
+    with OutputFolder(tmp_path / "out", "a") as output:
+        output.begin({})
+        with pytest.raises(ValueError, match="written by another process"):
+            fill(tmp_path / "out", ["two"])
+    fill(tmp_path / "out", ["two"], beside=True)
+    assert (tmp_path / "out" / "two").exists()
 
 
 def a_zip(path, entries):
