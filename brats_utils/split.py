@@ -297,6 +297,12 @@ def _read_prepared(prepared):
     where = {"file": prepared, "advice": "Run notebooks/01_prepare.ipynb again"}
     if manifest.get("kind") != "prepared" or not manifest["files"].get("cases.csv"):
         raise BratsDataError("no finished data set here", **where)
+    if files.find_changed(prepared, {"cases.csv": manifest["files"]["cases.csv"]}):
+        text = (
+            f"{prepared / 'cases.csv'} was changed: nothing reads this report, and it "
+        )
+        text += "is overwritten. To leave cases out, prepare a list of the others"
+        warnings.warn(text, stacklevel=4)
     cases = {i: each for i, each in manifest["cases"].items() if each["row"]["kept"]}
     names = [f"{kind}/{case_id}.npy" for case_id in cases for kind in KINDS]
     if missing := [name for name in names if not (prepared / name).is_file()]:

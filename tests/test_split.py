@@ -764,3 +764,24 @@ def test_R3_the_separator_is_the_one_that_each_row_has(tmp_path):
 def test_I2_words_for_nothing_name_no_patient(tmp_path, text):
     rows = [f"{i},{text}" for i in IDS]
     assert patients_of(tmp_path, IDS, "case_id,patient_id", *rows) == 4
+
+
+def test_H6_an_edited_report_changes_no_split_and_is_said(toy_set, tmp_path):
+    prepared, report = prepared_toys(toy_set, tmp_path)
+    ids = split_dataset(prepared, tmp_path / "split")
+    report.assign(kept=False).to_csv(prepared / "cases.csv", index=False)
+    with pytest.warns(UserWarning, match="cases.csv was changed: nothing reads"):
+        assert split_dataset(prepared, tmp_path / "split") == ids
+
+
+def test_I2_scans_that_are_all_of_one_patient_are_named(tmp_path):
+    for number in range(3):
+        folder = write_case(tmp_path / "raw", f"2019030{number + 1}", seed=number)
+        for path in folder.iterdir():
+            path.rename(folder / path.name.split("_")[1])
+    prepare_dataset(tmp_path / "raw", tmp_path / "prepared", min_labelled=0)
+    with pytest.raises(
+        BratsDataError, match="3 kept.*raw_20190301, .*one patient"
+    ) as e:
+        split_dataset(tmp_path / "prepared", tmp_path / "split")
+    assert "each case's name or folder" in str(e.value)
