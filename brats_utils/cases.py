@@ -199,8 +199,8 @@ def _identify(path, descriptions):
     if not channels and not number and labels.naming(case_id)[1] == "0213":
         channels = ALL_MODALITIES  # the order of Task01
     if not channels or int(number or 0) >= len(channels):
-        problem = f"which modality is which in {path.name} is not known"
-        advice = "Give dataset.json, with its channels in order, beside imagesTr"
+        problem = f"cannot tell which modality {path.name} holds"
+        advice = "Put a dataset.json that names the channels next to imagesTr"
         raise BratsDataError(problem, file=root, advice=advice)
     return (root, case_id), (channels[int(number)],) if number else channels
 
@@ -256,7 +256,7 @@ def _add_odd_segmentations(groups, leftovers):
         rivals = [name for name in names if "seg" in name.lower()]  # including `path`
         if places and len(places) + len(rivals) > 2:
             first, ids = places[0][1], ", ".join(p[1] for p in places)
-            problem = f"no {first}_seg file; {', '.join(rivals)} might be that of {ids}"
+            problem = f"no {first}_seg file; {', '.join(rivals)} may belong to {ids}"
             advice = f"Rename the right one to {first}_seg.nii"
             raise BratsDataError(problem, case=first, file=path.parent, advice=advice)
         for place in places:

@@ -519,7 +519,7 @@ def tune_model(run_dir, cases, **options):
     check_options([trained], options, ("modalities", "flips", "patch_shape"))
     _check_writable(trained)
     known = [case.id for case in cases if _was_trained_on(case, trained.description)]
-    _raise_for(sorted(known), "were in the training; tune on others")
+    _raise_for(sorted(known), "were used for training; tune on others")
 
     def predictions():  # one at a time, so that only crops stay in memory
         for case in cases:

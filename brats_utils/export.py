@@ -103,7 +103,7 @@ def _convert_layer(layer, inputs, ranges):
         "softmax": lambda: op.softmax(x, 1),
     }
     if name not in operations or any(each is None for each in inputs):
-        raise ValueError(f"layer {layer.name} is of the kind {name}: {KERAS_ONLY}")
+        raise ValueError(f"layer {layer.name} has type {name}: {KERAS_ONLY}")
     return operations[name]()
 
 
@@ -127,7 +127,7 @@ def _check_outputs(model):
     x = np.random.default_rng(0).normal(size=(1, *sizes)).astype(np.float32)
     difference = model.predict_on_batch(x) - ops.convert_to_numpy(model(x))
     if np.abs(difference).max() > 1e-3:
-        raise ValueError(f"a layer of {model.name} has other options: {KERAS_ONLY}")
+        raise ValueError(f"a layer of {model.name} has unknown options: {KERAS_ONLY}")
 
 
 def _find_ranges(model, data):

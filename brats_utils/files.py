@@ -438,7 +438,7 @@ def read_manifest(folder):
     if any({"..", "/"} & {*PurePosixPath(name).parts} for name in manifest["files"]):
         raise ValueError(f"{path} lists files outside its folder")
     if manifest.get("format") != FORMAT or not manifest.keys() >= {"kind", "made_from"}:
-        raise ValueError(f"{path} is of another version; delete this folder by hand")
+        raise ValueError(f"{path} is of another version; delete the folder yourself")
     return manifest
 
 
@@ -558,7 +558,7 @@ class OutputFolder:
             names = {p.name for p in path.iterdir()} if path.is_dir() else {"a file"}
             found = sorted(names - {UNFINISHED})
             if found and kind != self.kind:
-                problem = f"{path} is not a folder of this project for {self.kind!r}"
+                problem = f"{path} is not a {self.kind!r} folder of this project"
                 problem += f" (kind {kind!r}; it holds {', '.join(found[:5])})"
                 raise ValueError(f"{problem}; choose another output folder")
 
@@ -643,7 +643,7 @@ class OutputFolder:
         """
         names = set(names)
         if outside := [n for n in names if {"..", "/"} & {*PurePosixPath(n).parts}]:
-            raise ValueError(f"{outside[:5]} would lie outside {self.final}")
+            raise ValueError(f"{outside[:5]} would be outside {self.final}")
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
             foreign = [name for name in new if os.path.lexists(folder / name)]
@@ -653,7 +653,7 @@ class OutputFolder:
             parents = {folder / p for n in used for p in PurePosixPath(n).parents[:-1]}
             foreign += [str(p) for p in parents if p.is_symlink() or p.is_file()]
             if foreign:
-                problem = f"{folder} holds files of others: {', '.join(foreign[:5])}"
+                problem = f"{folder} holds other files: {', '.join(foreign[:5])}"
                 raise ValueError(f"{problem}; move them, or choose another folder")
         self.manifest["files"] = dict.fromkeys(names) | self.manifest["files"]
         self.save()
@@ -681,7 +681,7 @@ class OutputFolder:
             if complete and path.stat().st_size != noted["bytes"]:
                 changed.append(name)
         if changed:
-            problem = f"{self.path} holds files that others changed: {changed[:5]}"
+            problem = f"{self.path} holds files that were changed: {changed[:5]}"
             raise ValueError(f"{problem}; move them, or choose another folder")
         _unlink(self.path, self.manifest["files"])
         self.manifest |= {"files": {}, "cases": {}, "made_from": made_from}

@@ -305,7 +305,7 @@ class BratsGenerator(keras.utils.PyDataset):
         images, labels = zip(*samples, strict=True)
         shapes = {volume.shape for volume in labels}
         if len(shapes) > 1:
-            problem = f"volumes of shapes {sorted(shapes)} do not go into one batch"
+            problem = f"volumes of shapes {sorted(shapes)} do not fit into one batch"
             raise ValueError(f"{problem}: set patch_shape, or batch_size=1")
         return np.stack(images), np.stack(labels)[..., None]
 
@@ -323,7 +323,7 @@ class BratsGenerator(keras.utils.PyDataset):
             shape = (*mask.shape, len(self.modalities))
             fitting = f"image {shape} float16, mask {mask.shape} uint8"
             if found != fitting or mask.ndim != 3 or mask.max() > 3:
-                problem = "are not float16 and labels 0 to 3 of one grid"
+                problem = "are not a float16 image and labels 0 to 3 on one grid"
                 raise ValueError(f"{found} {problem}")
         except (OSError, ValueError, EOFError) as error:
             problem = f"{case_id}: {paths[0]} or its mask: {error}"
@@ -406,10 +406,10 @@ def check_pair(train_data, val_data, model, factor):
         ids = [{r.get(column) for r in d.rows.values()} for d in (train_data, val_data)]
         if shared := sorted(filter(None, ids[0] & ids[1])):
             problem = f"train_data and val_data share {len(shared)} {column}s"
-            raise ValueError(f"{problem}: {shared[:5]}; validate with others")
+            raise ValueError(f"{problem}: {shared[:5]}; validate on other cases")
     if copies := val_data.known_cases(train_data.name_images()):
         problem = f"train_data and val_data share images of {len(copies)} cases"
-        raise ValueError(f"{problem}: {copies[:5]}; validate with others")
+        raise ValueError(f"{problem}: {copies[:5]}; validate on other cases")
     if known := val_data.known_cases(SEEN.get(model, set())):
         problem = f"this model was trained on {len(known)} cases of val_data"
-        raise ValueError(f"{problem}: {known[:5]}. Make a new one with unet")
+        raise ValueError(f"{problem}: {known[:5]}. Create a new one with unet")

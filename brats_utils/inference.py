@@ -321,9 +321,9 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     options = _fill_in(models[0], {"flips": flips, "patch_shape": patch_shape})
     found, spread = predict_probabilities(models, image, **options)
     if not np.isfinite(found).all():
-        raise ValueError(f"{case.id}: the model's output is NaN; it was badly trained")
+        raise ValueError(f"{case.id}: the model's output is NaN; its training failed")
     if found.min() < -0.01 or found.max() > 1.01:
-        problem = f"outputs go from {found.min():.3g} to {found.max():.3g}, expected "
+        problem = f"outputs lie in {found.min():.3g} ... {found.max():.3g}, expected "
         raise ValueError(f"{case.id}: {problem}probabilities: end it with a softmax")
     outside = ~scan.brain_mask[box]
     found[outside, -3:] = 0  # no tumour outside the brain, and no doubt
@@ -479,7 +479,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
             except (ValueError, FileNotFoundError) as error:
                 failed.append(str(error))
         if failed:
-            problem = f"{len(failed)} of {len(cases)} cases were not predicted: "
+            problem = f"{len(failed)} of {len(cases)} cases could not be predicted: "
             raise BratsDataError(problem + " | ".join(failed))
     return [output.path / names[case.id][0] for case in cases]
 

@@ -58,7 +58,7 @@ def _check_input(input_shape, n_classes, factor):
         sizes = [size is None or files.is_whole(size, 1) for size in shape[:-1]]
         return len(shape) in (3, 4) and all(sizes) and files.is_whole(shape[-1], 1)
 
-    expected = "(X, Y, C) or (X, Y, Z, C); sizes may be None, the channels C not"
+    expected = "(X, Y, C) or (X, Y, Z, C); sizes may be None, but not the channels C"
     files.check_option("input_shape", input_shape, is_shape, expected)
     classes = "4 (labels) or 3 (regions WT, TC, ET)"
     files.check_option("n_classes", n_classes, *_among((3, 4), classes))
@@ -502,14 +502,14 @@ def read_model(path):
         return _read_phantom_weights()
     if path.suffix.lower() in (".h5", ".hdf5"):
         advice = "keras.models.load_model(path).save('model.keras') will convert it"
-        problem = f"{path}: HDF5 models may hold code and are refused"
+        problem = f"{path}: HDF5 models may contain code and are refused"
         raise ValueError(f"{problem}. If you trust it, {advice}")
     if not path.is_file():
-        raise ValueError(f"there is no model {path}; train one first (notebook 04)")
+        raise ValueError(f"no model found at {path}; train one first (notebook 04)")
     if not zipfile.is_zipfile(path):
         is_page = path.read_bytes()[:1] == b"<"
         found = "an HTML page, not a model" if is_page else "damaged or no Keras model"
-        raise ValueError(f"{path} is {found}; get it again, as a .keras file")
+        raise ValueError(f"{path} is {found}; save it again as a .keras file")
     try:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -520,7 +520,7 @@ def read_model(path):
             description = dict(json.loads(text))
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # whatever Keras, HDF5 and zip raise for damaged files
-        found = "damaged, holds code (Lambda layers) or comes from another version"
+        found = "damaged, contains code (Lambda layers) or is of another version"
         problem = f"{path} cannot be loaded: it is {found} than Keras"
         raise ValueError(f"{problem} {keras.__version__}: {error}") from None
     if has_description:
@@ -579,7 +579,7 @@ def start_from(start, model, train_data, val_data):
     images, case_ids = SEEN.get(source, set()), description.get("train_cases", ())
     if known := val_data.known_cases(images, map(str, case_ids)):
         problem = f"start={start!r} was trained on {len(known)} cases of val_data"
-        raise ValueError(f"{problem}: {known[:5]}; validate with others. {NO_START}")
+        raise ValueError(f"{problem}: {known[:5]}; validate on other cases. {NO_START}")
     theirs, ours = _unet_options(source), _unet_options(model)
     options = [(k, theirs.get(k), ours.get(k)) for k in {**theirs, **ours}]
     differ = [f"{name} {a}, not {b}" for name, a, b in options if a != b]
@@ -669,7 +669,7 @@ def advice_on_memory(model, data):
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
             # Caught below, like an error of the backend in the `with` block.
-            raise MemoryError(f"a step keeps {needed:.1e} of {memory:.1e} bytes")
+            raise MemoryError(f"a step needs {needed:.1e} of {memory:.1e} bytes")
         yield
     except Exception as error:  # each backend has its own class
         if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):

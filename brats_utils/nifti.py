@@ -100,7 +100,7 @@ def _parse_header(start, path, channels):
     header = kind(start[: kind.sizeof_hdr], check=False)
     dtype = header.get_value_label("datatype")
     if not re.fullmatch("u?int(8|16|32|64)|float(32|64)", dtype):
-        _refuse(path, f"its voxels are {dtype}", "Save them as integers or floats")
+        _refuse(path, f"its data type is {dtype}", "Save it as integers or floats")
     try:
         _repair(header)
         header.get_slope_inter()  # raises if it is not valid
@@ -111,7 +111,7 @@ def _parse_header(start, path, channels):
     # After the third axis, only a channel axis and axes of length 1 are allowed.
     more = [length for length in shape[3:] if length != 1]
     if len(shape) < 3 or min(shape) < 1 or more != ([channels] if channels > 1 else []):
-        _refuse(path, f"expected {wanted}, found shape {shape}", f"Save just {wanted}")
+        _refuse(path, f"expected {wanted}, found shape {shape}", f"Save only {wanted}")
     if math.prod(shape) > MAX_VOXELS:
         _refuse(path, f"the header asks for {shape}, more than {MAX_VOXELS} voxels")
     if not header.single_vox_offset <= header["vox_offset"] <= 2**24:
@@ -307,7 +307,7 @@ def walk(root):
 
     def refuse(error):
         problem = f"cannot be read ({error.strerror})"
-        _refuse(error.filename, problem, "Change its permissions, or take it out")
+        _refuse(error.filename, problem, "Change its permissions, or move it away")
 
     seen = set()
     for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
@@ -320,7 +320,7 @@ def walk(root):
             path = Path(folder, name)
             if not os.path.exists(path):
                 advice = "Connect the disk it is on, or remove the link"
-                _refuse(path, "leads nowhere", advice)
+                _refuse(path, "is a broken link", advice)
             yield path
 
 
@@ -371,7 +371,7 @@ def check_spacing(header, case_id=None):
     """
     spacing = np.round(spacing_mm(header.get_best_affine()), 2).tolist()
     if not np.allclose(spacing, 1, atol=0.05):
-        problem = f"voxels of {spacing} mm; the networks expect 1 mm on each side"
+        problem = f"its voxel size is {spacing} mm; the networks expect 1 mm"
         raise BratsDataError(problem, case=case_id, advice="Resample it to 1 mm first")
 
 

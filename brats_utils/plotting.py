@@ -294,7 +294,7 @@ def _channels(image):
     """Return the channels of an image (X, Y, Z, C) or (X, Y, Z), by name."""
     image = np.asarray(image)
     if image.ndim not in (3, 4):
-        raise ValueError(f"image has shape {image.shape}, expected one (X, Y, Z, C)")
+        raise ValueError(f"image has shape {image.shape}, expected (X, Y, Z, C)")
     image = image[..., None] if image.ndim == 3 else image
     numbered = [f"channel {c}" for c in range(image.shape[-1])]
     names = {3: MODALITIES, 4: ALL_MODALITIES}.get(len(numbered), numbered)
@@ -406,7 +406,7 @@ def plot_surfaces(segmentations, titles, *, spacing_mm=(1, 1, 1), step=2):
     """
     check_option("spacing_mm", spacing_mm, *SIZES_MM)
     check_option("step", step, *whole(1))
-    expected = "a list of label maps of one shape"
+    expected = "a list of label maps of the same shape"
     check_option("segmentations", segmentations, lambda m: np.ndim(m) == 4, expected)
     maps = [encode_labels(each) for each in segmentations]
     check_option("titles", titles, lambda t: len(t) == len(maps), "one for each map")
@@ -452,7 +452,7 @@ def plot_history(history, axes=None):
     axes : array of 2 matplotlib axes
         Loss and Dice. Training is dashed, validation solid.
     """
-    check_option("history", history, lambda h: [h.columns], "the table of `train`")
+    check_option("history", history, lambda h: [h.columns], "what train returns")
     axes = _make_axes(axes, 2, (9, 3.2))
     curves = [(axes[0], "loss", "", "0.2")]
     for region, name in REGION_NAMES.items():

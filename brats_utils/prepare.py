@@ -118,11 +118,11 @@ def prepare_case(
     options = _check_options(crop_shape, modalities, min_labelled, scaling)
     check_distinct([case])
     if case.segmentation is None:
-        raise BratsDataError("no segmentation: it can only be predicted", case=case.id)
+        raise BratsDataError("no segmentation; it can only be predicted", case=case.id)
     _refuse(_bad_headers([case], modalities), skip_bad=False)
     with files.OutputFolder(out, "prepared", inputs=_folders([case])) as output:
         if REPORT in output.former["files"]:
-            problem = f"{out} holds a data set, which prepare_dataset changes whole"
+            problem = f"{out} holds a data set, which only prepare_dataset may change"
             raise ValueError(f"{problem}; choose another folder")
         for case_id, record in output.manifest["cases"].items():
             # Cases may differ in min_labelled; only options are compared.
@@ -391,7 +391,7 @@ def _check_space(cases, output, options):
     sizes = {name: options[name] for name in ("crop_shape", "modalities")}
     needed, free = estimate_disk_gb(n_new, **sizes), files.free_gb(output.final)
     if needed > free:
-        problem = f"{n_new} cases need some {needed:.1f} GB, and {free:.1f} GB are free"
+        problem = f"{n_new} cases need {needed:.1f} GB, but {free:.1f} GB are free"
         problem += "; nothing was changed. Make room, or choose another folder"
         raise OSError(errno.ENOSPC, problem, str(output.final))
 
@@ -418,7 +418,7 @@ def _refuse(bad, skip_bad):
     if bad and not skip_bad:
         problem = f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip(".")
         advice = "Correct them, or leave them out with prepare_dataset(skip_bad=True); "
-        advice += "check_cases lists all that is wrong, inside the files too"
+        advice += "check_cases lists all problems, also inside the files"
         raise BratsDataError(problem, advice=advice)
 
 

@@ -160,7 +160,7 @@ def read_csv(path):
     lines = lines[1:] if lines and lines[0].startswith("sep=") else lines
     try:
         if "\0" in text or not lines:
-            raise csv.Error("it is empty, or holds other data")
+            raise csv.Error("it is empty or no text")
         # The separator that each row has; of equals, the one that the header has most.
         counts = {c: [line.count(c) for line in lines] for c in ",;\t"}
         dialect = {"delimiter": max(counts, key=lambda c: (min(counts[c]), counts[c]))}
@@ -178,7 +178,7 @@ def read_csv(path):
             raise csv.Error(f"a row has more cells than the first: {too_long[0]}")
         unnamed = [keys[k] for k, name in enumerate(names) if k and not name]
         if any(row[key] for row in rows for key in unnamed):
-            raise csv.Error(f"columns without names hold cells; is {names[0]} a title?")
+            raise csv.Error(f"unnamed columns hold values; is {names[0]} a title?")
     except csv.Error as error:
         problem = f"{path} is not a text table: {error}"
         raise ValueError(f"{problem}; save it as csv, or remove it") from None
@@ -239,7 +239,7 @@ def _apply_table(links, ids, path):
     id_column = max([*patient_columns, *hits], key=hits.get, default=None)
     columns = [c for c in hits if c == id_column or c in patient_columns]
     if columns == [id_column] and hits[id_column]:
-        text = f"{path} has the ids in {id_column!r} and no column of patients that is "
+        text = f"{path} has the ids in {id_column!r} but no column of patients that is "
         warnings.warn(f"{text}known: if there is one, call it patient_id", stacklevel=3)
     id_columns = _find_id_columns(cells, named, id_column)
     columns += id_columns - {*columns}
@@ -262,7 +262,7 @@ def _apply_table(links, ids, path):
             links[case_id] |= _with_patients(names)
         matched |= same
     if not matched:
-        problem = f"{path} names none of these cases ({next(iter(ids.values()))}, ...)"
+        problem = f"{path} has none of these cases ({next(iter(ids.values()))}, ...)"
         raise ValueError(f"{problem}: correct it, or remove it")
     return len(matched)
 
@@ -298,10 +298,8 @@ def _read_prepared(prepared):
     if manifest.get("kind") != "prepared" or not manifest["files"].get("cases.csv"):
         raise BratsDataError("no finished data set here", **where)
     if files.find_changed(prepared, {"cases.csv": manifest["files"]["cases.csv"]}):
-        text = (
-            f"{prepared / 'cases.csv'} was changed: nothing reads this report, and it "
-        )
-        text += "is overwritten. To leave cases out, prepare a list of the others"
+        text = f"{prepared / 'cases.csv'} was changed; it is a report that nothing "
+        text += "reads. To leave cases out, prepare a list of the others"
         warnings.warn(text, stacklevel=4)
     cases = {i: each for i, each in manifest["cases"].items() if each["row"]["kept"]}
     names = [f"{kind}/{case_id}.npy" for case_id in cases for kind in KINDS]

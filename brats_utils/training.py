@@ -228,7 +228,7 @@ class FiniteCheck(keras.callbacks.Callback):
         if not (finite and np.isfinite(logs["loss"])):
             problem = f"epoch {epoch + 1}: the loss or a weight is NaN or infinite"
             advice = "Lower the learning rate, or look for a bad scan with check_cases"
-            raise FloatingPointError(f"{problem}; the epoch before is kept. {advice}")
+            raise FloatingPointError(f"{problem}; the previous epoch is kept. {advice}")
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -365,7 +365,7 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, callbacks):
         in_xla = re.match("(?is)(?!.*resource_?exhausted).*(cudnn|xla)", repr(error))
         if not (in_xla and model.jit_compile) or keras.backend.backend() == "jax":
             raise
-        text = f"XLA failed ({str(error)[:200]}): training goes on without it, slower"
+        text = f"XLA failed ({str(error)[:200]}): continuing without it, more slowly"
         warnings.warn(text, stacklevel=3)
         model.jit_compile, model.train_function, model.test_function = False, None, None
         checkpoint.run.resume(model)  # undo the changes of the unfinished epoch

@@ -193,7 +193,7 @@ def check_outliers(volume, path=None, *, statistics=None):
         furthest = max(float(values.max()) - mean, mean - float(values.min()))
     if furthest > MOST_SD * sd > 0:
         problem = f"a voxel lies {furthest / sd:.0f} SD from the brain's mean"
-        advice = "Correct it: it squeezes all others together"
+        advice = "Correct this voxel: it compresses the scale of all others"
         raise BratsDataError(problem, file=path, advice=advice)
 
 

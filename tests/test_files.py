@@ -224,7 +224,7 @@ def test_H2_a_file_that_others_changed_is_refused_before_any_is_deleted(tmp_path
     fill(tmp_path / "out", ["one", "two"])
     (tmp_path / "out" / "two").write_text("changed by hand")
     before = tree(tmp_path)
-    with pytest.raises(ValueError, match="others changed: .'two'"):
+    with pytest.raises(ValueError, match="were changed: .'two'"):
         fill(tmp_path / "out", ["one", "two"])
     assert tree(tmp_path) == before
 

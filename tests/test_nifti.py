@@ -226,7 +226,7 @@ def test_R1_further_axes_of_length_1_are_dropped(tmp_path, kind):
         error = error_of(path)
         assert "expected a 3-D volume" in error.problem
         assert str((*volume.shape, *axes)) in error.problem
-        assert error.advice == "Save just a 3-D volume"
+        assert error.advice == "Save only a 3-D volume"
 
 
 @pytest.mark.parametrize("kind", HEADERS)

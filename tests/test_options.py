@@ -148,7 +148,7 @@ OF_THE_NETWORK = [
             "max_minutes": (-1, "8", NAN, True, [1]),
             "minutes": (-1, "8", NAN, INF, True, [1]),
             "callbacks": (None, 5, True, "log", ["log"], [train]),
-            "start=start|there is no model": (
+            "start=start|no model found": (
                 5,
                 True,
                 "nowhere.keras",

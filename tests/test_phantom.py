@@ -249,7 +249,7 @@ def test_H2_a_patient_that_was_changed_by_hand_is_not_replaced(tmp_path):
     write_phantom(tmp_path / "root", 2, shape=SHAPE)
     next((tmp_path / "root").rglob("*_t2.nii")).write_bytes(b"changed")
     before = checksums(tmp_path / "root")
-    with pytest.raises(ValueError, match="others changed"):
+    with pytest.raises(ValueError, match="were changed"):
         write_phantom(tmp_path / "root", 2, shape=SHAPE, seed=1)
     assert checksums(tmp_path / "root") == before
 

@@ -241,7 +241,7 @@ def test_I2_a_mapping_of_nothing_stops_before_work_starts(toy_set, tmp_path):
     before = tree(tmp_path)
     path = toy_set / "name_mapping.csv"
     for content, told in (
-        (b"Grade,BraTS_2020_subject_ID\nHGG,BraTS20_Training_077\n", "names none"),
+        (b"Grade,BraTS_2020_subject_ID\nHGG,BraTS20_Training_077\n", "has none of"),
         (b"PK\3\4\0\0 an Excel file", "not a text table.*save it as csv"),
         (b"", "not a text table"),
     ):
@@ -711,7 +711,7 @@ def test_I2_numbered_scans_in_several_columns_are_of_one_patient(tmp_path, heade
 def test_I2_scans_in_two_columns_of_one_name_are_of_one_patient(tmp_path):
     rows = [f"p{n},{IDS[n]},{IDS[n + 2]}" for n in range(2)]
     assert patients_of(tmp_path, IDS, "patient,scan,scan", *rows) == 2
-    with pytest.raises(ValueError, match="without names hold cells"):
+    with pytest.raises(ValueError, match="unnamed columns hold"):
         patients_of(tmp_path, IDS, "patient,,", *rows)
 
 
@@ -770,7 +770,7 @@ def test_H6_an_edited_report_changes_no_split_and_is_said(toy_set, tmp_path):
     prepared, report = prepared_toys(toy_set, tmp_path)
     ids = split_dataset(prepared, tmp_path / "split")
     report.assign(kept=False).to_csv(prepared / "cases.csv", index=False)
-    with pytest.warns(UserWarning, match="cases.csv was changed: nothing reads"):
+    with pytest.warns(UserWarning, match="cases.csv was changed; it is a report"):
         assert split_dataset(prepared, tmp_path / "split") == ids
 
 

@@ -443,7 +443,7 @@ def test_E06_what_cannot_fit_is_refused_before_the_first_step(
     model = tiny_unet()
     monkeypatch.setattr(model, "fit", lambda *_, **__: pytest.fail("training began"))
     monkeypatch.setattr(training.os, "sysconf", lambda _: 100)
-    with pytest.raises(MemoryError, match=r"a step keeps .* of 1.0e\+04 b.*batch_size"):
+    with pytest.raises(MemoryError, match=r"a step needs .* of 1.0e\+04 b.*batch_size"):
         run(split, tmp_path, model=model)
 
 
@@ -481,7 +481,7 @@ def test_E05_nan_stops_the_run_and_keeps_the_last_state(
     image[8, 8, 4] = np.nan  # the tumour's middle, in every patch
     np.save(path, image)
     before = (tmp_path / "run" / "last.npz").read_bytes()
-    with pytest.raises(FloatingPointError, match="epoch 5.*the epoch before is kept"):
+    with pytest.raises(FloatingPointError, match="epoch 5.*the previous epoch is kept"):
         run(folder, tmp_path / "run", epochs=5)
     assert (tmp_path / "run" / "last.npz").read_bytes() == before
     best = keras.models.load_model(tmp_path / "run" / "best.keras")
