@@ -200,7 +200,7 @@ def _identify(path, descriptions):
         channels = ALL_MODALITIES  # the order of Task01
     if not channels or int(number or 0) >= len(channels):
         problem = f"cannot tell which modality {path.name} holds"
-        advice = "Put a dataset.json that names the channels next to imagesTr"
+        advice = "Give dataset.json, with its channels in order, beside imagesTr"
         raise BratsDataError(problem, file=root, advice=advice)
     return (root, case_id), (channels[int(number)],) if number else channels
 

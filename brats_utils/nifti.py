@@ -100,7 +100,7 @@ def _parse_header(start, path, channels):
     header = kind(start[: kind.sizeof_hdr], check=False)
     dtype = header.get_value_label("datatype")
     if not re.fullmatch("u?int(8|16|32|64)|float(32|64)", dtype):
-        _refuse(path, f"its data type is {dtype}", "Save it as integers or floats")
+        _refuse(path, f"its voxels are {dtype}", "Save them as integers or floats")
     try:
         _repair(header)
         header.get_slope_inter()  # raises if it is not valid
