@@ -24,6 +24,7 @@ of being inside or outside a region (K = 3). Each term is 0 for a perfect predic
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import json
 import random
@@ -506,7 +507,11 @@ def describe_object(value):
     description : str, list or dict
     """
     if hasattr(value, "__array__"):
-        return np.asarray(value).tolist()
+        array = np.asarray(value)
+        if array.size <= 100 or array.dtype.hasobject:
+            return array.tolist()
+        digest = hashlib.sha256(np.ascontiguousarray(array)).hexdigest()
+        return [str(array.dtype), array.shape, digest]  # as text, it could be gigabytes
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if inspect.ismethod(value):

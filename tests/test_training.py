@@ -1692,3 +1692,19 @@ def test_I5_of_kerass_own_losses_the_defaults_are_not_noted():
         noted = json.loads(json.dumps(loss, default=describe_object))
         assert noted["fn"].endswith(".sparse_categorical_crossentropy")
         json.dumps(with_net, default=describe_object)  # cannot be described: left out
+
+
+def test_I5_arrays_of_an_augmentation_are_compared_but_not_stored(tmp_path):
+    image = np.zeros((64, 64, 64, 3), np.float32)
+    changed = image.copy()
+    changed[1, 2, 3, 0] = 1
+    told = []
+    for array in (image, image[..., ::1].copy(), changed, image.astype(np.float64)):
+        change = partial(flip, lesions=[array, np.uint8([1, 2])])
+        told.append(json.dumps(change, default=describe_object))
+    assert told[0] == told[1] and len({*told}) == 3 and len(told[0]) < 500
+    # So do arrays that a function captures, however they lie in memory.
+    for array in (image, np.asfortranarray(image)):
+        with pytest.warns(UserWarning, match="a change in its code"):
+            told.append(json.dumps(lambda x, a=array: x + a, default=describe_object))
+    assert told[-1] == told[-2] and len(told[-1]) < 500
