@@ -435,7 +435,7 @@ def read_manifest(folder):
     manifest = read_json(path)
     if not all(isinstance(manifest.get(key), dict) for key in ("files", "cases")):
         raise ValueError(f"{path} is not a manifest of this project")
-    if any({"..", "/"} & {*PurePosixPath(name).parts} for name in manifest["files"]):
+    if any({"..", "/", "//"} & {*PurePosixPath(n).parts} for n in manifest["files"]):
         raise ValueError(f"{path} lists files outside its folder")
     if manifest.get("format") != FORMAT or not manifest.keys() >= {"kind", "made_from"}:
         raise ValueError(f"{path} is of another version; delete the folder yourself")
@@ -642,8 +642,8 @@ class OutputFolder:
             If a path leads outside the folder, or to a file that is not ours.
         """
         names = set(names)
-        if outside := [n for n in names if {"..", "/"} & {*PurePosixPath(n).parts}]:
-            raise ValueError(f"{outside[:5]} would be outside {self.final}")
+        if out := [n for n in names if {"..", "/", "//"} & {*PurePosixPath(n).parts}]:
+            raise ValueError(f"{out[:5]} would be outside {self.final}")
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
             foreign = [name for name in new if os.path.lexists(folder / name)]

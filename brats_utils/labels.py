@@ -167,13 +167,12 @@ def parse_name(name, folder=""):
         The case id, and "flair", "t1", "t1ce", "t2" or "seg"; empty where the name does
         not say.
     """
-    start, rest = name[: len(folder) + 1].lower(), name[len(folder) + 1 :]
-    # The id is the folder's name if the rest is known: it may end in _T1 itself.
-    if folder and start[:-1] == folder.lower() and start[-1:] in ("_", "-"):
-        match = _NAME.fullmatch(rest)
-        if match and not match[1]:
-            return folder, match.lastgroup
-    match = _NAME.fullmatch(name)
+    match, size = _NAME.fullmatch(name), len(folder)
+    # Of P1_T2_flair in a folder P1_T2, the id is P1_T2: an id may end like an image.
+    if _NAME.fullmatch(f"{folder}.nii") and name.lower().startswith(folder.lower()):
+        rest = _NAME.fullmatch(name[size + 1 :])
+        if rest and not rest[1] and name[size] in "-_":
+            return name[:size], rest.lastgroup
     return (match[1] or "", match.lastgroup) if match else ("", "")
 
 
@@ -235,14 +234,16 @@ def find_misfit(labels, labelled):
     Returns
     -------
     problem : str
-        Empty if the table contradicts the names of all cases, or of none: users may
-        know better than the names.
+        Empty if the label maps are of one set, or if the table contradicts the names
+        of all cases, or of none: users may know better than the names.
     """
     told, misfits = label_table(labels), []
+    if len({name for name, _ in labelled.values()}) == 1:
+        return ""  # one set, of which the user may know better
     for case_id, ((name, code), values) in labelled.items():
         settled = label_table(code) if code and "=" not in code else {}
         # Values that the name does not allow show that the name is wrong.
-        found = {1, 2, *values} if settled and values <= settled.keys() else ()
+        found = {1, 2, *values} & settled.keys() if values <= settled.keys() else ()
         if any(told.get(value) != settled[value] for value in found):
             misfits.append(f"{case_id}: {name} writes labels {code}")
     if len(misfits) in (0, len(labelled)):

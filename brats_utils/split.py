@@ -28,9 +28,9 @@ _NUMBERED_ID = re.compile(
     r"|sub-[^_]+(?=_))[-_].+"
 )
 _DATED_ID = re.compile(rf"(.*[^-_])[-_](?:{VISIT.pattern})", re.I)
-# Spreadsheets are not read, but refused: their links must not be lost.
+# Spreadsheets are refused, not ignored: that would lose their links.
 _TABLE_NAME = re.compile(
-    r"(?![.~]).*mapping.*\.(csv|tsv|txt|csv\.\w+|xls\w?|ods|numbers)", re.I
+    r"(?![.~]).*mapping.*\.(csv|tsv|txt|xls\w?|ods|numbers)(\.(gz|bz2|xz|zip))?", re.I
 )
 # Headers of columns that name patients, not their age, sex, site and so on.
 _ID_WORDS = (
@@ -80,7 +80,7 @@ def find_patients(cases, *roots):
     """
     # {name in lower case: case id}; a spreadsheet writes 001 as 1.
     ids = {c.id.lstrip("0") or "0": c.id for c in cases if c.id.isdigit()}
-    ids |= {case.id.lower(): case.id for case in cases}
+    ids |= {unicodedata.normalize("NFC", c.id).lower(): c.id for c in cases}
     links = {case.id: _with_patients([case.id]) for case in cases}
     matched = []
     for path in _find_tables(cases, [*map(Path, roots)]):
@@ -98,6 +98,7 @@ def find_patients(cases, *roots):
 
 def _with_patients(names):
     """Return the names of scans, and of the patients that these names contain."""
+    names = {unicodedata.normalize("NFC", name) for name in names}  # as in tables
     found = [p.fullmatch(name) for name in names for p in (_NUMBERED_ID, _DATED_ID)]
     patients = {match[1] for match in found if match} - {*names}
     # A patient's name may end in another visit: <patient>_<week>_<date>.
@@ -142,7 +143,8 @@ def read_csv(path):
     Returns
     -------
     rows : list of dict of str to str
-        One dictionary per row. Nothing is converted: "NA" stays "NA".
+        One dictionary per row. "NA" stays "NA". A name that comes again in the header
+        gets a number.
 
     Raises
     ------
@@ -161,23 +163,26 @@ def read_csv(path):
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty or no text")
-        # The separator that each row has; of equals, the one that the header has most.
+        # The separator that most rows have as often as the header; of equals, the one
+        # that comes most often there.
         counts = {c: [line.count(c) for line in lines] for c in ",;\t"}
-        dialect = {"delimiter": max(counts, key=lambda c: (min(counts[c]), counts[c]))}
+        as_header = {c: sum(n == ns[0] > 0 for n in ns) for c, ns in counts.items()}
+        best = max(counts, key=lambda c: (as_header[c], counts[c][0]))
+        dialect = {"delimiter": best}
         _check_quotes(csv.reader(lines, strict=True, **dialect))
         names = [n.strip() for n in next(csv.reader(lines, **dialect))]
         patient_columns = [name for name in names if _PATIENT_COLUMN.fullmatch(name)]
         if twice := [c for c in patient_columns if patient_columns.count(c) > 1]:
             raise csv.Error(f"it has two columns named {twice[0]}")
         # A name that comes again gets a number: DictReader keeps one of each name.
-        keys = [f"{n} {k}" if n in names[:k] else n for k, n in enumerate(names)]
+        keys = [f"{n} #{k}" if n in names[:k] else n for k, n in enumerate(names)]
         # The first row repeats the header.
         rows = [*csv.DictReader(lines, keys, restval="", **dialect)][1:]
         # DictReader puts the cells beyond the header under the key None.
         if too_long := [row for row in rows if any(row.get(None, ()))]:
             raise csv.Error(f"a row has more cells than the first: {too_long[0]}")
         unnamed = [keys[k] for k, name in enumerate(names) if k and not name]
-        if any(row[key] for row in rows for key in unnamed):
+        if any(row[key].strip() for row in rows for key in unnamed):
             raise csv.Error(f"unnamed columns hold values; is {names[0]} a title?")
     except csv.Error as error:
         problem = f"{path} is not a text table: {error}"
@@ -185,41 +190,69 @@ def read_csv(path):
     return [{k: v.strip() for k, v in r.items() if k is not None} for r in rows]
 
 
-def _check_filled(rows, columns, id_columns, named, path):
-    """Raise if a patient column is filled in for some cases but not for others."""
-    others = [column for column in columns if column not in id_columns]
-    # Of several columns of subjects, some may be empty: a set of another year, say.
-    for column in [c for c in columns if _PERSON_COLUMN.match(c) or others == [c]]:
-        ours = [row for row in rows if any(row[c].lower() in named for c in columns)]
-        blank = [row for row in ours if not row[column]]
-        if blank and len(blank) < len(ours):
-            name = next(filter(None, map(blank[0].get, columns)))
-            problem = f"{path} leaves {column} empty for {name} (were cells merged?)"
-            raise ValueError(f"{problem}: write the patient in each row, NA if unknown")
+def _name_patients(case_ids):
+    """Return {patient in lower case: case ids} of the patients that the ids contain."""
+    patients = {}
+    for case_id in case_ids:
+        for name in _with_patients([case_id]) - {case_id}:
+            patients.setdefault(name.lower(), set()).add(case_id)
+    return patients
 
 
-def _name_cases(links, ids):
-    """Return {name in lower case: case ids}, of the cases and of their patients."""
-    named = {name: {case_id} for name, case_id in ids.items()}
-    for case_id, names in links.items():
-        for name in names - {case_id}:
-            named.setdefault(name.lower(), set()).add(case_id)
-    return named
+def _find_columns(rows, ids, patients):
+    """Return a table's columns of scans, the main one first, and those of patients.
 
-
-def _find_id_columns(cells, named, id_column):
-    """Return the columns of scans: `id_column`, and those with the cases it lacks.
-
-    `cells` is {column: names in lower case}; `named` is that of `_name_cases`.
+    The main one names the most cases or, failing that, the most patients of cases.
     """
-    columns, taken = {id_column}, {*cells.get(id_column, ())}
-    for column in cells:
+    cells = {c: [row[c].lower() for row in rows] for c in (rows or [{}])[0]}
+    hits = {}
+    for column, names in cells.items():
+        hits[column] = len({*names} & ids.keys()), len({*names} & patients.keys())
+    named = [c for c in cells if _PATIENT_COLUMN.fullmatch(c)]
+    # Of equals, max returns the first.
+    id_columns = [max([*named, *cells], key=hits.get)] if cells else []
+    taken = {name for column in id_columns for name in cells[column]}
+    for column in cells:  # more scans of the patient: other cases, each once
         names = [name for name in cells[column] if not _EMPTY.fullmatch(name)]
-        each_once = len({*names} & named.keys() - taken) == len(names) > 0
-        if each_once and not _PERSON_COLUMN.match(column):
-            columns.add(column)
-            taken |= {*names}
-    return columns
+        other = {*names} - taken
+        are_ids = len(other) == len(names) <= 2 * len(other & ids.keys())
+        if names and are_ids and not re.search("(?i)subject", column):
+            if not _PERSON_COLUMN.match(column):
+                id_columns.append(column)
+                taken |= other
+    return id_columns, [column for column in named if column not in id_columns]
+
+
+def _check_filled(rows, patient_columns, path):
+    """Raise if a column names the patients of some cases, and is empty for others."""
+    for column in patient_columns:
+        filled = [row[column] for row in rows if row[column]]
+        # Merged cells: the first is filled, and no name comes twice. In one of several
+        # columns of subjects, blanks may mean a set of another year.
+        merged = patient_columns == [column] and len({*filled}) == len(filled)
+        if _PERSON_COLUMN.match(column) or (merged and rows[0][column]):
+            if blank := [row for row in rows if filled and not row[column]]:
+                name = next(filter(None, blank[0].values()))
+                problem = f"{path} leaves {column} empty for {name} (merged cells?): "
+                raise ValueError(f"{problem}write the patient in each row, or NA")
+
+
+def _names_in(row, ids, id_columns, patient_columns):
+    """Return the names of scans and patients that a row of a table holds."""
+    # If some ids are written as 001, a number may be an id in any column.
+    padded = any(i.isdigit() and i[0] == "0" for i in ids.values())
+    number_ids, names = {*ids.values()} if padded else set(), set()
+    for column, name in row.items():
+        # "NA" may be a case id in the main column; elsewhere it is an empty cell.
+        if not name or (_EMPTY.fullmatch(name) and column != id_columns[0]):
+            continue
+        if column in id_columns or (name.lower() in ids and not name.isdigit()):
+            names.add(name)
+        if column in patient_columns or column in id_columns[1:]:
+            # Patient 1 in one column is not number 1 in another.
+            is_number = name.isdigit() and name not in number_ids
+            names.add(f"{column} {name}" if is_number else name)
+    return names
 
 
 def _apply_table(links, ids, path):
@@ -231,33 +264,21 @@ def _apply_table(links, ids, path):
         {k: re.sub(r"^(\d+)\.0+$", r"\1", v) for k, v in row.items()}
         for row in read_csv(path)
     ]
-    named = _name_cases(links, ids)
-    cells = {c: [row[c].lower() for row in rows] for c in (rows or [{}])[0]}
-    hits = {c: len(set().union(*(named.get(n, ()) for n in cells[c]))) for c in cells}
-    patient_columns = [c for c in hits if _PATIENT_COLUMN.fullmatch(c)]
-    # The column that names the most cases; max returns the first if several are equal.
-    id_column = max([*patient_columns, *hits], key=hits.get, default=None)
-    columns = [c for c in hits if c == id_column or c in patient_columns]
-    if columns == [id_column] and hits[id_column]:
-        text = f"{path} has the ids in {id_column!r} but no column of patients that is "
-        warnings.warn(f"{text}known: if there is one, call it patient_id", stacklevel=3)
-    id_columns = _find_id_columns(cells, named, id_column)
-    columns += id_columns - {*columns}
-    _check_filled(rows, columns, id_columns, named, path)
-    matched, known = set(), {case_id.lower() for case_id in ids.values()}
-    # If some ids are written as 001, a number may be an id in any column.
-    number_ids = known if any(i.isdigit() and i[0] == "0" for i in known) else set()
+    patients = _name_patients(links)
+    id_columns, patient_columns = _find_columns(rows, ids, patients)
+    known = ids.keys() | patients.keys()
+    ours = [row for row in rows if known & {row[c].lower() for c in id_columns}]
+    if ours and not patient_columns and len(id_columns) == 1:
+        text = f"{path} has the ids in {id_columns[0]!r} but no column of patients "
+        text += "that is known: if there is one, call it patient_id"
+        warnings.warn(text, stacklevel=3)
+    _check_filled(ours, patient_columns, path)
+    matched = set()
     for row in rows:
-        names = []
-        for column, name in row.items():
-            # In columns that do not name patients, only case ids count.
-            used = column in columns or (name.lower() in named and not name.isdigit())
-            # "NA" may be a case id in the id column; elsewhere it is an empty cell.
-            if used and (column == id_column or not _EMPTY.fullmatch(name)):
-                # Patient 1 in one column is not number 1 in another.
-                is_id = column in id_columns or name in number_ids or not name.isdigit()
-                names.append(name if is_id else f"{column} {name}")
-        same = set().union(*(named.get(name.lower(), ()) for name in names))
+        names = _names_in(row, ids, id_columns, patient_columns)
+        same = {ids[name.lower()] for name in names if name.lower() in ids}
+        for column in id_columns:  # a row may be about all scans of a patient
+            same |= patients.get(row[column].lower(), set())
         for case_id in same:
             links[case_id] |= _with_patients(names)
         matched |= same
@@ -297,7 +318,8 @@ def _read_prepared(prepared):
     where = {"file": prepared, "advice": "Run notebooks/01_prepare.ipynb again"}
     if manifest.get("kind") != "prepared" or not manifest["files"].get("cases.csv"):
         raise BratsDataError("no finished data set here", **where)
-    if files.find_changed(prepared, {"cases.csv": manifest["files"]["cases.csv"]}):
+    report = {"cases.csv": manifest["files"]["cases.csv"]}
+    if (prepared / "cases.csv").exists() and files.find_changed(prepared, report):
         text = f"{prepared / 'cases.csv'} was changed; it is a report that nothing "
         text += "reads. To leave cases out, prepare a list of the others"
         warnings.warn(text, stacklevel=4)
@@ -370,8 +392,8 @@ def _split(prepared, out, kind, choose, least, why, **choice):
         n, advice = len(manifest["cases"]), "Provide more cases, or lower min_labelled"
         problem = f"{n} kept cases of {len(groups)} patients cannot be split {why}"
         largest = max(groups, key=len, default=[])
-        if len(largest) > 1:
-            problem += f"; {', '.join(largest[:5])} and so on are one patient's"
+        if 2 * len(largest) > n > 1:
+            problem += f"; {', '.join(largest[:5])} ... are of one patient, or equal"
             advice = "If that is wrong, put the patient into each case's name or folder"
         raise BratsDataError(problem, file=prepared, advice=advice)
     _write_split(out, kind, prepared, manifest, ids, choice)

@@ -1153,6 +1153,31 @@ def test_A02_two_label_maps_of_one_case_are_refused(tmp_path, folders):
         assert find_cases(tmp_path)[0].segmentation is None
 
 
+def test_I1_one_labels_for_one_set_is_taken_whatever_its_maps_hold(tmp_path):
+    write_labelled(tmp_path, "BraTS20_Training_001", (0, 1, 2, 4))
+    write_labelled(tmp_path, "BraTS20_Training_002", (0, 1, 2, 0))
+    cases = find_cases(tmp_path, labels={1: 1, 2: 2, 4: 1})
+    assert {case.labels for case in cases} == {"1:1 2:2 4:1"}
+    shutil.rmtree(tmp_path / "BraTS20_Training_002")
+    write_labelled(tmp_path / "other", "H1", (0, 1, 2, 0))
+    names = {"background": 0, "edema": 2, "enhancing tumor": 4}
+    for described in (names, {"background": 0, "enhancing tumor": 4}):
+        text = json.dumps({"labels": described})
+        (tmp_path / "other" / "dataset.json").write_text(text)
+        assert len(find_cases(tmp_path, labels="0124")) == 2
+
+
+def test_R2_a_folder_named_otherwise_than_its_files_changes_no_id(tmp_path):
+    images = ("flair", "t1", "t1ce", "t2")
+    names = [f"braTS20_001/BraTS20_001_{n}.nii" for n in (*images, "seg")]
+    write_named(tmp_path, names)
+    names = [f"P1_brain/P1_brain_{n}.nii" for n in images]
+    write_named(tmp_path, [*names, "P1_brain/P1_seg.nii"])
+    cases = find_cases(tmp_path)
+    assert [case.id for case in cases] == ["BraTS20_001", "P1"]
+    assert all(case.segmentation for case in cases)
+
+
 def test_A21_files_of_a_case_may_mix_both_forms_of_unicode(tmp_path):
     names = [f"Müller_1_{n}.nii" for n in ("flair", "t1", "t1ce", "t2", "seg")]
     forms = ("NFC", "NFD", "NFD", "NFC", "NFD")

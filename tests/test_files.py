@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import stat
@@ -487,6 +488,22 @@ def test_H4_two_writers_in_one_process(tmp_path):
         with pytest.raises(ValueError, match=f"process {os.getpid()}"):
             fill(tmp_path / "out", ["two"])
     fill(tmp_path / "out", ["two"])
+
+
+@pytest.mark.parametrize("start", ["", "/", "../"])
+def test_H1_a_manifest_that_lists_files_elsewhere_is_refused(tmp_path, start):
+    victim = tmp_path / "victim"
+    victim.write_text("x")
+    name = f"{start}{victim}" if start != "../" else "../victim"
+    (tmp_path / "out").mkdir()
+    text = json.dumps({**MANIFEST, "files": {name: {"bytes": 1, "sha256": ""}}})
+    (tmp_path / "out" / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="lists files outside its folder"):
+        read_manifest(tmp_path / "out")
+    with OutputFolder(tmp_path / "new", "a") as output:
+        with pytest.raises(ValueError, match="would be outside"):
+            output.claim([name])
+    assert victim.read_text() == "x"
 
 
 def test_H4_windows_shields_the_lock_and_flushes_only_what_it_may_write(

@@ -785,3 +785,103 @@ def test_I2_scans_that_are_all_of_one_patient_are_named(tmp_path):
     ) as e:
         split_dataset(tmp_path / "prepared", tmp_path / "split")
     assert "each case's name or folder" in str(e.value)
+
+
+def tables_unite(folder, ids, **tables):
+    """Return which cases mapping tables unite: groups of ids, sorted."""
+    for name, rows in tables.items():
+        (folder / f"{name}_mapping.csv").write_text("\n".join(rows))
+    patients, _ = find_patients([Case(i, {}) for i in ids], folder)
+    groups = {}
+    for case_id, patient in patients.items():
+        groups.setdefault(patient, []).append(case_id)
+    return sorted(map(sorted, groups.values()))
+
+
+def test_I2_a_column_of_patients_is_not_taken_for_that_of_the_scans(tmp_path):
+    ids = "1", "2", "3", "4", "11", "12"
+    first = ["case_id,patient_id", "1,P1", "2,P1", "3,P2", "4,P2"]
+    second = ["case_id,patient_id", "11,P1", "12,P2", "999,P3"]  # one case is excluded
+    groups = tables_unite(tmp_path, ids, a=first, b=second)
+    assert groups == [["1", "11", "2"], ["12", "3", "4"]]
+
+
+@pytest.mark.parametrize(
+    "ids, tables, groups",
+    [
+        (  # ids that name patients, and numbers of scans
+            ["P1_pre", "P1_post", "P2_pre", "P2_post", "101", "102"],
+            [["case_id,patient_id", "101,P1", "102,P2", "999,P1"]],
+            [["101", "P1_post", "P1_pre"], ["102", "P2_post", "P2_pre"]],
+        ),
+        (
+            ["1_pre", "2_pre", "x", "y"],
+            [["scan,patient", "1_pre,1", "2_pre,2"], ["scan,patient", "x,1", "y,5"]],
+            [["1_pre", "x"], ["2_pre"], ["y"]],
+        ),
+        (  # numbers of subjects that are numbers of other cases
+            ["1", "2", "12", "13", "30", "31"],
+            [["case,subject", "1,12", "2,13"], ["case,subject", "30,12", "31,500"]],
+            [["1", "30"], ["12"], ["13"], ["2"], ["31"]],
+        ),
+        (  # an arm of a study named like a patient
+            ["A_pre", "B_pre", "C_pre"],
+            [["case_id,patient,arm", "A_pre,A,A", "B_pre,B,A", "C_pre,C,B"]],
+            [["A_pre"], ["B_pre"], ["C_pre"]],
+        ),
+        (  # numbers of another numbering
+            ["1_pre", "2_pre", "3_pre", "4_pre"],
+            [["patient_id,case_id", "2,1_pre", "3,2_pre", "4,3_pre", "1,4_pre"]],
+            [["1_pre"], ["2_pre"], ["3_pre"], ["4_pre"]],
+        ),
+        (  # the second column of scans holds one that is excluded
+            ["101", "102", "103", "104"],
+            [["patient,scan1,scan2", "P0,101,103", "P1,102,104", "P2,105,106"]],
+            [["101", "103"], ["102", "104"]],
+        ),
+        (  # a blank cell of the first scan is no name
+            ["1", "2", "S1_a", "S2_b"],
+            [["scan,note", ",S1_a", ",S2_b", "1,", "2,"]],
+            [["1"], ["2"], ["S1_a"], ["S2_b"]],
+        ),
+        (  # cells of nothing in a column where they say something
+            ["001", "002"],
+            [["id,previous_id", "001,", "002,001"]],
+            [["001", "002"]],
+        ),
+        (  # as pandas saves the challenge's table: NA becomes nothing
+            IDS,
+            [["BraTS_2020_subject_ID,TCGA_ID", f"{IDS[0]},", f"{IDS[1]},T-1"]],
+            [[i] for i in IDS],
+        ),
+        (
+            ["Müller_A".replace("ü", "u\u0308"), "x"],
+            [["case_id,patient", "Müller_A,1", "x,1"]],
+            [["Müller_A".replace("ü", "u\u0308"), "x"]],
+        ),
+        (  # a footer without the separator, and decimal commas
+            IDS,
+            [
+                [
+                    "case_id;patient_id;size (mm, mean)",
+                    *(f"{i};P{n // 2};12,5" for n, i in enumerate(IDS)),
+                    "Quelle: TCIA",
+                ]
+            ],
+            [IDS[:2], IDS[2:]],
+        ),
+    ],
+)
+def test_I2_what_tables_of_other_makes_unite(tmp_path, ids, tables, groups):
+    found = tables_unite(tmp_path, ids, **dict(zip("ab", tables, strict=False)))
+    assert found == sorted(groups)
+
+
+def test_I2_a_table_without_rows_and_copies_of_tables(tmp_path):
+    good = ["case_id,patient_id", f"{IDS[0]},P1", f"{IDS[1]},P1"]
+    for suffix in ("bak", "md5", "dvc", "part"):
+        text = f"case_id,patient_id\n{IDS[0]},P1\n{IDS[2]},P1"
+        (tmp_path / f"a_mapping.csv.{suffix}").write_text(text)
+    assert tables_unite(tmp_path, IDS, a=good) == [IDS[:2], IDS[2:3], IDS[3:]]
+    with pytest.raises(ValueError, match="b_mapping.csv has none of these cases"):
+        tables_unite(tmp_path, IDS, b=["case_id,patient_id"])
