@@ -45,6 +45,11 @@ _PATIENT_COLUMN = re.compile(
     r"(?<![a-z])ids?(?![a-z]).*|name|brats[\W_]?(?:20)?\d\d"  # not a doctor's name
 )
 _PERSON_COLUMN = re.compile(r"(?i).*(patient|person|participant|mrn)")
+# Headers of columns whose numbers are not those of scans.
+_NO_SCAN_COLUMN = re.compile(
+    rf"{_PERSON_COLUMN.pattern}|.*(subject|site|sex|gender|grade|weight|surviv)"
+    "|(.*[^a-z])?(age|days?|weeks?|months?|years?|vol|size|score)(?![a-z])"
+)
 _SEED = "a whole number from 0 to 2**32 - 1"
 _EMPTY = re.compile(
     r"(?i)[\W_]*(n[/.]?a|nv|nan|nat|null|none|unknown|missing|tba|tbd|to do"
@@ -163,12 +168,10 @@ def read_csv(path):
     try:
         if "\0" in text or not lines:
             raise csv.Error("it is empty or no text")
-        # The separator that most rows have as often as the header; of equals, the one
-        # that comes most often there.
-        counts = {c: [line.count(c) for line in lines] for c in ",;\t"}
-        as_header = {c: sum(n == ns[0] > 0 for n in ns) for c, ns in counts.items()}
-        best = max(counts, key=lambda c: (as_header[c], counts[c][0]))
-        dialect = {"delimiter": best}
+        # The separator that makes most rows as long as the header, and the header long.
+        sizes = {c: [len(r) for r in csv.reader(lines, delimiter=c)] for c in ",;\t"}
+        fits = {c: sum(n == ns[0] > 1 for n in ns) for c, ns in sizes.items()}
+        dialect = {"delimiter": max(sizes, key=lambda c: (fits[c], sizes[c][0]))}
         _check_quotes(csv.reader(lines, strict=True, **dialect))
         names = [n.strip() for n in next(csv.reader(lines, **dialect))]
         patient_columns = [name for name in names if _PATIENT_COLUMN.fullmatch(name)]
@@ -209,30 +212,31 @@ def _find_columns(rows, ids, patients):
     for column, names in cells.items():
         hits[column] = len({*names} & ids.keys()), len({*names} & patients.keys())
     named = [c for c in cells if _PATIENT_COLUMN.fullmatch(c)]
-    # Of equals, max returns the first.
-    id_columns = [max([*named, *cells], key=hits.get)] if cells else []
+    # Of equals, max returns the first: numbers of patients may be numbers of cases.
+    order = sorted([*named, *cells], key=lambda c: bool(_NO_SCAN_COLUMN.match(c)))
+    id_columns = [max(order, key=hits.get)] if cells else []
     taken = {name for column in id_columns for name in cells[column]}
     for column in cells:  # more scans of the patient: other cases, each once
         names = [name for name in cells[column] if not _EMPTY.fullmatch(name)]
         other = {*names} - taken
         are_ids = len(other) == len(names) <= 2 * len(other & ids.keys())
-        if names and are_ids and not re.search("(?i)subject", column):
-            if not _PERSON_COLUMN.match(column):
-                id_columns.append(column)
-                taken |= other
+        if names and are_ids and not _NO_SCAN_COLUMN.match(column):
+            id_columns.append(column)
+            taken |= other
     return id_columns, [column for column in named if column not in id_columns]
 
 
-def _check_filled(rows, patient_columns, path):
+def _check_filled(rows, id_columns, patient_columns, path):
     """Raise if a column names the patients of some cases, and is empty for others."""
     for column in patient_columns:
         filled = [row[column] for row in rows if row[column]]
-        # Merged cells: the first is filled, and no name comes twice. In one of several
-        # columns of subjects, blanks may mean a set of another year.
-        merged = patient_columns == [column] and len({*filled}) == len(filled)
-        if _PERSON_COLUMN.match(column) or (merged and rows[0][column]):
+        # Merged cells: the first is filled, and no name comes twice. Ids of another set
+        # may be missing, and so may those in one of several columns.
+        merged = patient_columns == [column] and len({*filled}) == len(filled) > 0
+        merged = merged and rows[0][column] and not re.match("(?i)brats|tcga", column)
+        if merged or _PERSON_COLUMN.match(column):
             if blank := [row for row in rows if filled and not row[column]]:
-                name = next(filter(None, blank[0].values()))
+                name = next(filter(None, map(blank[0].get, id_columns)))
                 problem = f"{path} leaves {column} empty for {name} (merged cells?): "
                 raise ValueError(f"{problem}write the patient in each row, or NA")
 
@@ -264,6 +268,7 @@ def _apply_table(links, ids, path):
         {k: re.sub(r"^(\d+)\.0+$", r"\1", v) for k, v in row.items()}
         for row in read_csv(path)
     ]
+    rows = [row for k, row in enumerate(rows) if row not in rows[:k]]
     patients = _name_patients(links)
     id_columns, patient_columns = _find_columns(rows, ids, patients)
     known = ids.keys() | patients.keys()
@@ -272,7 +277,7 @@ def _apply_table(links, ids, path):
         text = f"{path} has the ids in {id_columns[0]!r} but no column of patients "
         text += "that is known: if there is one, call it patient_id"
         warnings.warn(text, stacklevel=3)
-    _check_filled(ours, patient_columns, path)
+    _check_filled(ours, id_columns, patient_columns, path)
     matched = set()
     for row in rows:
         names = _names_in(row, ids, id_columns, patient_columns)

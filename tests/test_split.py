@@ -859,6 +859,26 @@ def test_I2_a_column_of_patients_is_not_taken_for_that_of_the_scans(tmp_path):
             [["case_id,patient", "Müller_A,1", "x,1"]],
             [["Müller_A".replace("ü", "u\u0308"), "x"]],
         ),
+        (  # as many numbers of patients as of scans are those of cases
+            ["1", "2", "4", "5"],
+            [["who,PatientName", "1,4", "2,5", "4,4", "5,5"]],
+            [["1", "4"], ["2", "5"]],
+        ),
+        (  # a row that comes twice
+            ["1", "2", "3", "4"],
+            [["who,baseline,followup", "p,1,2", "p,1,2", "q,3,4"]],
+            [["1", "2"], ["3", "4"]],
+        ),
+        (  # separators inside quotation marks
+            IDS,
+            [
+                [
+                    'id,patient,note,"size (x, y, z; mm)"',
+                    *(f'{i},P{n // 2},"a; b",1' for n, i in enumerate(IDS)),
+                ]
+            ],
+            [IDS[:2], IDS[2:]],
+        ),
         (  # a footer without the separator, and decimal commas
             IDS,
             [
