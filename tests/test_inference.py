@@ -510,7 +510,7 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, cases):
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
     cases[1].images["flair"].rename(tmp_path / "flair.nii")
-    with pytest.raises(BratsDataError, match="2 of 3 cases were not") as error:
+    with pytest.raises(BratsDataError, match="2 of 3 cases could not") as error:
         predict_cases(model, cases, out)
     assert "case0, " in str(error.value) and "case1_flair.nii" in str(error.value)
     assert (out / "case2.nii.gz").is_file() and len(seen) == 1
