@@ -47,6 +47,8 @@ def against_peers(cases, ours="ours"):
             if own != ours or peer == ours or shorter:
                 continue
             difference = (runs[own_time, own] - runs[time, peer]).dropna()
+            if difference.empty:  # no seed in common
+                continue
             seeds = difference.index.unique("seed").size
             difference = difference.groupby("case").mean()
             summary = summarise_scores(difference, n_resamples=10_000)
