@@ -558,7 +558,7 @@ class OutputFolder:
             names = {p.name for p in path.iterdir()} if path.is_dir() else {"a file"}
             found = sorted(names - {UNFINISHED})
             if found and kind != self.kind:
-                problem = f"{path} is not a {self.kind!r} folder of this project"
+                problem = f"{path} is not a folder of this project for {self.kind!r}"
                 problem += f" (kind {kind!r}; it holds {', '.join(found[:5])})"
                 raise ValueError(f"{problem}; choose another output folder")
 
