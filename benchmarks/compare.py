@@ -34,7 +34,6 @@ def against_peers(cases, ours="ours"):
     """Return a row for each recipe of a split that trained at least as long as ours."""
     cases = cases.replace({"split": r"fold\d+ .*"}, {"split": "folds"}, regex=True)
     columns = [f"{what}_{region}" for what in ("dice", "hd95") for region in REGIONS]
-    cases["dice_mean"] = cases[columns[:3]].mean(axis=1)
     columns = ["dice_mean", *columns]
     rows = []
     for split, group in cases.groupby("split"):
@@ -69,13 +68,19 @@ def main():
         lines = lines.round(3).sort_values(RUN)
         print_table(f"{table}.py: scores of whole scans after a given time", lines)
         cases = pd.read_csv(results / f"{table}_cases.csv")
+        columns = [f"dice_{region}" for region in REGIONS]
+        cases["dice_mean"] = cases[columns].mean(axis=1)
         for one in ours:
             rows = against_peers(cases, one)
             print_table(f"{table}.py: {one} minus the others, 95 % intervals", rows)
     for recipe, group in cases.groupby("recipe"):
         summary = summarise_scores(group.filter(regex="dice|hd95"), n_resamples=10_000)
         summary = summary.round(3).reset_index(names="score")
-        print_table(f"real.py: {recipe}, mean of {len(group)} scans", summary)
+        seeds = group.groupby("seed")["dice_mean"].mean().round(3).to_dict()
+        title = (
+            f"real.py: {recipe}, mean of {len(group)} scans (mean Dice by seed {seeds})"
+        )
+        print_table(title, summary)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import re
 import unicodedata
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -335,7 +334,7 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
         # Possible label maps come first.
         leftovers.sort(key=lambda path: "seg" not in path.name.lower())
         names = ", ".join(str(path.relative_to(root)) for path in leftovers[:5])
-        text = f"{len(leftovers)} files that belong to no case are ignored: {names}"
+        text = f"{len(leftovers)} files that no case uses are ignored: {names}"
         warnings.warn(text, stacklevel=2)
     cases = []
     codes = _decide_labels(root, groups, descriptions, labels)
@@ -360,9 +359,10 @@ def _decide_labels(root, groups, descriptions, told):
         stated = [_read_description(f, descriptions, False)[1] for f in inside]
         as_task01 = {f.name for f in folders} & {"labelsTr", "labelsTs"}
         namings[place] = next(filter(None, stated), labels.naming(place[1], as_task01))
-    with ThreadPoolExecutor(2) as pool:
-        paths = [files.get("seg") for files in groups.values()]
-        values = dict(zip(groups, pool.map(nifti.threes_and_fours, paths), strict=True))
+    if told != "auto" and len({*namings.values()}) == 1:
+        return dict.fromkeys(groups, told)  # users may know better than the names
+    paths = [files.get("seg") for files in groups.values()]
+    values = dict(zip(groups, nifti.threes_and_fours(paths), strict=True))
     if told != "auto":
         labelled = {p[1]: (namings[p], values[p]) for p in groups if "seg" in groups[p]}
         if problem := labels.find_misfit(told, labelled):

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nibabel as nib
@@ -400,23 +401,28 @@ def check_grid(header, path, first):
         _refuse(path, f"its grid (affine) differs from that of {name}", advice)
 
 
-def threes_and_fours(path):
-    """Return which of the values 3 and 4 a label map holds.
+def threes_and_fours(paths):
+    """Return which of the values 3 and 4 each label map holds.
 
     Parameters
     ----------
-    path : path or None
+    paths : list of path or None
 
     Returns
     -------
-    values : set of int
+    values : list of set of int
         Empty if there is no file or it cannot be read; reading the case will raise.
     """
-    with contextlib.suppress(BratsDataError):
-        if path is not None:
-            volume = read_volume(path)[0]
-            return {value for value in (3, 4) if (abs(volume - value) < 1e-3).any()}
-    return set()
+
+    def find(path):
+        with contextlib.suppress(BratsDataError):
+            if path is not None:
+                volume = read_volume(path)[0]
+                return {value for value in (3, 4) if (abs(volume - value) < 1e-3).any()}
+        return set()
+
+    with ThreadPoolExecutor(2) as pool:
+        return [*pool.map(find, paths)]
 
 
 def _reorient(volume, start, end):

@@ -241,11 +241,12 @@ def _check_filled(rows, id_columns, patient_columns, path):
                 raise ValueError(f"{problem}write the patient in each row, or NA")
 
 
-def _names_in(row, ids, id_columns, patient_columns):
-    """Return the names of scans and patients that a row of a table holds."""
-    # If some ids are written as 001, a number may be an id in any column.
-    padded = any(i.isdigit() and i[0] == "0" for i in ids.values())
-    number_ids, names = {*ids.values()} if padded else set(), set()
+def _names_in(row, ids, number_ids, id_columns, patient_columns):
+    """Return the names of scans and patients that a row of a table holds.
+
+    `number_ids` are the numbers that are ids in any column.
+    """
+    names = set()
     for column, name in row.items():
         # "NA" may be a case id in the main column; elsewhere it is an empty cell.
         if not name or (_EMPTY.fullmatch(name) and column != id_columns[0]):
@@ -268,7 +269,7 @@ def _apply_table(links, ids, path):
         {k: re.sub(r"^(\d+)\.0+$", r"\1", v) for k, v in row.items()}
         for row in read_csv(path)
     ]
-    rows = [row for k, row in enumerate(rows) if row not in rows[:k]]
+    rows = [*{tuple(row.values()): row for row in rows}.values()]  # each one once
     patients = _name_patients(links)
     id_columns, patient_columns = _find_columns(rows, ids, patients)
     known = ids.keys() | patients.keys()
@@ -278,9 +279,11 @@ def _apply_table(links, ids, path):
         text += "that is known: if there is one, call it patient_id"
         warnings.warn(text, stacklevel=3)
     _check_filled(ours, id_columns, patient_columns, path)
-    matched = set()
+    # If some ids are written as 001, a number may be an id in any column.
+    padded = any(i.isdigit() and i[0] == "0" for i in ids.values())
+    matched, number_ids = set(), {*ids.values()} if padded else set()
     for row in rows:
-        names = _names_in(row, ids, id_columns, patient_columns)
+        names = _names_in(row, ids, number_ids, id_columns, patient_columns)
         same = {ids[name.lower()] for name in names if name.lower() in ids}
         for column in id_columns:  # a row may be about all scans of a patient
             same |= patients.get(row[column].lower(), set())
