@@ -245,7 +245,7 @@ def find_misfit(labels, labelled):
         # Values that the name does not allow show that the name is wrong.
         found = {1, 2, *values} & settled.keys() if values <= settled.keys() else ()
         if any(told.get(value) != settled[value] for value in found):
-            misfits.append(f"{case_id}: {name} writes labels {code}")
+            misfits.append(f"{case_id}: labels {code} by its name ({name})")
     if len(misfits) in (0, len(labelled)):
         return ""
     return f"{misfits[0]}, but labels={labels!r} is for all cases: two conventions"
