@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
 from brats_utils import files, nifti
-from brats_utils.cases import read_scan
+from brats_utils.cases import read_description, read_scan
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
@@ -317,9 +317,9 @@ def _find_prediction(folder, case):
     return found[0] if found else None
 
 
-def _score_file(path, case, lesions):
+def _score_file(path, code, case, lesions):
     """Return the scores of one file, which must be on the grid of its case."""
-    prediction, affine = nifti.load_labels(path)
+    prediction, affine = nifti.load_labels(path, code)
     truth, expected = nifti.load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
         problem = f"{path} is not on the grid of case {case.id}: it has shape "
@@ -335,7 +335,8 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     Parameters
     ----------
     predictions_dir : path
-        Folder of `<case id>.nii.gz` (or `.nii`) files, values 0, 1, 2 and 4.
+        Folder of `<case id>.nii.gz` (or `.nii`) files, values 0, 1, 2 and 4, or those
+        that nnU-Net's `dataset.json` in this folder names.
     cases : sequence of Case
         Cases with a segmentation.
     lesions : bool
@@ -367,7 +368,11 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         edited = files.find_changed(folder, recorded)
         problem = "changed since it was predicted: score it in a folder of its own"
         _raise_for(edited, f"{problem}, or predict again")
-    return pd.DataFrame([_score_file(path, case, lesions) for case, path in found])
+    _, code = read_description(folder, {}, False)[1] or ("", "0124")
+    expected = "names of core, oedema and enhancing tumour"
+    files.check_option("dataset.json", code, lambda c: "=" not in c, expected)
+    rows = [_score_file(path, code, case, lesions) for case, path in found]
+    return pd.DataFrame(rows)
 
 
 def _decoded_dice(probabilities, truth, decoding):
@@ -465,7 +470,7 @@ def store_description(trained):
     from brats_utils.model import BEST, DESCRIPTION
 
     _check_writable(trained)
-    path = trained.path
+    path = trained.path.resolve()  # not to replace a link
     of_run = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
     run = files.OutputFolder(path.parent, "run") if of_run else contextlib.nullcontext()
     # The folder of a run also records the new checksum of its best model.
@@ -524,8 +529,8 @@ def tune_model(run_dir, cases, **options):
     def predictions():  # one at a time, so that only crops stay in memory
         for case in cases:
             found = predict_scan([trained], case, **options)
-            truth, affine = nifti.load_labels(case.segmentation, case.labels)
-            yield found.probabilities, nifti.to_lps(truth, affine)[found.box]
+            truth = read_scan(case, ()).segmentation
+            yield found.probabilities, truth[found.box]
 
     trained.description["decoding"], gain = tune_decoding(predictions())
     store_description(trained)

@@ -125,8 +125,9 @@ def _check_outputs(model):
     """Raise unless OpenVINO and Keras agree on a small random image."""
     sizes = [size or 2 * size_factor(model) for size in model.input_shape[1:]]
     x = np.random.default_rng(0).normal(size=(1, *sizes)).astype(np.float32)
-    difference = model.predict_on_batch(x) - ops.convert_to_numpy(model(x))
-    if np.abs(difference).max() > 1e-3:
+    found, expected = model.predict_on_batch(x), ops.convert_to_numpy(model(x))
+    same_shape = found.shape == expected.shape
+    if not same_shape or np.abs(found - expected).max() > 1e-3:
         raise ValueError(f"a layer of {model.name} has unknown options: {KERAS_ONLY}")
 
 
@@ -175,9 +176,13 @@ def to_openvino(trained):
     """
     if ov is None:
         raise ImportError("OpenVINO is missing: pip install openvino")
-    model, ranges = _convert_model(trained.model, {}), trained.description.get("int8")
-    _check_outputs(model)  # in float32, as int8 differs from Keras
-    model = _convert_model(trained.model, ranges) if ranges else model
+    model, ranges = trained.model, trained.description.get("int8")
+    try:
+        converted = _convert_model(model, {})
+        _check_outputs(converted)  # in float32, as int8 differs from Keras
+    except (AttributeError, RuntimeError) as error:
+        raise ValueError(f"{model.name}: {KERAS_ONLY} ({str(error)[:200]})") from None
+    model = _convert_model(model, ranges) if ranges else converted
     engine = f"OpenVINO {'int8' if ranges else 'float32'}"
     description = {**trained.description, "engine": engine}
     return dataclasses.replace(trained, model=model, description=description)

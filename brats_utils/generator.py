@@ -72,7 +72,7 @@ class BratsGenerator(keras.utils.PyDataset):
         as close to it as the border allows. Other patches are placed anywhere.
     augment : bool or callable
         True to use `brats_utils.augment.augment`, or another function with the same
-        signature, such as `flip`. It must not modify its arguments.
+        signature, such as `flip`. It may change its arguments, which are copies.
     cache : bool
         Keep the standardised volumes in memory instead of reading them again: 4 bytes
         per voxel and channel.
@@ -99,6 +99,8 @@ class BratsGenerator(keras.utils.PyDataset):
         How the volumes were prepared, and from which folder ("raw").
     rows : dict of str to dict
         The row of each case in the report of `prepare_dataset`.
+    root : Path
+        The folder with the manifest: a prepared set, a split or all folds.
     epoch : int
         Epoch of the next batches. It advances when Keras finishes an epoch.
 
@@ -136,12 +138,12 @@ class BratsGenerator(keras.utils.PyDataset):
             files.check_option(name, getattr(self, name), *possible)
         check_shape(patch_shape, "patch_shape")
         self.folder = files.check_path("folder", folder).resolve()
-        self._root, manifest, names = _read_side(self.folder)
+        self.root, manifest, names = _read_side(self.folder)
         self._recorded = {name: manifest["files"][name] for name in names}
         self.case_ids = sorted({Path(name).stem for name in names})
         self.rows = {case_id: manifest["cases"][case_id] for case_id in self.case_ids}
         try:
-            self._states = {p: _file_state(p) for p in map(self._root.joinpath, names)}
+            self._states = {p: _file_state(p) for p in map(self.root.joinpath, names)}
         except OSError as error:
             problem = f"image without mask, or vice versa: {error.filename} is missing"
             raise ValueError(f"{problem}. {PREPARE_AGAIN}") from None
@@ -223,9 +225,9 @@ class BratsGenerator(keras.utils.PyDataset):
         ValueError
             If any have changed; the message lists them.
         """
-        if changed := files.find_changed(self._root, self._recorded):
+        if changed := files.find_changed(self.root, self._recorded):
             problem = f"changed since they were prepared: {', '.join(changed)}"
-            raise ValueError(f"{problem} in {self._root}. {PREPARE_AGAIN}")
+            raise ValueError(f"{problem} in {self.root}. {PREPARE_AGAIN}")
 
     def __len__(self):
         """Return the number of batches in an epoch."""
@@ -364,14 +366,19 @@ class BratsGenerator(keras.utils.PyDataset):
         if self._cache is None:
             image = self._standardise(case_id, image)
         image, labels = pad(image, self.patch_shape), pad(labels, self.patch_shape)
-        function = augment_patch if self.augment is True else self.augment
-        if not function:
+        if self.augment is True:
+            return augment_patch(image, labels, rng)
+        if not self.augment:
             return image, labels
-        pair, shapes = function(image, labels, rng), [image.shape, labels.shape]
+        # The function may change these copies.
+        pair = self.augment(np.array(image), np.array(labels), rng)
+        shapes = [image.shape, labels.shape]
         is_pair = isinstance(pair, tuple | list)
         found = [np.shape(x) for x in pair] if is_pair else type(pair).__name__
         name = "what augment returns, by shape,"
         files.check_option(name, found, lambda f: f == shapes, shapes)
+        name, values = "labels that augment returns", np.unique(pair[1]).tolist()
+        files.check_option(name, values, {0, 1, 2, 3}.issuperset, "0 to 3")
         return pair
 
 

@@ -14,7 +14,13 @@ import numpy as np
 from brats_utils import files, labels, nifti, volumes
 from brats_utils.cases import check_distinct, read_scan
 from brats_utils.generator import CHANNELS
-from brats_utils.model import describe_model, find_model, read_model, size_factor
+from brats_utils.model import (
+    check_model,
+    describe_model,
+    find_model,
+    read_model,
+    size_factor,
+)
 from brats_utils.nifti import BratsDataError
 
 # How regions are decoded by default: the options that `evaluation.tune_model` tunes.
@@ -103,6 +109,7 @@ def _as_trained(models):
         files.check_option("model", models, len, "at least one model")
         return [trained for model in models for trained in _as_trained(model)]
     if isinstance(models, keras.Model):
+        check_model(models)
         models = TrainedModel(models, {})
     return [models if isinstance(models, TrainedModel) else load_model(models)]
 
@@ -262,6 +269,7 @@ def check_options(models, options, possible=OPTIONS):
     given = _fill_in(models[0], dict.fromkeys(OPTIONS) | options)
     names = given["modalities"]
     for each in models:
+        _choose_modalities(each, options.get("modalities"))  # known for each of them
         names = _choose_modalities(each, names)
         _choose_patch(each.model, len(names), given["patch_shape"])
     check("engine", options.get("engine", "keras"), ENGINES.__contains__, ENGINES)
@@ -314,6 +322,7 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
         warnings.warn(f"{case.id}: {doubt}", stacklevel=2)
     for name, volume in zip(names, scan.volumes, strict=True):
         volumes.check_outliers(volume, case.images[name])
+        volumes.check_grey_levels(volume, path=case.images[name])
     box = volumes.bounding_box(scan.brain_mask)
     # All non-zero voxels are in the box, so mean and SD are those of the whole scan.
     stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
@@ -490,7 +499,7 @@ def _write_maps(output, names, found, spread, header):
         nifti.write_segmentation(found, header, temporary)
     for name in names[1:]:
         with output.write(name) as temporary:
-            nifti.save_volume(spread, temporary, like=header)
+            nifti.save_volume(spread, temporary, like=header, name=nifti.WRITTEN_BY)
 
 
 def _check_probabilities(probabilities):

@@ -299,7 +299,7 @@ def supervise_deeply(model, levels):
     names = {layer.name for layer in model.layers}
     stages = [n for n in range(1, 10) if f"decoder{n}_act2" in names]
     features = {n: model.get_layer(f"decoder{n}_act2").output for n in stages}
-    full, *sizes = grid_sizes(model, [model.input, *features.values()])
+    full, *sizes = grid_sizes(model, [model.inputs[0], *features.values()])
     factors = {n: full // size for n, size in zip(stages, sizes, strict=True)}
     stages = [n for n in stages if factors[n] > 1]  # the others have full resolution
     fits = is_whole(levels, 1) and levels <= len(stages)
@@ -308,8 +308,9 @@ def supervise_deeply(model, levels):
     check_option("levels (deep_supervision)", levels, lambda _: fits, expected)
     stages, n_classes = stages[:levels], model.output_shape[-1]
     heads = [output_head(features[n], n_classes, f"head{n}") for n in stages]
-    outputs = [model.output, *heads]
-    deep = _DeeplySupervised(model.input, outputs, name=f"{model.name}_supervised")
+    outputs = [model.outputs[0], *heads]
+    name = f"{model.name}_supervised"
+    deep = _DeeplySupervised(model.inputs[0], outputs, name=name)
     deep.factors = (1, *(factors[n] for n in stages))
     return deep
 
@@ -335,14 +336,15 @@ def build_losses(model):
     model.compute_metrics(None, labels, outputs)
 
 
-def _check_can_be_loaded(model):
-    """Raise unless Keras can rebuild the model from its config, as loading does."""
+def _rebuild(model):
+    """Return a copy of a model, built from its config as loading does, or raise."""
     config = keras.saving.serialize_keras_object(model)
     config.pop("compile_config", None)
     # Rebuilding draws initializer seeds from `random`, which must not affect training.
     random_state = random.getstate()
     try:
-        keras.saving.deserialize_keras_object(config, safe_mode=True)
+        rebuilt = keras.saving.deserialize_keras_object(config, safe_mode=True)
+        rebuilt.set_weights(model.get_weights())
     except Exception as error:  # whatever a layer's own code raises
         reason = str(error).split("Exception encountered:")[-1].strip()[:300]
         problem = f"model could be trained, but not be loaded again: {reason}"
@@ -350,26 +352,35 @@ def _check_can_be_loaded(model):
         raise ValueError(f"{problem}; {advice}") from None
     finally:
         random.setstate(random_state)
+    return rebuilt
 
 
 def _check_probabilities(model):
-    """Raise unless a model returns probabilities on the grid of its input."""
+    """Raise unless a model returns probabilities on the grid of its input.
+
+    They must be the same once it is saved and loaded.
+    """
     size = size_factor(model) * max(2, 32 // size_factor(model))  # for open sizes
     *grid, channels = model.input_shape[1:]
     shape = (1, *(n or size for n in grid), channels)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    rebuilt = _rebuild(model)
     try:
         y = ops.convert_to_numpy(model(x))
     except Exception as error:  # whatever a layer raises
         problem = f"the model fails on an image of shape {shape}: {str(error)[:200]}"
         raise ValueError(problem) from None
-    total = y.sum(-1) if y.shape[-1] == len(LABELS) else 1
-    fits = y.shape[:-1] == x.shape[:-1] and y.max() <= 1.01
-    if not fits or y.min() < 0 or np.abs(total - 1).max() > 0.01:
+    # Labels exclude each other; nested regions do not.
+    is_softmax = np.abs(y.sum(-1) - 1).max() < 0.01
+    fits = y.shape[:-1] == x.shape[:-1] and is_softmax == (y.shape[-1] == len(LABELS))
+    if not fits or y.min() < 0 or y.max() > 1.01:
         found = f"{y.shape}, values from {y.min():.2g} to {y.max():.2g}"
         last = "softmax" if y.shape[-1] == len(LABELS) else "sigmoid"
         expected = f"probabilities on the same grid: end it with a {last}"
         raise ValueError(f"the model maps {shape} to {found}; expected {expected}")
+    if not np.allclose(y, ops.convert_to_numpy(rebuilt(x)), atol=0.01):
+        problem = "the model differs once it is saved and loaded: a layer's get_config"
+        raise ValueError(f"{problem} leaves out an option")
 
 
 def check_loss(loss, model):
@@ -391,7 +402,6 @@ def check_loss(loss, model):
     check_model(model)
     outputs = model.output_shape[-1]
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
-    _check_can_be_loaded(model)
     _check_probabilities(model)
     function = keras.losses.get(loss)
     # Labels in slabs, not at random: some losses penalise ragged borders.
@@ -427,7 +437,8 @@ def averaged_weights(model, start=(), share=0.0):
         Share of these first values in the average.
     """
     trained = model.get_weights()
-    if model.optimizer.use_ema:
+    # In mixed precision, Keras wraps the optimizer, to scale the loss.
+    if getattr(model.optimizer, "inner_optimizer", model.optimizer).use_ema:
         model.optimizer.finalize_variable_values(model.trainable_variables)
         # Copy them: in validation, JAX donates the model's arrays, which would be the
         # optimizer's own.

@@ -277,7 +277,9 @@ def check_model(model):
 
 def _output_shapes(model, tensors, input_shape):
     """Return the shapes of a model's tensors for one sample of `input_shape`."""
-    return keras.Function(model.input, tensors).compute_output_shape((1, *input_shape))
+    return keras.Function(model.inputs[0], tensors).compute_output_shape(
+        (1, *input_shape)
+    )
 
 
 def grid_sizes(model, tensors):
@@ -318,7 +320,7 @@ def size_factor(model):
     16
     """
     tensors = [x.input for x in model.layers if not isinstance(x, keras.Model)]
-    full, *sizes = grid_sizes(model, keras.tree.flatten([model.input, tensors]))
+    full, *sizes = grid_sizes(model, keras.tree.flatten([model.inputs, tensors]))
     # With open sizes, a single voxel is not a grid but the output of global pooling, as
     # in squeeze-and-excitation blocks.
     smallest = 2 if None in model.input_shape[1:] else 1
@@ -374,7 +376,7 @@ def model_table(model, input_shape=None):
         _check_sizes(shape[:-1], size_factor(model))
     if None not in own and shape != own:
         model = keras.models.clone_model(model, keras.Input(shape))
-    parts = model.layers[1:]  # without the input layer
+    parts = [x for x in model.layers if not isinstance(x, layers.InputLayer)]
     shapes = _output_shapes(model, [layer.output for layer in parts], shape)
     stages = pd.Index([layer.name.split("_")[0] for layer in parts], name="stage")
     table = pd.DataFrame({"output": [output[1:] for output in shapes]}, stages)
@@ -437,7 +439,9 @@ def write_model(model, path, description):
     saved = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if any(layer.compute_dtype != "float32" for layer in saved.layers):
         weights = saved.get_weights()
-        saved = keras.models.clone_model(saved, clone_function=_in_float32)
+        saved = keras.models.clone_model(
+            saved, clone_function=_in_float32, recursive=True
+        )
         saved.set_weights(weights)
     saved.save(path)
     with zipfile.ZipFile(path, "a") as archive:

@@ -263,10 +263,15 @@ def check_unedited(folder, files):
     ValueError
         The message names the file.
     """
-    complete = {name: noted for name, noted in files.items() if noted}
-    for path in (Path(folder, name) for name in find_changed(folder, complete)):
-        with contextlib.suppress(BratsDataError):
-            read_volume(path)  # a damaged one is not an edit, and may be overwritten
+    for name in find_changed(folder, files):
+        path = Path(folder, name)
+        try:
+            mark = read_volume(path)[1]["intent_name"]
+            # Written by a process that was killed before it could record the file.
+            ours = not files[name] and mark == WRITTEN_BY.encode()
+        except BratsDataError as error:  # a damaged file is not an edit
+            ours = error.advice == AGAIN or not path.exists()
+        if not ours:
             problem = f"{path} was changed after it was written"
             raise ValueError(f"{problem}; move it, or choose another folder")
 
@@ -353,7 +358,8 @@ def spacing_mm(affine):
     -------
     spacing : tuple of 3 float
     """
-    return tuple(float(size) for size in nib.affines.voxel_sizes(affine))
+    # Rounded, because a tilted grid of 1 mm may give 1.00000001.
+    return tuple(np.round(nib.affines.voxel_sizes(affine), 5).tolist())
 
 
 def check_spacing(header, case_id=None):

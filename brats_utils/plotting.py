@@ -144,11 +144,11 @@ def _show_grey(axes, volume, index, axis, spacing_mm, frame, window):
     """Draw one slice in grey; where it is exactly 0, the black background shows."""
     if window is None:  # the 1st to the 99th percentile
         some = np.asarray(volume[::2, ::2, ::2], np.float32)
-        window = np.percentile(some[some != 0], (1, 99)) if some.any() else (0, 1)
+        window = np.nanpercentile(some[some != 0], (1, 99)) if some.any() else (0, 1)
     low, high = window
     picture = np.ma.masked_equal(np.take(volume, index, axis).T, 0)
     across, up = _in_plane(spacing_mm, axis)
-    style = {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+    style = {"cmap": "gray", "vmin": min(low, high - 1e-6), "vmax": high}
     axes.imshow(picture, aspect=up / across, **style)
     columns, rows = _in_plane(frame, axis)
     # Row 0 is the front of an axial slice, and goes on top; in others it is the feet.

@@ -36,8 +36,13 @@ VALIDATIONS = 10  # in a run, by default
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
 
+# Callbacks that change what `train` itself schedules.
+SCHEDULERS = "LearningRateScheduler", "ReduceLROnPlateau", "SwapEMAWeights"
+
+
 def _are_callbacks(xs):
-    return len(xs) == sum(isinstance(x, keras.callbacks.Callback) for x in xs)
+    names = [type(x).__name__ for x in xs if isinstance(x, keras.callbacks.Callback)]
+    return len(xs) == len(names) and not {*names} & {*SCHEDULERS}
 
 
 OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")  # may be None
@@ -48,7 +53,7 @@ POSSIBLE |= {"minutes": files.number(0, 1e6), "max_minutes": files.number(0, np.
 POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
 POSSIBLE["deep_supervision"] = files.whole(0)
 POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
-POSSIBLE["callbacks"] = _are_callbacks, "a list of keras.callbacks.Callback"
+POSSIBLE["callbacks"] = _are_callbacks, "Keras callbacks, without schedules"
 
 
 def choose_precision():
@@ -388,6 +393,9 @@ def _follow_plan(
         total, stop = previous = plan
         compile_for(total * len(train_data))
         run.resume(model)
+        if run.rows:  # what it has seen includes what its first model had seen
+            best = read_model(run.output.path / BEST)[0]
+            checkpoint.trained_images |= SEEN.get(best, set())
         checkpoint.trained_images |= train_data.name_images()
         CHANNELS[checkpoint.base_model] = train_data.modalities
         bar.n, bar.total = len(run.rows), total
@@ -515,7 +523,7 @@ def train(
     levels = deep_supervision
     trained = losses.supervise_deeply(model, levels) if levels else model
     compile_for = partial(_compile, trained, loss, learning_rate, average)  # of steps
-    inputs = [train_data.folder.parent, val_data.folder.parent]
+    inputs = [train_data.root, val_data.root]
     with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
         data = train_data, val_data
         checkpoint = Checkpoint(output, description, model, data, averaged, verbose)

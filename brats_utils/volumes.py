@@ -161,7 +161,7 @@ def check_grey_levels(volume, stored=None, *, path=None):
     if levels < LEAST_GREY_LEVELS:  # slow, so only if needed
         levels = np.unique(stored).size - 1
     if levels < LEAST_GREY_LEVELS or not np.isfinite(stored).all():
-        extreme = max(volume.min(), volume.max(), key=abs)
+        extreme = max(volume.min(), volume.max(), key=lambda v: abs(float(v)))
         place = [int(index[0]) for index in np.nonzero(volume == extreme)]
         problem = f"scaled and stored, {levels} grey levels are left of it, at least "
         problem += f"{LEAST_GREY_LEVELS} finite ones are needed: voxel {place} holds "
@@ -381,12 +381,10 @@ def background_problem(volume):
     Returns
     -------
     problem : str
-        Empty if at least half of the voxels are exactly 0; or 5 %, if neither any other
-        value nor the values near 0 make up 5 %.
+        Empty if at least 5 % of the voxels are exactly 0, and neither any other value
+        nor the values near 0 make up 5 %.
     """
     share = 1 - np.count_nonzero(volume) / volume.size
-    if share >= SURELY_BACKGROUND:
-        return ""
     sample = np.asarray(volume[::3, ::3, ::3], np.float64).ravel()
     values, counts = np.unique(sample[sample != 0], return_counts=True)
     small = 0.02 * np.percentile(abs(sample), 99)
@@ -399,7 +397,8 @@ def background_problem(volume):
     todo = "set all voxels outside the brain to exactly 0 (apply the brain mask)"
     if counts.max() > LEAST_BACKGROUND * sample.size:
         found = f"the background is {values[counts.argmax()]:g}: it was scaled; {todo}"
-    elif near_zero > 0.4:  # a head fills more of its scan than a brain does
+    # A head fills more of its scan than a brain does.
+    elif near_zero > 0.4 or share >= SURELY_BACKGROUND:
         found = f"noise around the brain: it was resampled or filtered; {todo}"
     else:
         found = "not skull-stripped: remove the skull first, for example with HD-BET"

@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import numpy as np
@@ -299,3 +300,44 @@ def test_two_predictions_of_a_case_are_refused(tmp_path):
         save_volume(truth, tmp_path / "predictions" / f"toy{suffix}", affine=AFFINE)
     with pytest.raises(ValueError, match="two predictions, toy.nii.gz and toy.nii"):
         score_cases(tmp_path / "predictions", [case])
+
+
+@pytest.mark.parametrize("degrees", [0, 3, 5, 7, 11, 13])
+def test_a_tilted_grid_scores_as_a_straight_one(tmp_path, degrees):
+    angle = np.radians(degrees)
+    turn = [[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0]]
+    affine = np.eye(4)
+    affine[:2, :3] = turn
+    truth = np.zeros((24, 24, 24), np.uint8)
+    truth[6:14, 6:14, 6:14] = 2
+    (tmp_path / "predicted").mkdir()
+    for name, volume in (("a_seg", truth), ("predicted/a", np.roll(truth, 1, axis=0))):
+        save_volume(volume, tmp_path / f"{name}.nii.gz", affine=affine)
+    case = Case("a", {}, tmp_path / "a_seg.nii.gz")
+    scores = score_cases(tmp_path / "predicted", [case], lesions=True)
+    assert scores["nsd_WT"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        ({"background": 0, "edema": 1, "necrosis": 2, "enhancing tumor": 3}, 1),
+        ({"background": 0, "necrosis": 1, "edema": 2, "enhancing tumor": 4}, 0),
+        ({"background": 0, "tumor": 1}, None),
+    ],
+)
+def test_I1_predictions_are_read_as_their_dataset_json_says(tmp_path, names, expected):
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2:6, 2:6, 2:6] = 2
+    truth[3:5, 3:5, 3:5] = 1
+    case = write_case(tmp_path, "a", truth)
+    predictions = tmp_path / "predictions"
+    predictions.mkdir()
+    swapped = np.array([0, 2, 1], np.uint8)[truth]
+    save_volume(swapped, predictions / "a.nii.gz", affine=AFFINE)
+    (predictions / "dataset.json").write_text(json.dumps({"labels": names}))
+    if expected is None:
+        with pytest.raises(ValueError, match=r"dataset\.json is .*expected names"):
+            score_cases(predictions, [case])
+    else:
+        assert (score_cases(predictions, [case])["dice_TC"] == 1).all() == expected

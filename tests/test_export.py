@@ -188,3 +188,22 @@ def test_what_is_no_plain_layer_is_told(kind):
     model = TrainedModel(keras.Model(inputs, outputs), DESCRIPTION)
     with pytest.raises(ValueError, match="use engine='keras'"):
         export.to_openvino(model)
+
+
+@missing
+@pytest.mark.parametrize("kind", ["upsampling", "pooling", "activation"])
+def test_layers_that_openvino_computes_differently_are_refused(kind):
+    inputs = keras.Input((None, None, None, 3))
+    x = layers.Conv3D(4, 3, strides=2 if kind == "upsampling" else 1, padding="same")(
+        inputs
+    )
+    if kind == "upsampling":
+        x = layers.Conv3DTranspose(4, 3, strides=2, padding="same")(x)
+    elif kind == "pooling":
+        x = layers.MaxPooling3D(3, 2, "same")(x)
+        x = layers.UpSampling3D(2)(x)
+    else:
+        x = layers.Activation(layers.LeakyReLU())(x)
+    model = keras.Model(inputs, layers.Conv3D(4, 1, activation="softmax")(x))
+    with pytest.raises(ValueError, match="use engine='keras'"):
+        export.to_openvino(TrainedModel(model, DESCRIPTION))

@@ -427,3 +427,26 @@ def test_two_workers_by_default_so_that_tf_data_does_not_tune_itself(split):
     """With one, the end of each epoch waits for that, up to 20 s on two cores."""
     assert BratsGenerator(split).workers == 2
     assert BratsGenerator(split, workers=1).workers == 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 3])
+def test_J4_labels_that_an_augmentation_makes_up_are_refused(split, factor):
+    def change(image, labels, rng):
+        return image, labels * factor
+
+    data = BratsGenerator(split, patch_shape=(8, 8, 8), tumour_share=1, augment=change)
+    with pytest.raises(ValueError, match="labels that augment returns is .* 0 to 3"):
+        data[0]
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_an_augmentation_may_change_what_it_gets(split, cache):
+    def change(image, labels, rng):
+        image *= 2
+        labels[:] = 0
+        return image, labels
+
+    data = BratsGenerator(split, patch_shape=(8, 8, 8), augment=change, cache=cache)
+    (first, _), (again, labels) = data[0], data[0]
+    np.testing.assert_array_equal(first, again)
+    assert not labels.any()

@@ -369,3 +369,24 @@ def test_the_front_of_a_surface_has_the_patients_right_on_the_left(toy):
     assert project(1, 0, 0)[0] > project(0, 0, 0)[0]
     assert project(0, 0, 1)[1] > project(0, 0, 0)[1]
     assert project(0, 0, 0)[2] < project(0, 1, 0)[2]  # the front is nearer
+
+
+def is_drawn(axes):
+    axes.figure.canvas.draw()
+    grey = np.asarray(axes.figure.canvas.buffer_rgba())[..., :3]
+    box = axes.get_window_extent()
+    rows = slice(int(grey.shape[0] - box.y1), int(grey.shape[0] - box.y0))
+    inside = grey[rows, int(box.x0) : int(box.x1)]
+    return (inside.min(axis=-1) > 100).mean() > 0.05
+
+
+@pytest.mark.parametrize("kind", ["a NaN voxel", "NaN around it", "a mask", "constant"])
+def test_volumes_with_nan_or_one_value_are_drawn(toy, kind):
+    volume = toy[0][..., 0].copy()
+    if kind == "a NaN voxel":
+        volume[8, 8, 6] = np.nan
+    elif kind == "NaN around it":
+        volume[volume == 0] = np.nan
+    else:
+        volume = volume > 0 if kind == "a mask" else (volume > 0) * np.float32(700)
+    assert is_drawn(plot_case(volume)[0])

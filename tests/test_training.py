@@ -36,13 +36,14 @@ from brats_utils.losses import (
 )
 from brats_utils.model import (
     has_gpu,
+    model_table,
     read_model,
     unet,
     unet_cicek2016,
     write_model,
 )
 from brats_utils.prepare import prepare_dataset
-from brats_utils.split import split_dataset
+from brats_utils.split import split_dataset, split_folds
 from brats_utils.training import plan_epochs, train
 
 PATCHES = {"patch_shape": (8, 8, 8), "tumour_share": 1, "batch_size": 2}
@@ -1708,3 +1709,138 @@ def test_I5_arrays_of_an_augmentation_are_compared_but_not_stored(tmp_path):
         with pytest.warns(UserWarning, match="a change in its code"):
             told.append(json.dumps(lambda x, a=array: x + a, default=describe_object))
     assert told[-1] == told[-2] and len(told[-1]) < 500
+
+
+def dense_model(outputs=4, activation="softmax"):
+    """Return a network without convolutions: those in half precision need a GPU."""
+    keras.utils.set_random_seed(1)
+    x = inputs = keras.Input((8, 8, 8, 3))
+    x = keras.layers.Dense(4)(x)
+    x = keras.layers.Dense(outputs, activation=activation, dtype="float32")(x)
+    return keras.Model(inputs, x)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_weights_are_averaged_in_half_precision_too(split, tmp_path, policy):
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        kept = []
+        for average in (0.0, 0.99):
+            model, folder = dense_model(), tmp_path / f"{average}"
+            kept.append(run(split, folder, model=model, average=average)[0])
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    plain, averaged = (model.get_weights()[0] for model in kept)
+    assert not np.array_equal(plain, averaged)
+
+
+def test_J3_a_resumed_run_knows_what_its_first_model_had_seen(split, tmp_path):
+    root = tmp_path / "others"
+    for seed in range(5, 9):
+        write_case(root / "raw", f"BraTS20_Training_{seed:03}", seed=seed)
+    prepare_dataset(root / "raw", root / "prepared", crop_shape=(16, 16, 8), jobs=1)
+    split_dataset(root / "prepared", root / "split")
+    run(split, tmp_path / "first", 1)
+    tuned = load_model(tmp_path / "first").model
+    run(root / "split", tmp_path / "second", 2, model=tuned, max_minutes=0)
+    for _ in range(2):  # resumed, then finished
+        model = run(root / "split", tmp_path / "second", 2, model=tiny_unet(seed=7))[0]
+        stored = load_model(tmp_path / "second").description["train_images"]
+        first = load_model(tmp_path / "first").description["train_images"]
+        assert {*first} < {*stored} == training.SEEN[model]
+
+
+@pytest.mark.parametrize("how", ["deleted", "damaged"])
+def test_E4_a_run_without_its_best_model_is_refused_at_once(split, tmp_path, how):
+    run(split, tmp_path / "run", 4, max_minutes=0)
+    best = tmp_path / "run" / "best.keras"
+    data = bytearray(best.read_bytes())
+    data[len(data) // 2] ^= 1
+    best.unlink() if how == "deleted" else best.write_bytes(data)
+    before = tree(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"best\.keras"):
+        run(split, tmp_path / "run", 4)
+    assert tree(tmp_path / "run") == before
+
+
+def list_of_inputs():
+    x = keras.Input((8, 8, 8, 3))
+    y = keras.layers.Conv3D(4, 3, padding="same", activation="relu")(x)
+    y = keras.layers.Conv3D(4, 1, activation="softmax")(y)
+    return keras.Model(inputs=[x], outputs=[y])
+
+
+def sequential():
+    convolution = keras.layers.Conv3D(4, 1, activation="softmax")
+    return keras.Sequential([keras.Input((8, 8, 8, 3)), convolution])
+
+
+@pytest.mark.parametrize("build", [list_of_inputs, sequential])
+def test_models_built_in_other_ways_train_and_predict(split, tmp_path, build):
+    run(split, tmp_path / "run", 1, model=build())
+    case = find_cases(split.parent / "raw")[0]
+    assert predict_case(tmp_path / "run", case).shape == (24, 24, 16)
+    table = model_table(build())
+    assert table.loc["total", "parameters"] == build().count_params()
+
+
+def test_J3_regions_that_exclude_each_other_are_refused(split, tmp_path):
+    with pytest.raises(ValueError, match="end it with a sigmoid"):
+        run(split, tmp_path / "run", model=dense_model(3, "softmax"))
+    assert not (tmp_path / "run").exists()
+
+
+@keras.saving.register_keras_serializable("tests")
+class Forgetful(keras.layers.Layer):
+    """A layer whose config lacks its factor."""
+
+    def __init__(self, factor=1, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def call(self, x):
+        return x * self.factor
+
+    def get_config(self):
+        config = super().get_config()
+        config.pop("factor", None)
+        return config
+
+
+def test_J3_a_model_that_would_be_loaded_differently_is_refused(split, tmp_path):
+    keras.utils.set_random_seed(1)
+    x = inputs = keras.Input((8, 8, 8, 3))
+    x = Forgetful(5)(keras.layers.Conv3D(4, 1)(x))
+    model = keras.Model(inputs, keras.layers.Softmax()(x))
+    with pytest.raises(ValueError, match="differs once it is saved and loaded"):
+        run(split, tmp_path / "run", model=model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_J3_callbacks_that_set_the_learning_rate_are_refused(split, tmp_path):
+    callback = keras.callbacks.ReduceLROnPlateau()
+    with pytest.raises(ValueError, match="callbacks is .* without schedules"):
+        run(split, tmp_path / "run", callbacks=[callback])
+    assert not (tmp_path / "run").exists()
+
+
+def test_H1_a_run_inside_the_folds_is_refused(split, tmp_path):
+    folds = tmp_path / "folds"
+    split_folds(split.parent / "prepared", folds, folds=2)
+    sides = [BratsGenerator(folds / "fold0" / n, **PATCHES) for n in ("train", "val")]
+    for inside in (folds / "run", folds / "fold1" / "run"):
+        with pytest.raises(ValueError, match="overlap"):
+            run(split, inside, train_data=sides[0], val_data=sides[1])
+
+
+def test_a_nested_model_is_saved_in_full_precision(tmp_path):
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    try:
+        inner = keras.Sequential([keras.Input((8, 8, 8, 3)), keras.layers.Dense(4)])
+        inputs = keras.Input((8, 8, 8, 3))
+        model = keras.Model(inputs, inner(inputs))
+        write_model(model, tmp_path / "model.keras", {})
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert loaded.layers[-1].layers[0].compute_dtype == "float32"

@@ -216,3 +216,23 @@ def test_J1_one_hot_voxel_is_refused_when_a_scan_is_stored():
     volume[40, 40, 30] = 1e7
     with pytest.raises(ValueError, match="SD from the brain's mean"):
         scale_to_store(volume, box, None, "minmax")
+
+
+def test_J2_noise_in_a_part_of_the_background_is_told():
+    rng, brain = np.random.default_rng(0), np.zeros((40, 40, 40), bool)
+    brain[12:28, 12:28, 12:28] = True
+    volume = np.where(brain, rng.normal(500, 80, brain.shape), 0.0)
+    assert not background_problem(volume)
+    shell = np.zeros_like(brain)
+    shell[9:31, 9:31, 9:31] = True
+    volume[shell & ~brain] = rng.uniform(0.1, 5, brain.shape)[shell & ~brain]
+    assert (volume == 0).mean() > 0.8
+    assert "noise around the brain" in background_problem(volume)
+
+
+def test_J1_the_darkest_voxel_of_int16_is_named():
+    volume = toy_volumes()[0]["flair"].copy()
+    volume[5, 5, 5] = -32768
+    stored = np.zeros(volume.shape, np.float16)
+    with pytest.raises(ValueError, match=r"voxel \[5, 5, 5\] holds -32768"):
+        check_grey_levels(volume, stored)
