@@ -420,10 +420,7 @@ def rename_odd_segmentation(root):
     renamed = []
     for (folder, case_id), old in _add_odd_segmentations(groups, leftovers).items():
         suffix = ".nii.gz" if old.name.lower().endswith(".gz") else ".nii"
-        # "_" or "-" after the id, as in its image names; some of these have no id.
-        name = next(iter(groups[folder, case_id].values())).name
-        prefix = name[: len(case_id) + 1] if name.startswith(case_id) else f"{case_id}_"
-        renamed.append((old, old.rename(folder / f"{prefix}seg{suffix}")))
+        renamed.append((old, old.rename(folder / f"{case_id}_seg{suffix}")))
     return renamed
 
 
@@ -432,9 +429,7 @@ def _files_to_read(case, modalities):
 
     The first image is always included and comes first: the others must be on its grid.
     """
-    known, expected = {*ALL_MODALITIES}.issuperset, f"some of {ALL_MODALITIES}"
-    # `len` rejects iterators, which can be read only once.
-    check_option("modalities", modalities, lambda m: len(m) > -1 and known(m), expected)
+    check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
     if missing := [name for name in modalities if name not in case.images]:
         raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
     paths = {next(iter(case.images.values())): []}

@@ -34,13 +34,8 @@ EDGES, CORNERS = (ndimage.generate_binary_structure(3, n) for n in (2, 3))
 
 def _surface_mm(mask, spacing_mm):
     """Return the positions (n, 3) of the voxels with a face neighbour outside."""
-    padded, core = np.pad(mask, 1), mask.copy()
-    for axis, size in enumerate(mask.shape):
-        for start in (0, 2):
-            window = [slice(1, -1)] * 3
-            window[axis] = slice(start, start + size)
-            core &= padded[tuple(window)]
-    return np.argwhere(mask & ~core) * np.asarray(spacing_mm, float)
+    surface = mask & ~ndimage.binary_erosion(mask)
+    return np.argwhere(surface) * np.asarray(spacing_mm, float)
 
 
 def _nearest_mm(points, others):
@@ -296,15 +291,13 @@ def _raise_for(case_ids, problem):
 
 
 def _check_labelled(cases):
-    """Return the cases; raise unless there are some, all with a segmentation."""
-    expected = "one Case or more, as find_cases returns them"
-    files.check_option("cases", cases, iter, expected)
-    cases = [*cases]
-    files.check_option("cases", cases, lambda c: [case.id for case in c], expected)
+    """Raise unless there are cases, each of them once and with a segmentation."""
+
+    def fits(cases):
+        return 0 < len(cases) == len({case.id.lower() for case in cases})
+
+    files.check_option("cases", cases, fits, "a list of Case, each id once")
     _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
-    ids = [case.id.lower() for case in cases]
-    files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
-    return cases
 
 
 def _find_prediction(folder, case):
@@ -354,7 +347,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         If cases have no segmentation or no prediction (the message lists them), or a
         prediction is outdated, edited or not on the grid of its case.
     """
-    cases = _check_labelled(cases)
+    _check_labelled(cases)
     folder = files.check_path("predictions_dir", predictions_dir)
     found = [(case, _find_prediction(folder, case)) for case in cases]
     missing = [case.id for case, path in found if path is None]
@@ -519,7 +512,7 @@ def tune_model(run_dir, cases, **options):
     """
     from brats_utils.inference import check_options, load_model, predict_scan
 
-    cases = _check_labelled(cases)
+    _check_labelled(cases)
     trained = load_model(run_dir)
     check_options([trained], options, ("modalities", "flips", "patch_shape"))
     _check_writable(trained)

@@ -248,6 +248,18 @@ class RegionDice(keras.metrics.Mean):
         return {**super().get_config(), "region": self.region}
 
 
+class FiniteCheck(keras.callbacks.Callback):
+    """Stop if the loss or a weight is NaN or infinite, before anything is saved."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Raise FloatingPointError if the loss or a weight is not finite."""
+        finite = all(bool(ops.all(ops.isfinite(w))) for w in self.model.weights)
+        if not (finite and np.isfinite(logs["loss"])):
+            problem = f"epoch {epoch + 1}: the loss or a weight is NaN or infinite"
+            advice = "Lower the learning rate, or look for a bad scan with check_cases"
+            raise FloatingPointError(f"{problem}; the previous epoch is kept. {advice}")
+
+
 class _DeeplySupervised(keras.Model):
     """A U-Net with additional outputs, each at a lower resolution and half the weight.
 

@@ -277,9 +277,8 @@ def check_model(model):
 
 def _output_shapes(model, tensors, input_shape):
     """Return the shapes of a model's tensors for one sample of `input_shape`."""
-    return keras.Function(model.inputs[0], tensors).compute_output_shape(
-        (1, *input_shape)
-    )
+    function = keras.Function(model.inputs[0], tensors)
+    return function.compute_output_shape((1, *input_shape))
 
 
 def grid_sizes(model, tensors):
@@ -439,9 +438,7 @@ def write_model(model, path, description):
     saved = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     if any(layer.compute_dtype != "float32" for layer in saved.layers):
         weights = saved.get_weights()
-        saved = keras.models.clone_model(
-            saved, clone_function=_in_float32, recursive=True
-        )
+        saved = keras.models.clone_model(saved, None, _in_float32, recursive=True)
         saved.set_weights(weights)
     saved.save(path)
     with zipfile.ZipFile(path, "a") as archive:

@@ -473,23 +473,6 @@ def from_lps(volume, affine):
     return _reorient(volume, _LPS, nib.orientations.io_orientation(affine))
 
 
-def check_suffix(path):
-    """Raise unless a path ends in `.nii` or `.nii.gz`.
-
-    Parameters
-    ----------
-    path : path
-        Where a volume will be written.
-
-    Raises
-    ------
-    ValueError
-        If it ends in something else.
-    """
-    if not str(path).lower().endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path}: the name of the file must end in .nii or .nii.gz")
-
-
 def save_volume(volume, path, *, affine=None, like=None, name=""):
     """Write a volume as NIfTI-1 in the array's own type.
 
@@ -506,13 +489,7 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
         patient, are not copied.
     name : str
         Written as the header's "intent_name", at most 15 characters.
-
-    Raises
-    ------
-    ValueError
-        If the path has another suffix.
     """
-    check_suffix(path)
     image = nib.Nifti1Image(volume, affine, dtype=volume.dtype)
     image.header.set_slope_inter(1, 0)
     for field in filter(GEOMETRY.match, like or ()):
@@ -567,7 +544,8 @@ def save_segmentation(segmentation, case, path):
     """
     path = check_path("path", path)
     check_option("case", case, lambda c: len(c.images), "a Case, as find_cases returns")
-    check_suffix(path)
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: the name of the file must end in .nii or .nii.gz")
     if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
         problem = f"{path} already exists and was not written by this project"
         raise ValueError(f"{problem}; it is left as it is. Choose another path")

@@ -224,18 +224,6 @@ def _mean_dice(row):
     return float(np.nan_to_num(np.mean(values), nan=-1))
 
 
-class FiniteCheck(keras.callbacks.Callback):
-    """Stop if the loss or a weight is NaN or infinite, before anything is saved."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        """Raise FloatingPointError if the loss or a weight is not finite."""
-        finite = all(bool(ops.all(ops.isfinite(w))) for w in self.model.weights)
-        if not (finite and np.isfinite(logs["loss"])):
-            problem = f"epoch {epoch + 1}: the loss or a weight is NaN or infinite"
-            advice = "Lower the learning rate, or look for a bad scan with check_cases"
-            raise FloatingPointError(f"{problem}; the previous epoch is kept. {advice}")
-
-
 class Checkpoint(keras.callbacks.Callback):
     """Set the generator's epoch; after each epoch save history, best model and state.
 
@@ -362,7 +350,7 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, callbacks):
         epochs=stop,
         shuffle=False,  # the generator shuffles by itself
         verbose=0,
-        callbacks=[FiniteCheck(), checkpoint, *callbacks],
+        callbacks=[losses.FiniteCheck(), checkpoint, *callbacks],
     )
     try:
         fit(initial_epoch=len(checkpoint.run.rows))

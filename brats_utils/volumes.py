@@ -223,17 +223,12 @@ def standardise(image, statistics=None):
         statistics = (*zip(*pairs, strict=True), np.zeros(image.shape[-1]))
     expected, shape = "mean, SD and zero of each channel", (3, image.shape[-1])
     check_option("statistics", statistics, lambda s: np.shape(s) == shape, expected)
-    # Long rows, plane by plane: otherwise NumPy's inner loop has only C = 3 steps.
-    mean, sd, zero = (np.tile(np.float32(v), image.shape[2]) for v in statistics)
-    zero = zero.astype(image.dtype).astype(np.float32)
     result = np.empty(image.shape, np.float32)
-    for plane, rows in zip(image, result, strict=True):
-        rows = rows.reshape(len(rows), -1)  # (Y, Z * C)
-        rows[...] = plane.reshape(rows.shape)
-        brain = rows != zero
-        rows -= mean
-        rows /= sd
-        rows *= brain
+    for channel, (mean, sd, zero) in enumerate(np.transpose(statistics)):
+        values = image[..., channel].astype(np.float32)
+        brain = values != np.float32(image.dtype.type(zero))  # zero as it is stored
+        values = (values - np.float32(mean)) / np.float32(sd)
+        result[..., channel] = values * brain
     return result
 
 
