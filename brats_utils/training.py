@@ -5,6 +5,7 @@ import os
 import re
 import time
 import warnings
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -117,10 +118,13 @@ class Run:
         Open, of the kind "run".
     description : dict
         Everything that must match to resume the run.
+    seen : set of str
+        The images that the model has been trained on, see `generator.SEEN`.
     """
 
-    def __init__(self, output, description):
+    def __init__(self, output, description, seen):
         self.output, self.description, self.rows = output, description, []
+        self.seen = seen
         self.former_is_newest = False  # the newest state is damaged
 
     def resume(self, model):
@@ -147,9 +151,13 @@ class Run:
             found = "; ".join(differ[:5])
             problem = f"{folder} holds a run with other settings: {found}"
             raise ValueError(f"{problem}. {ANOTHER_RUN}")
+        if record["history"] and not zipfile.is_zipfile(folder / BEST):
+            problem = f"{BEST} in {folder} is missing or damaged"
+            raise ValueError(f"{problem}. {ANOTHER_RUN}")
         # A different run that was stopped in its first epoch is simply replaced.
         self.rows, self.is_new = record["history"], arrays is None or bool(differ)
         if not self.is_new:
+            self.seen.update(record.get("seen", ()))
             for variable, array in zip(_variables(model), arrays, strict=True):
                 variable.assign(array)
 
@@ -178,7 +186,8 @@ class Run:
         """
         variables = map(ops.convert_to_numpy, _variables(model))
         arrays = {f"v{i:04}": array for i, array in enumerate(variables)}
-        record = json.dumps({"history": self.rows, "description": self.description})
+        record = {"history": self.rows, "description": self.description}
+        record = json.dumps({**record, "seen": sorted(self.seen)})
         state, former = self.output.path / STATE, self.output.path / FORMER
         self.output.save()  # record the best model before a state that refers to it
         with self.output.write(STATE) as temporary:
@@ -235,8 +244,8 @@ class Checkpoint(keras.callbacks.Callback):
     def __init__(self, output, description, model, data, averaged, verbose):
         super().__init__()
         self.train_data, self.val_data = data
-        self.base_model, self.trained_images = model, SEEN.setdefault(model, set())
-        self.run, self.averaged, self.begun = Run(output, description), averaged, False
+        self.run = Run(output, description, SEEN.setdefault(model, set()))
+        self.base_model, self.averaged, self.begun = model, averaged, False
         options = {"desc": "training", "unit": "epoch", "disable": not verbose}
         self.bar, self.deadline = files.progress_bar(**options), np.inf
 
@@ -276,7 +285,7 @@ class Checkpoint(keras.callbacks.Callback):
         # Until the first validation, the newest model counts as the best.
         if score >= max(map(_mean_dice, rows)) or not (output.path / BEST).exists():
             stored = {k: v for k, v in self.run.description.items() if k != "model"}
-            stored["train_images"] = sorted(self.trained_images)
+            stored["train_images"] = sorted(self.run.seen)
             with self.averaged(self.model), output.write(BEST) as temporary:
                 write_model(self.model, temporary, stored)
         with output.write(HISTORY) as temporary:
@@ -381,10 +390,7 @@ def _follow_plan(
         total, stop = previous = plan
         compile_for(total * len(train_data))
         run.resume(model)
-        if run.rows:  # what it has seen includes what its first model had seen
-            best = read_model(run.output.path / BEST)[0]
-            checkpoint.trained_images |= SEEN.get(best, set())
-        checkpoint.trained_images |= train_data.name_images()
+        run.seen |= train_data.name_images()
         CHANNELS[checkpoint.base_model] = train_data.modalities
         bar.n, bar.total = len(run.rows), total
         if len(run.rows) < stop:

@@ -708,7 +708,7 @@ def test_E02_damaged_states_are_refused_or_equal(tmp_path):
     model.compile("adam", "mse")
     model.optimizer.build(model.trainable_variables)
     with OutputFolder(tmp_path / "run", "run") as output:
-        begun = training.Run(output, {"loss": "mse"})
+        begun = training.Run(output, {"loss": "mse"}, set())
         begun.resume(model)
         begun.begin(model)
         saved = [variable.numpy() for variable in model.variables]
@@ -721,7 +721,7 @@ def test_E02_damaged_states_are_refused_or_equal(tmp_path):
             path.write_bytes(damaged)
             model.set_weights([np.zeros_like(array) for array in saved])
             try:
-                training.Run(output, {"loss": "mse"}).resume(model)
+                training.Run(output, {"loss": "mse"}, set()).resume(model)
             except ValueError as error:
                 refused += 1
                 assert str(path) in str(error) and "another run_dir" in str(error)
@@ -1754,9 +1754,7 @@ def test_J3_a_resumed_run_knows_what_its_first_model_had_seen(split, tmp_path):
 def test_E4_a_run_without_its_best_model_is_refused_at_once(split, tmp_path, how):
     run(split, tmp_path / "run", 4, max_minutes=0)
     best = tmp_path / "run" / "best.keras"
-    data = bytearray(best.read_bytes())
-    data[len(data) // 2] ^= 1
-    best.unlink() if how == "deleted" else best.write_bytes(data)
+    best.unlink() if how == "deleted" else best.write_bytes(best.read_bytes()[:-99])
     before = tree(tmp_path / "run")
     with pytest.raises(ValueError, match=r"best\.keras"):
         run(split, tmp_path / "run", 4)
