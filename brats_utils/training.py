@@ -41,7 +41,7 @@ OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 SCHEDULERS = "LearningRateScheduler", "ReduceLROnPlateau", "SwapEMAWeights"
 
 
-def _are_callbacks(xs):
+def _are_usable(xs):
     names = [type(x).__name__ for x in xs if isinstance(x, keras.callbacks.Callback)]
     return len(xs) == len(names) and not {*names} & {*SCHEDULERS}
 
@@ -54,7 +54,7 @@ POSSIBLE |= {"minutes": files.number(0, 1e6), "max_minutes": files.number(0, np.
 POSSIBLE |= {"learning_rate": files.number(1e-12, 1e3), "verbose": files.BOOL}
 POSSIBLE["deep_supervision"] = files.whole(0)
 POSSIBLE["loss"] = keras.losses.get, "a loss as Keras takes it"
-POSSIBLE["callbacks"] = _are_callbacks, "Keras callbacks, without schedules"
+POSSIBLE["callbacks"] = _are_usable, "a list of keras.callbacks.Callback, no schedule"
 
 
 def choose_precision():
