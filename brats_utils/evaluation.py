@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
 from brats_utils import files, nifti
-from brats_utils.cases import read_description, read_scan
+from brats_utils.cases import read_scan
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
@@ -291,13 +291,15 @@ def _raise_for(case_ids, problem):
 
 
 def _check_labelled(cases):
-    """Raise unless there are cases, each of them once and with a segmentation."""
-
-    def fits(cases):
-        return 0 < len(cases) == len({case.id.lower() for case in cases})
-
-    files.check_option("cases", cases, fits, "a list of Case, each id once")
+    """Return the cases; raise unless there are some, all with a segmentation."""
+    expected = "one Case or more, as find_cases returns them"
+    files.check_option("cases", cases, iter, expected)
+    cases = [*cases]
+    files.check_option("cases", cases, lambda c: [case.id for case in c], expected)
     _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
+    ids = [case.id.lower() for case in cases]
+    files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
+    return cases
 
 
 def _find_prediction(folder, case):
@@ -310,9 +312,9 @@ def _find_prediction(folder, case):
     return found[0] if found else None
 
 
-def _score_file(path, code, case, lesions):
+def _score_file(path, case, lesions):
     """Return the scores of one file, which must be on the grid of its case."""
-    prediction, affine = nifti.load_labels(path, code)
+    prediction, affine = nifti.load_labels(path)
     truth, expected = nifti.load_labels(case.segmentation, case.labels)
     if prediction.shape != truth.shape or not np.allclose(affine, expected, atol=1e-3):
         problem = f"{path} is not on the grid of case {case.id}: it has shape "
@@ -328,8 +330,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     Parameters
     ----------
     predictions_dir : path
-        Folder of `<case id>.nii.gz` (or `.nii`) files, values 0, 1, 2 and 4, or those
-        that nnU-Net's `dataset.json` in this folder names.
+        Folder of `<case id>.nii.gz` (or `.nii`) files, values 0, 1, 2 and 4.
     cases : sequence of Case
         Cases with a segmentation.
     lesions : bool
@@ -347,7 +348,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         If cases have no segmentation or no prediction (the message lists them), or a
         prediction is outdated, edited or not on the grid of its case.
     """
-    _check_labelled(cases)
+    cases = _check_labelled(cases)
     folder = files.check_path("predictions_dir", predictions_dir)
     found = [(case, _find_prediction(folder, case)) for case in cases]
     missing = [case.id for case, path in found if path is None]
@@ -361,11 +362,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         edited = files.find_changed(folder, recorded)
         problem = "changed since it was predicted: score it in a folder of its own"
         _raise_for(edited, f"{problem}, or predict again")
-    _, code = read_description(folder, {}, False)[1] or ("", "0124")
-    expected = "names of core, oedema and enhancing tumour"
-    files.check_option("dataset.json", code, lambda c: "=" not in c, expected)
-    rows = [_score_file(path, code, case, lesions) for case, path in found]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([_score_file(path, case, lesions) for case, path in found])
 
 
 def _decoded_dice(probabilities, truth, decoding):
@@ -463,7 +460,7 @@ def store_description(trained):
     from brats_utils.model import BEST, DESCRIPTION
 
     _check_writable(trained)
-    path = trained.path.resolve()  # not to replace a link
+    path = trained.path
     of_run = path.name == BEST and files.read_manifest(path.parent).get("kind") == "run"
     run = files.OutputFolder(path.parent, "run") if of_run else contextlib.nullcontext()
     # The folder of a run also records the new checksum of its best model.
@@ -512,7 +509,7 @@ def tune_model(run_dir, cases, **options):
     """
     from brats_utils.inference import check_options, load_model, predict_scan
 
-    _check_labelled(cases)
+    cases = _check_labelled(cases)
     trained = load_model(run_dir)
     check_options([trained], options, ("modalities", "flips", "patch_shape"))
     _check_writable(trained)

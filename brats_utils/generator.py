@@ -100,7 +100,7 @@ class BratsGenerator(keras.utils.PyDataset):
     rows : dict of str to dict
         The row of each case in the report of `prepare_dataset`.
     root : Path
-        The folder with the manifest: a prepared set, a split or all folds.
+        The folder with the manifest, of a split or of all folds.
     epoch : int
         Epoch of the next batches. It advances when Keras finishes an epoch.
 

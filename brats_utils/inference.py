@@ -269,7 +269,8 @@ def check_options(models, options, possible=OPTIONS):
     given = _fill_in(models[0], dict.fromkeys(OPTIONS) | options)
     names = given["modalities"]
     for each in models:
-        _choose_modalities(each, options.get("modalities"))  # known for each of them
+        if each.path:  # known for each of them
+            _choose_modalities(each, options.get("modalities"))
         names = _choose_modalities(each, names)
         _choose_patch(each.model, len(names), given["patch_shape"])
     check("engine", options.get("engine", "keras"), ENGINES.__contains__, ENGINES)
@@ -499,7 +500,7 @@ def _write_maps(output, names, found, spread, header):
         nifti.write_segmentation(found, header, temporary)
     for name in names[1:]:
         with output.write(name) as temporary:
-            nifti.save_volume(spread, temporary, like=header, name=nifti.WRITTEN_BY)
+            nifti.save_volume(spread, temporary, like=header)
 
 
 def _check_probabilities(probabilities):

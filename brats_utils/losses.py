@@ -348,15 +348,14 @@ def build_losses(model):
     model.compute_metrics(None, labels, outputs)
 
 
-def _rebuild(model):
-    """Return a copy of a model, built from its config as loading does, or raise."""
+def _check_can_be_loaded(model):
+    """Raise unless Keras can rebuild the model from its config, as loading does."""
     config = keras.saving.serialize_keras_object(model)
     config.pop("compile_config", None)
     # Rebuilding draws initializer seeds from `random`, which must not affect training.
     random_state = random.getstate()
     try:
-        rebuilt = keras.saving.deserialize_keras_object(config, safe_mode=True)
-        rebuilt.set_weights(model.get_weights())
+        keras.saving.deserialize_keras_object(config, safe_mode=True)
     except Exception as error:  # whatever a layer's own code raises
         reason = str(error).split("Exception encountered:")[-1].strip()[:300]
         problem = f"model could be trained, but not be loaded again: {reason}"
@@ -364,19 +363,14 @@ def _rebuild(model):
         raise ValueError(f"{problem}; {advice}") from None
     finally:
         random.setstate(random_state)
-    return rebuilt
 
 
 def _check_probabilities(model):
-    """Raise unless a model returns probabilities on the grid of its input.
-
-    They must be the same once it is saved and loaded.
-    """
+    """Raise unless a model returns probabilities on the grid of its input."""
     size = size_factor(model) * max(2, 32 // size_factor(model))  # for open sizes
     *grid, channels = model.input_shape[1:]
     shape = (1, *(n or size for n in grid), channels)
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    rebuilt = _rebuild(model)
     try:
         y = ops.convert_to_numpy(model(x))
     except Exception as error:  # whatever a layer raises
@@ -390,9 +384,6 @@ def _check_probabilities(model):
         last = "softmax" if y.shape[-1] == len(LABELS) else "sigmoid"
         expected = f"probabilities on the same grid: end it with a {last}"
         raise ValueError(f"the model maps {shape} to {found}; expected {expected}")
-    if not np.allclose(y, ops.convert_to_numpy(rebuilt(x)), atol=0.01):
-        problem = "the model differs once it is saved and loaded: a layer's get_config"
-        raise ValueError(f"{problem} leaves out an option")
 
 
 def check_loss(loss, model):
@@ -414,6 +405,7 @@ def check_loss(loss, model):
     check_model(model)
     outputs = model.output_shape[-1]
     check_option("the model's outputs", outputs, (3, 4).__contains__, "3 or 4")
+    _check_can_be_loaded(model)
     _check_probabilities(model)
     function = keras.losses.get(loss)
     # Labels in slabs, not at random: some losses penalise ragged borders.

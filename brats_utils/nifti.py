@@ -263,15 +263,10 @@ def check_unedited(folder, files):
     ValueError
         The message names the file.
     """
-    for name in find_changed(folder, files):
-        path = Path(folder, name)
-        try:
-            mark = read_volume(path)[1]["intent_name"]
-            # Written by a process that was killed before it could record the file.
-            ours = not files[name] and mark == WRITTEN_BY.encode()
-        except BratsDataError as error:  # a damaged file is not an edit
-            ours = error.advice == AGAIN or not path.exists()
-        if not ours:
+    complete = {name: noted for name, noted in files.items() if noted}
+    for path in (Path(folder, name) for name in find_changed(folder, complete)):
+        with contextlib.suppress(BratsDataError):
+            read_volume(path)  # a damaged one is not an edit, and may be overwritten
             problem = f"{path} was changed after it was written"
             raise ValueError(f"{problem}; move it, or choose another folder")
 

@@ -37,13 +37,13 @@ VALIDATIONS = 10  # in a run, by default
 OPTIMIZER = {"weight_decay": 1e-4, "global_clipnorm": 1.0}  # of AdamW
 
 
-# Callbacks that change what `train` itself schedules.
-SCHEDULERS = "LearningRateScheduler", "ReduceLROnPlateau", "SwapEMAWeights"
+# Callbacks that set the learning rate, which `train` itself schedules.
+SCHEDULERS = keras.callbacks.LearningRateScheduler, keras.callbacks.ReduceLROnPlateau
 
 
 def _are_usable(xs):
-    names = [type(x).__name__ for x in xs if isinstance(x, keras.callbacks.Callback)]
-    return len(xs) == len(names) and not {*names} & {*SCHEDULERS}
+    usable = [x for x in xs if isinstance(x, keras.callbacks.Callback)]
+    return len(xs) == len(usable) and not any(isinstance(x, SCHEDULERS) for x in xs)
 
 
 OPTIONAL = ("epochs", "minutes", "max_minutes", "validation_freq")  # may be None

@@ -226,7 +226,9 @@ def standardise(image, statistics=None):
     result = np.empty(image.shape, np.float32)
     for channel, (mean, sd, zero) in enumerate(np.transpose(statistics)):
         values = image[..., channel].astype(np.float32)
-        brain = values != np.float32(image.dtype.type(zero))  # zero as it is stored
+        brain = values != np.float32(
+            image.dtype.type(np.float32(zero))
+        )  # zero as it is stored
         values = (values - np.float32(mean)) / np.float32(sd)
         result[..., channel] = values * brain
     return result
@@ -376,8 +378,8 @@ def background_problem(volume):
     Returns
     -------
     problem : str
-        Empty if at least 5 % of the voxels are exactly 0, and neither any other value
-        nor the values near 0 make up 5 %.
+        Empty if at least 5 % of the voxels are exactly 0, and neither the values near 0
+        nor any other value make up 5 %. If at least half are 0, other values may.
     """
     share = 1 - np.count_nonzero(volume) / volume.size
     sample = np.asarray(volume[::3, ::3, ::3], np.float64).ravel()
@@ -386,15 +388,17 @@ def background_problem(volume):
     near_zero = np.mean((abs(sample) < small) & (sample != 0))
     if np.mean(sample < -small) > LEAST_BACKGROUND:  # scaled so that 0 is mid-brain
         near_zero = 0.0
-    other_background = max(counts.max() / sample.size, near_zero)
-    if share >= LEAST_BACKGROUND and other_background < LEAST_BACKGROUND:
+    # If half of the scan is 0, a frequent value is not the background's.
+    plateau = counts.max() / sample.size if share < SURELY_BACKGROUND else 0.0
+    if share >= LEAST_BACKGROUND and max(plateau, near_zero) < LEAST_BACKGROUND:
         return ""
     todo = "set all voxels outside the brain to exactly 0 (apply the brain mask)"
-    if counts.max() > LEAST_BACKGROUND * sample.size:
+    if plateau > LEAST_BACKGROUND:
         found = f"the background is {values[counts.argmax()]:g}: it was scaled; {todo}"
     # A head fills more of its scan than a brain does.
     elif near_zero > 0.4 or share >= SURELY_BACKGROUND:
-        found = f"noise around the brain: it was resampled or filtered; {todo}"
+        found = "noise around the brain: it was resampled or filtered "
+        found += f"({near_zero:.1%} are near 0); {todo}"
     else:
         found = "not skull-stripped: remove the skull first, for example with HD-BET"
     return f"{share:.1%} of its voxels are exactly 0, in BraTS scans 80 %: {found}"

@@ -1211,21 +1211,3 @@ def test_R2_ids_that_end_like_a_modality_are_ids(tmp_path):
         cases = find_cases(tmp_path / folder)
         assert [case.id for case in cases] == sorted(ids)
         assert all(len(c.images) == 4 and load_case(c)[1].any() for c in cases)
-
-
-@pytest.mark.filterwarnings("ignore:.*files that no case uses")
-def test_I3_predictions_in_a_labels_folder_are_not_the_truth(tmp_path):
-    images, _ = toy_volumes()
-    (tmp_path / "imagesTs").mkdir()
-    for number, name in enumerate(ALL_MODALITIES):
-        path = tmp_path / "imagesTs" / f"P1_{number:04}.nii.gz"
-        nib.save(nib.Nifti1Image(images[name], AFFINE), path)
-    channels = {str(i): name for i, name in enumerate(ALL_MODALITIES)}
-    names = {"background": 0, "necrosis": 1, "edema": 2, "enhancing": 4}
-    text = json.dumps({"channel_names": channels, "labels": names})
-    (tmp_path / "dataset.json").write_text(text)
-    cases = find_cases(tmp_path)
-    model = unet((None, None, None, 3), filters=2, depth=2)
-    for folder in ("labelsTs", "segmentations"):
-        predict_cases(model, cases, tmp_path / folder)
-        assert find_cases(tmp_path)[0].segmentation is None

@@ -1,4 +1,3 @@
-import json
 import warnings
 
 import numpy as np
@@ -316,28 +315,3 @@ def test_a_tilted_grid_scores_as_a_straight_one(tmp_path, degrees):
     case = Case("a", {}, tmp_path / "a_seg.nii.gz")
     scores = score_cases(tmp_path / "predicted", [case], lesions=True)
     assert scores["nsd_WT"].tolist() == [1]
-
-
-@pytest.mark.parametrize(
-    "names, expected",
-    [
-        ({"background": 0, "edema": 1, "necrosis": 2, "enhancing tumor": 3}, 1),
-        ({"background": 0, "necrosis": 1, "edema": 2, "enhancing tumor": 4}, 0),
-        ({"background": 0, "tumor": 1}, None),
-    ],
-)
-def test_I1_predictions_are_read_as_their_dataset_json_says(tmp_path, names, expected):
-    truth = np.zeros((8, 8, 8), np.uint8)
-    truth[2:6, 2:6, 2:6] = 2
-    truth[3:5, 3:5, 3:5] = 1
-    case = write_case(tmp_path, "a", truth)
-    predictions = tmp_path / "predictions"
-    predictions.mkdir()
-    swapped = np.array([0, 2, 1], np.uint8)[truth]
-    save_volume(swapped, predictions / "a.nii.gz", affine=AFFINE)
-    (predictions / "dataset.json").write_text(json.dumps({"labels": names}))
-    if expected is None:
-        with pytest.raises(ValueError, match=r"dataset\.json is .*expected names"):
-            score_cases(predictions, [case])
-    else:
-        assert (score_cases(predictions, [case])["dice_TC"] == 1).all() == expected

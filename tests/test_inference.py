@@ -986,43 +986,6 @@ def test_a_tilde_in_the_output_is_the_home_folder(tmp_path, cases, monkeypatch):
         assert path.exists()
 
 
-def as_segments(path, header):
-    nib.save(nib.Nifti1Image(np.ones((*SHAPE, 2), np.uint8), AFFINE), path)
-
-
-def as_colours(path, header):
-    volume = np.zeros(SHAPE, [(c, "u1") for c in "RGB"])
-    nib.save(nib.Nifti1Image(volume, AFFINE), path)
-
-
-@pytest.mark.parametrize("save", [as_segments, as_colours])
-def test_H1_an_edited_map_of_another_kind_is_kept(tmp_path, cases, save):
-    out = tmp_path / "out"
-    predict_cases(oracle(), cases, out)
-    save(out / "case1.nii.gz", None)
-    edited = (out / "case1.nii.gz").read_bytes()
-    with pytest.raises(ValueError, match=r"case1.nii.gz was changed after"):
-        predict_cases(oracle(), cases, out)
-    assert (out / "case1.nii.gz").read_bytes() == edited
-
-
-def test_H1_a_map_made_by_hand_for_a_case_that_failed_is_kept(tmp_path, cases):
-    out, scan = tmp_path / "out", cases[1].images["t2"]
-    whole = scan.read_bytes()
-    scan.write_bytes(whole[:-5])
-    with pytest.raises(BratsDataError, match="1 of 3 cases"):
-        predict_cases(oracle(), cases, out)
-    scan.write_bytes(whole)
-    path = out / f"{cases[1].id}.nii.gz"
-    nib.save(nib.Nifti1Image(toy_volumes(1)[1], AFFINE), path)
-    mine = path.read_bytes()
-    with pytest.raises(ValueError, match="was changed after"):
-        predict_cases(oracle(), cases, out)
-    assert path.read_bytes() == mine
-    path.unlink()
-    assert len(predict_cases(oracle(), cases, out)) == 3
-
-
 def test_A15_a_truth_on_another_grid_is_not_tuned_on(tmp_path, case):
     write_model(oracle(), tmp_path / "model.keras", DESCRIPTION)
     before = (tmp_path / "model.keras").read_bytes()
@@ -1062,13 +1025,3 @@ def test_a_subclassed_model_is_refused_in_plain_words(case):
 
     with pytest.raises(ValueError, match="functional keras.Model"):
         predict_case(Own(), case)
-
-
-def test_tuning_a_linked_model_changes_the_model(tmp_path, case):
-    write_model(oracle(), tmp_path / "model.keras", DESCRIPTION)
-    (tmp_path / "link.keras").symlink_to(tmp_path / "model.keras")
-    trained = load_model(tmp_path / "link.keras")
-    trained.description["decoding"] = {"min_island": 0.5}
-    store_description(trained)
-    assert (tmp_path / "link.keras").is_symlink()
-    assert load_model(tmp_path / "model.keras").description["decoding"]

@@ -1788,33 +1788,6 @@ def test_J3_regions_that_exclude_each_other_are_refused(split, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@keras.saving.register_keras_serializable("tests")
-class Forgetful(keras.layers.Layer):
-    """A layer whose config lacks its factor."""
-
-    def __init__(self, factor=1, **kwargs):
-        super().__init__(**kwargs)
-        self.factor = factor
-
-    def call(self, x):
-        return x * self.factor
-
-    def get_config(self):
-        config = super().get_config()
-        config.pop("factor", None)
-        return config
-
-
-def test_J3_a_model_that_would_be_loaded_differently_is_refused(split, tmp_path):
-    keras.utils.set_random_seed(1)
-    x = inputs = keras.Input((8, 8, 8, 3))
-    x = Forgetful(5)(keras.layers.Conv3D(4, 1)(x))
-    model = keras.Model(inputs, keras.layers.Softmax()(x))
-    with pytest.raises(ValueError, match="differs once it is saved and loaded"):
-        run(split, tmp_path / "run", model=model)
-    assert not (tmp_path / "run").exists()
-
-
 def test_J3_callbacks_that_set_the_learning_rate_are_refused(split, tmp_path):
     callback = keras.callbacks.ReduceLROnPlateau()
     with pytest.raises(ValueError, match="callbacks is .* no schedule"):

@@ -236,3 +236,11 @@ def test_J1_the_darkest_voxel_of_int16_is_named():
     stored = np.zeros(volume.shape, np.float16)
     with pytest.raises(ValueError, match=r"voxel \[5, 5, 5\] holds -32768"):
         check_grey_levels(volume, stored)
+
+
+def test_J2_a_frequent_value_in_a_brain_is_no_background():
+    volume = np.zeros((40, 40, 40))
+    volume[10:30, 10:30, 10:30] = np.random.default_rng(0).uniform(50, 255, (20,) * 3)
+    volume[volume > 150] = 150  # clipped: half of the brain
+    assert not background_problem(volume)
+    assert not background_problem(np.eye(1, 8000, 1).reshape(20, 20, 20))  # one voxel
