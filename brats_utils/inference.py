@@ -269,7 +269,7 @@ def check_options(models, options, possible=OPTIONS):
     given = _fill_in(models[0], dict.fromkeys(OPTIONS) | options)
     names = given["modalities"]
     for each in models:
-        if each.path:  # known for each of them
+        if each.path:  # do not guess a file's channels from those of the first model
             _choose_modalities(each, options.get("modalities"))
         names = _choose_modalities(each, names)
         _choose_patch(each.model, len(names), given["patch_shape"])

@@ -663,14 +663,15 @@ def advice_on_memory(model, data):
         Provides the training batches.
     """
     try:
-        # A step keeps at least half of the layers' outputs in memory.
-        megabytes = model_table(model, data.input_shape)["activations_mb"]["total"]
-        needed, memory = megabytes * data.batch_size * 1e6 / 2, math.inf
-        if not has_gpu() and hasattr(os, "sysconf"):  # Windows has no sysconf
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > memory:
-            # Caught below, like an error of the backend in the `with` block.
-            raise MemoryError(f"a step needs {needed:.1e} of {memory:.1e} bytes")
+        with contextlib.suppress(ValueError):  # Keras may not know all shapes
+            # A step keeps at least half of the layers' outputs in memory.
+            megabytes = model_table(model, data.input_shape)["activations_mb"]["total"]
+            needed, memory = megabytes * data.batch_size * 1e6 / 2, math.inf
+            if not has_gpu() and hasattr(os, "sysconf"):  # Windows has no sysconf
+                memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if needed > memory:
+                # Caught below, like an error of the backend in the `with` block.
+                raise MemoryError(f"a step needs {needed:.1e} of {memory:.1e} bytes")
         yield
     except Exception as error:  # each backend has its own class
         if not re.search("(?i)resource_?exhausted|MemoryError", repr(error)):

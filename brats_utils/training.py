@@ -476,6 +476,7 @@ def train(
         Your own, such as a logger or early stopping. They are called after the state of
         an epoch is saved, with the model being trained and epochs counted over the
         whole run. They are not part of the run: a call that resumes it may pass others.
+        Those that set the learning rate, which has a schedule, are refused.
     verbose : bool
         Whether to show a progress bar.
 

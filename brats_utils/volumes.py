@@ -226,9 +226,8 @@ def standardise(image, statistics=None):
     result = np.empty(image.shape, np.float32)
     for channel, (mean, sd, zero) in enumerate(np.transpose(statistics)):
         values = image[..., channel].astype(np.float32)
-        brain = values != np.float32(
-            image.dtype.type(np.float32(zero))
-        )  # zero as it is stored
+        zero = np.float32(zero).astype(image.dtype)  # rounded like the image
+        brain = values != np.float32(zero)
         values = (values - np.float32(mean)) / np.float32(sd)
         result[..., channel] = values * brain
     return result

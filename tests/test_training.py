@@ -1773,11 +1773,28 @@ def sequential():
     return keras.Sequential([keras.Input((8, 8, 8, 3)), convolution])
 
 
-@pytest.mark.parametrize("build", [list_of_inputs, sequential])
+def dict_of_inputs():
+    model = sequential()
+    return keras.Model({"image": model.inputs[0]}, model.outputs[0])
+
+
+def nested():
+    x = keras.Input((8, 8, 8, 3))
+    encoder = keras.Model(x, keras.layers.Conv3D(4, 3, padding="same")(x))
+    x = keras.Input((8, 8, 8, 3))
+    y = keras.layers.Conv3D(4, 1, activation="softmax")(encoder(x))
+    return keras.Model(x, y)
+
+
+@pytest.mark.parametrize("build", [list_of_inputs, sequential, dict_of_inputs, nested])
 def test_models_built_in_other_ways_train_and_predict(split, tmp_path, build):
     run(split, tmp_path / "run", 1, model=build())
     case = find_cases(split.parent / "raw")[0]
     assert predict_case(tmp_path / "run", case).shape == (24, 24, 16)
+
+
+@pytest.mark.parametrize("build", [list_of_inputs, sequential, dict_of_inputs])
+def test_models_built_in_other_ways_have_a_table(build):
     table = model_table(build())
     assert table.loc["total", "parameters"] == build().count_params()
 
