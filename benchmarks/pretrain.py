@@ -10,9 +10,10 @@ import json
 import keras
 import numpy as np
 
-from brats_utils import files, inference, losses
+from brats_utils import augment, files, inference, losses
 from brats_utils.generator import BratsGenerator
-from brats_utils.model import PHANTOM_WEIGHTS, unet
+from brats_utils.labels import ALL_MODALITIES
+from brats_utils.model import IMAGE_KERNELS, PHANTOM_WEIGHTS, unet, write_model
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
@@ -21,16 +22,40 @@ from brats_utils.training import train
 NETWORK = {"n_classes": 4, "filters": 16, "depth": 5, "stem_stride": 2}
 PATCHES = {"batch_size": 1, "patch_shape": (96, 96, 96)}
 PLAN = {"average": 0.999, "validation_freq": 4}
+WITHOUT_T1 = 0.4  # share of the patches that the network sees without T1
 
 
 def prepare(data, n_patients, seed):
     """Draw the patients and prepare them; return the folder of the split."""
     raw, shape = data / "raw", files.setting("SHAPE", (240, 240, 155))
     write_phantom(raw, n_patients, seed=seed, wide=True, shape=shape)
-    # Healthy brains belong to it.
-    prepare_dataset(raw, data / "prepared", crop_shape=None, min_labelled=0.0)
+    options = {"crop_shape": None, "min_labelled": 0.0}  # healthy brains belong to it
+    prepare_dataset(raw, data / "prepared", modalities=ALL_MODALITIES, **options)
     split_dataset(data / "prepared", data / "split", ratio=(0.94, 0.06), seed=seed)
     return data / "split"
+
+
+def change(image, labels, rng):
+    """Augment a patch, and blank its T1 now and then: not every scan comes with one."""
+    image, labels = augment.augment(image, labels, rng)
+    if rng.random() < WITHOUT_T1:
+        image = np.array(image)
+        image[..., ALL_MODALITIES.index("t1")] = 0
+    return image, labels
+
+
+def write_with(modalities, path):
+    """Write the phantom weights for more channels: the kernels of new ones are 0."""
+    trained = inference.load_model("phantom")
+    channels = [modalities.index(name) for name in trained.description["modalities"]]
+    model = unet((None, None, None, len(modalities)), **NETWORK)
+    for old, new in zip(trained.model.weights, model.weights, strict=True):
+        kernel = np.array(old)
+        if new.path in IMAGE_KERNELS:  # (..., C, filters)
+            kernel = np.zeros(new.shape, np.float32)
+            kernel[..., channels, :] = np.array(old)
+        new.assign(kernel)
+    write_model(model, path, {**trained.description, "modalities": [*modalities]})
 
 
 def pretrain(data, n_patients, epochs, weights, *, seed=7, start=None):
@@ -38,18 +63,21 @@ def pretrain(data, n_patients, epochs, weights, *, seed=7, start=None):
     there = files.read_manifest(data / "split").get("cases", {})
     done = len(there) == n_patients
     split = data / "split" if done else prepare(data, n_patients, seed)
-    more = {"augment": True, "tumour_share": 1 / 3, "seed": seed}
+    more = {"augment": change, "tumour_share": 1 / 3, "seed": seed}
     train_data = BratsGenerator(split / "train", **PATCHES, **more)
     val_data = BratsGenerator(split / "val", **PATCHES, tumour_share=1.0)
     keras.utils.set_random_seed(seed)
-    model = unet((None, None, None, 3), **NETWORK)
+    model = unet((None, None, None, len(ALL_MODALITIES)), **NETWORK)
+    first = data / "start.keras" if start == "phantom" else start
+    if start == "phantom" and not first.exists():  # its checksum is part of the run
+        write_with(ALL_MODALITIES, first)
     history = train(
         model,
         train_data,
         val_data,
         data / "run",
         epochs=epochs,
-        start=start,
+        start=first,
         learning_rate=2e-3 if start else 3e-3,
         loss=losses.batch_dice_cross_entropy_loss,
         **PLAN,
@@ -70,6 +98,7 @@ def write_weights(run_dir, path, n_before=0):
     keys = "modalities normalisation orientation outputs patch_shape keras".split()
     kept = {key: trained.description[key] for key in keys}
     n_cases = n_before + len(trained.description["train_cases"])
+    kept["optional"] = ["t1"]
     kept["about"] = f"{n_cases} synthetic patients, no real scan"
     record = json.dumps({"network": NETWORK, "description": kept})
     weights = {f"w{i:03}": w for i, w in enumerate(trained.model.get_weights())}

@@ -19,11 +19,12 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pretrain
 import recipes
 from scipy.ndimage import distance_transform_edt
 
 from brats_utils import augment
-from brats_utils.cases import find_cases
+from brats_utils.cases import MODALITIES, find_cases
 from brats_utils.files import project_root
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import predict_case
@@ -93,13 +94,24 @@ def changing_intensities_more(*arguments, **options):
         return recipes.ours(*arguments, **options)
 
 
-def fold_folders(data):
+def adding_t1(train_cases, split, minutes, seed, folder, **options):
+    """Train ours with T1 as a fourth channel, prepared into a folder of its own."""
+    data, modalities = split.parents[1] / "with_t1", (*MODALITIES, "t1")
+    fold_folders(data, modalities=modalities)
+    split, start = data / "folds" / split.name, folder / "start.keras"
+    pretrain.write_with(modalities, start)
+    options |= {"start": start, "channels": 4}
+    return recipes.ours(train_cases, split, minutes, seed, folder, **options)
+
+
+def fold_folders(data, **options):
     """Prepare the scans and split them into folds; return the folds' folders."""
     folders = os.environ.get("BRATS_REAL_CASES", "").split(os.pathsep)
     if not folders[0]:
         raise SystemExit("set BRATS_REAL_CASES to folders of labelled scans")
     cases = [case for folder in folders for case in find_cases(folder)]
-    prepare_dataset(cases, data / "prepared", crop_shape=None, min_labelled=0.0)
+    options |= {"crop_shape": None, "min_labelled": 0.0}
+    prepare_dataset(cases, data / "prepared", **options)
     folds = split_folds(data / "prepared", data / "folds", folds=3, seed=0)
     return [data / "folds" / f"fold{i}" for i in range(len(folds))]
 
@@ -128,6 +140,9 @@ RECIPES = {
     ),
     "from phantoms, patches of 64": partial(
         recipes.ours, min_island=ISLAND, patch_shape=(64,) * 3, **FROM_PHANTOMS
+    ),
+    "from phantoms, T1 as fourth channel": partial(
+        adding_t1, min_island=ISLAND, **FROM_PHANTOMS
     ),
     "from phantoms, averaged weights": partial(
         recipes.ours, min_island=ISLAND, average=0.99, **FROM_PHANTOMS

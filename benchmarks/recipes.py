@@ -86,6 +86,7 @@ def ours(
     model=None,
     patch_shape=PATCH,
     min_island=0.0,
+    channels=3,
     **how,
 ):
     """Train as notebook 04 does in its quick run, for as many epochs as fit.
@@ -99,7 +100,7 @@ def ours(
     drawn["patches_per_case"] = max(1, 36 // len(train_cases))
     data = BratsGenerator(split / "train", **options, **drawn)
     val = BratsGenerator(split / "val", tumour_share=1.0, **options)
-    model = unet((None, None, None, 3), **{"stem_stride": 2, **(model or {})})
+    model = unet((None, None, None, channels), **{"stem_stride": 2, **(model or {})})
     clock = StepClock(minutes)
     clock.next_step()
     history = train(

@@ -14,13 +14,8 @@ import numpy as np
 from brats_utils import files, labels, nifti, volumes
 from brats_utils.cases import check_distinct, read_scan
 from brats_utils.generator import CHANNELS
-from brats_utils.model import (
-    check_model,
-    describe_model,
-    find_model,
-    read_model,
-    size_factor,
-)
+from brats_utils.losses import describe_model
+from brats_utils.model import check_model, find_model, read_model, size_factor
 from brats_utils.nifti import BratsDataError
 
 # How regions are decoded by default: the options that `evaluation.tune_model` tunes.
@@ -226,6 +221,10 @@ def _choose_modalities(trained, modalities):
     n_channels = trained.model.input_shape[-1]
     stored = trained.description.get("modalities") or CHANNELS.get(trained.model)
     usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(n_channels, ())
+    optional = trained.description.get("optional", ())
+    needed = [name for name in stored or () if name not in optional]
+    if optional and isinstance(modalities, (list, tuple)) and [*modalities] == needed:
+        modalities = stored
     if modalities is None:  # guess for models in memory, not from a file
         modalities = stored or (usual if trained.path is None else ())
     valid = isinstance(modalities, (list, tuple)) and len(modalities) == n_channels
@@ -317,17 +316,21 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
         As `predict_case` does.
     """
     names = _choose_modalities(models[0], modalities)
-    scan = read_scan(case, names, labelled=False)
+    optional = set.intersection(*({*m.description.get("optional", ())} for m in models))
+    there = {*case.images} & {*(modalities or names)} | {*names} - optional
+    taken = [name for name in names if name in there]
+    scan = read_scan(case, taken, labelled=False)
     nifti.check_spacing(scan.header, case.id)
     for doubt in scan.doubts:
         warnings.warn(f"{case.id}: {doubt}", stacklevel=2)
-    for name, volume in zip(names, scan.volumes, strict=True):
+    for name, volume in zip(taken, scan.volumes, strict=True):
         volumes.check_outliers(volume, case.images[name])
         volumes.check_grey_levels(volume, path=case.images[name])
     box = volumes.bounding_box(scan.brain_mask)
     # All non-zero voxels are in the box, so mean and SD are those of the whole scan.
     stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
-    image = volumes.standardise(stacked)
+    image = np.zeros((*stacked.shape[:3], len(names)), np.float32)
+    image[..., [names.index(name) for name in taken]] = volumes.standardise(stacked)
     options = _fill_in(models[0], {"flips": flips, "patch_shape": patch_shape})
     found, spread = predict_probabilities(models, image, **options)
     if not np.isfinite(found).all():
@@ -365,8 +368,10 @@ def predict_case(
         Its segmentation, if it has one, is not read.
     modalities : sequence of str, optional
         The channels, in order. By default those that the model was trained with, which
-        cannot be changed. If they are unknown, a file needs this argument; a
-        `keras.Model` defaults to FLAIR, T1CE, T2 or, with four channels, to all.
+        cannot be changed. Those that its description calls "optional" may be left out
+        and are not used if a case lacks them. If the channels are unknown, a file needs
+        this argument; a `keras.Model` defaults to FLAIR, T1CE, T2 or, with four
+        channels, to all.
     flips, patch_shape
         As in `predict_probabilities`. The default shape is that of the training
         patches, if the model has a description.

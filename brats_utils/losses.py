@@ -455,6 +455,34 @@ def averaged_weights(model, start=(), share=0.0):
     model.set_weights(trained)
 
 
+def describe_model(model):
+    """Return a model's configuration with layer numbers instead of layer names.
+
+    Keras numbers default names per session, so equal models can differ in names.
+
+    Parameters
+    ----------
+    model : keras.Model
+
+    Returns
+    -------
+    config : dict
+        Can be stored as JSON.
+    """
+    numbers = {}  # {layer name: number}, in the order in which the config uses them
+
+    def strip(value):
+        if isinstance(value, dict):
+            return {k: strip(each) for k, each in value.items() if k != "name"}
+        if not isinstance(value, list):
+            return value
+        if [type(each) for each in value] == [str, int, int]:  # layer, node, tensor
+            return [numbers.setdefault(value[0], len(numbers)), *value[1:]]
+        return [strip(each) for each in value]
+
+    return strip(json.loads(json.dumps(model.get_config(), default=str)))
+
+
 def describe(description):
     """Return a run's description as JSON stores it, see `describe_object`.
 

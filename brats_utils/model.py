@@ -25,6 +25,7 @@ MOST_UNPACKED = 10
 BEST = "best.keras"  # in the folder of a run
 NO_START = "Choose what fits, or no start (notebook 04: BRATS_START=none)"
 PHANTOM_WEIGHTS = Path(__file__).with_name("phantom") / "weights.npz"
+IMAGE_KERNELS = ("encoder1_conv1/kernel", "full_image/kernel")  # of `unet`
 # Tuned on real scans, where a network trained only on phantoms misses much tumour.
 PHANTOM_DECODING = {"thresholds": [0.3, 0.2, 0.3], "min_island": 0.5}
 # Everything that depends on the spatial rank: 2 for slices, 3 for volumes.
@@ -388,34 +389,6 @@ def model_table(model, input_shape=None):
     return table.astype({"parameters": int})
 
 
-def describe_model(model):
-    """Return a model's configuration with layer numbers instead of layer names.
-
-    Keras numbers default names per session, so equal models can differ in names.
-
-    Parameters
-    ----------
-    model : keras.Model
-
-    Returns
-    -------
-    config : dict
-        Can be stored as JSON.
-    """
-    numbers = {}  # {layer name: number}, in the order in which the config uses them
-
-    def strip(value):
-        if isinstance(value, dict):
-            return {k: strip(each) for k, each in value.items() if k != "name"}
-        if not isinstance(value, list):
-            return value
-        if [type(each) for each in value] == [str, int, int]:  # layer, node, tensor
-            return [numbers.setdefault(value[0], len(numbers)), *value[1:]]
-        return [strip(each) for each in value]
-
-    return strip(json.loads(json.dumps(model.get_config(), default=str)))
-
-
 def _in_float32(layer):
     """Return a layer like this one that computes in float32."""
     return type(layer).from_config({**layer.get_config(), "dtype": "float32"})
@@ -445,13 +418,25 @@ def write_model(model, path, description):
         archive.writestr(DESCRIPTION, json.dumps(description | made_by, indent=1))
 
 
-def _read_phantom_weights():
-    """Return the network that was trained on phantoms, and its description."""
+def _read_phantom_weights(modalities):
+    """Return the network that was trained on phantoms, and its description.
+
+    If `modalities` lacks some that are optional, their kernels are left out: the result
+    equals that of blank channels, which the network was trained with as well.
+    """
     weights, record = files.read_arrays(PHANTOM_WEIGHTS)
-    channels = len(record["description"]["modalities"])
-    model = unet((None, None, None, channels), **record["network"])
-    model.set_weights([half.astype(np.float32) for half in weights])
-    return model, {**record["description"], "decoding": {**PHANTOM_DECODING}}
+    description = {**record["description"], "decoding": {**PHANTOM_DECODING}}
+    stored = description["modalities"]
+    needed = {*stored}.difference(description.get("optional", ()))
+    if modalities and needed <= {*modalities} <= {*stored}:
+        description["modalities"] = [*modalities]
+    channels = [stored.index(name) for name in description["modalities"]]
+    model = unet((None, None, None, len(channels)), **record["network"])
+    for variable, half in zip(model.weights, weights, strict=True):
+        whole = half.astype(np.float32)
+        sees_image = variable.path in IMAGE_KERNELS
+        variable.assign(whole[..., channels, :] if sees_image else whole)
+    return model, description
 
 
 def find_model(name, path):
@@ -478,13 +463,16 @@ def find_model(name, path):
     return path / BEST if path.is_dir() else path
 
 
-def read_model(path):
+def read_model(path, modalities=None):
     """Read a saved model without executing any code that the file may contain.
 
     Parameters
     ----------
     path : Path
         A `.keras` file, or `PHANTOM_WEIGHTS`.
+    modalities : sequence of str, optional
+        The channels of `PHANTOM_WEIGHTS`, in any order. Those that its description
+        calls "optional" may be missing. By default, and if they do not fit, all.
 
     Returns
     -------
@@ -500,7 +488,7 @@ def read_model(path):
         (Lambda layers), or does not fit its own description.
     """
     if path == PHANTOM_WEIGHTS:
-        return _read_phantom_weights()
+        return _read_phantom_weights(modalities)
     if path.suffix.lower() in (".h5", ".hdf5"):
         advice = "keras.models.load_model(path).save('model.keras') will convert it"
         problem = f"{path}: HDF5 models may contain code and are refused"
@@ -573,7 +561,7 @@ def start_from(start, model, train_data, val_data):
     if start is None:
         return None, ()
     path = find_model("start", start)
-    source, description = read_model(path)
+    source, description = read_model(path, train_data.modalities)
     if description and [*description["modalities"]] != [*train_data.modalities]:
         problem = f"start={start!r} takes {description['modalities']}, train_data has "
         raise ValueError(f"{problem}{train_data.modalities}. {NO_START}")

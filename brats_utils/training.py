@@ -20,7 +20,6 @@ from brats_utils.labels import ENCODED_REGIONS
 from brats_utils.model import (
     BEST,
     advice_on_memory,
-    describe_model,
     has_gpu,
     read_model,
     size_factor,
@@ -104,7 +103,7 @@ def _describe_run(model, train_data, val_data, loss, **settings):
         "val_data": val_data.describe(),
         "loss": loss,
         "optimizer": {"class": "AdamW", **OPTIMIZER, **settings},
-        "model": describe_model(model),
+        "model": losses.describe_model(model),
     }
     return losses.describe(description)
 

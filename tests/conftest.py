@@ -1,5 +1,6 @@
 """Small synthetic cases that tests share: 24 x 24 x 16 voxels, a few KB each."""
 
+import json
 import os
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def write_case(folder, case_id, *, seed=0, suffix=".nii", affine=AFFINE, **optio
     if seg_name:
         nib.save(nib.Nifti1Image(segmentation, affine), folder / seg_name)
     return folder
+
+
+@pytest.fixture
+def tiny_weights(tmp_path, monkeypatch):
+    """Replace the phantom weights by tiny ones with T1 as an optional channel."""
+    import keras
+
+    from brats_utils import model as models
+
+    keras.utils.set_random_seed(3)
+    network = {"filters": 2, "depth": 2, "stem_stride": 2}
+    weights = models.unet((None, None, None, 4), **network).get_weights()
+    names = ["flair", "t1", "t1ce", "t2"]
+    description = {"modalities": names, "optional": ["t1"], "outputs": "labels 0..3"}
+    record = json.dumps({"network": network, "description": description})
+    arrays = {f"w{i:03}": array.astype(np.float16) for i, array in enumerate(weights)}
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, record=record, **arrays)
+    monkeypatch.setattr(models, "PHANTOM_WEIGHTS", path)
+    return path
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from conftest import AFFINE, SHAPE, toy_volumes, tree, write_case
 from keras import layers
 
 from brats_utils import files
+from brats_utils import model as models
 from brats_utils.cases import BratsDataError, find_cases, load_case
 from brats_utils.evaluation import (
     score_cases,
@@ -21,11 +22,13 @@ from brats_utils.evaluation import (
     tune_model,
 )
 from brats_utils.inference import (
+    TrainedModel,
     decode_probabilities,
     load_model,
     predict_case,
     predict_cases,
     predict_probabilities,
+    predict_scan,
 )
 from brats_utils.labels import REGIONS
 from brats_utils.model import size_factor, unet, write_model
@@ -896,6 +899,43 @@ def test_the_phantom_weights_predict_without_another_file(tmp_path):
     assert found.dtype == np.uint8 and {*np.unique(found)} <= {0, 1, 2, 4}
     [path] = predict_cases("phantom", [case], tmp_path / "out")
     np.testing.assert_array_equal(load_labels(path)[0], found)
+
+
+OWN = ["flair", "t1ce", "t2"]
+
+
+def test_an_optional_modality_is_left_out_where_a_case_lacks_it(tmp_path, tiny_weights):
+    write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
+    [case] = find_cases(tmp_path / "raw")
+    lacking = replace(case, images={name: case.images[name] for name in OWN})
+    options = {"thresholds": None, "min_island": 0.0}
+    with_t1 = predict_scan([load_model("phantom")], case).probabilities
+    without = predict_scan([load_model("phantom")], lacking).probabilities
+    assert np.abs(with_t1 - without).max() > 1e-3
+    left_out = predict_scan([load_model("phantom")], case, modalities=OWN)
+    np.testing.assert_array_equal(left_out.probabilities, without)
+    narrow, description = models.read_model(tiny_weights, OWN)
+    assert description["modalities"] == OWN and narrow.input_shape[-1] == 3
+    found = predict_scan([TrainedModel(narrow, description)], lacking)
+    np.testing.assert_allclose(found.probabilities, without, atol=1e-5)
+    [path] = predict_cases("phantom", [lacking], tmp_path / "out", **options)
+    expected = predict_case("phantom", case, modalities=OWN, **options)
+    np.testing.assert_array_equal(load_labels(path)[0], expected)
+
+
+def test_a_modality_that_is_not_optional_is_not_left_out(tmp_path, tiny_weights):
+    write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
+    [case] = find_cases(tmp_path / "raw")
+    images = {name: case.images[name] for name in ("flair", "t1", "t1ce")}
+    with pytest.raises(BratsDataError, match="t2"):
+        predict_case("phantom", replace(case, images=images))
+    with pytest.raises(ValueError, match="modalities is .*takes .*flair"):
+        predict_case("phantom", case, modalities=("flair", "t1", "t1ce"))
+    odd = replace(load_model("phantom"), description={**DESCRIPTION, "optional": []})
+    odd.description["modalities"] = ["flair", "t1", "t1ce", "t2"]
+    lacking = replace(case, images={name: case.images[name] for name in OWN})
+    with pytest.raises(BratsDataError, match="t1"):  # one of two models needs T1
+        predict_case([load_model("phantom"), odd], lacking)
 
 
 def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):

@@ -1306,6 +1306,34 @@ def test_J4_a_start_of_other_channels_is_refused(finished, split, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_start_fits_data_without_its_optional_modality(split, tmp_path, tiny_weights):
+    keras.utils.set_random_seed(1)
+    model = unet((8, 8, 8, 3), filters=2, depth=2, stem_stride=2)
+    run(split, tmp_path / "run", start="phantom", model=model, **NOTHING)
+    source = load_model("phantom").model  # FLAIR, T1, T1CE, T2
+    for ours, theirs in zip(model.weights, source.weights, strict=True):
+        theirs = np.array(theirs)
+        if ours.shape != theirs.shape:
+            theirs = theirs[..., [0, 2, 3], :]
+        np.testing.assert_allclose(np.array(ours), theirs, atol=1e-5)
+    description = load_model(tmp_path / "run").description
+    assert description["modalities"] == ["flair", "t1ce", "t2"]
+    assert description["start"] == files_digest(tiny_weights)
+
+
+def test_J4_a_start_whose_modalities_the_data_lack_is_refused(
+    tmp_path, toy_set, tiny_weights
+):
+    options = {"crop_shape": None, "modalities": ("flair", "t1", "t2")}
+    prepare_dataset(toy_set, tmp_path / "prepared", **options)
+    split_dataset(tmp_path / "prepared", tmp_path / "split")
+    model = unet((8, 8, 8, 3), filters=2, depth=2, stem_stride=2)
+    call = {"start": "phantom", "model": model, **NOTHING}
+    with pytest.raises(ValueError, match="start='phantom' takes .*'t1ce'.* has "):
+        run(tmp_path / "split", tmp_path / "run", **call)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_starts_from_the_phantom_weights(split, tmp_path):
     keras.utils.set_random_seed(1)
     model = unet((None, None, None, 3), filters=16, stem_stride=2)

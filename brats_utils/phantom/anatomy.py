@@ -45,6 +45,7 @@ CONTRASTS = {
     "t1ce": ((-0.15, 0.45), (-0.55, 0.55), (2.6, 1.0)),
     "t2": ((1.2, 0.75), (1.85, 0.95), (1.3, 0.85)),
 }
+SHARED, OWN = 0.85, 0.53  # shares of a contrast that all classes have, or each of them
 # Raw mean of the brain (median, lowest and highest over cases), SD / mean, brightest
 # voxel / 99.5th percentile.
 SCANNER = {
@@ -367,15 +368,22 @@ def draw_tumour(rng, head, heights, sizes, enhances):
     return labels, [*regions, soft_step(rim - limit, 0.3) * regions[1]]
 
 
-def _class_contrasts(modality, draws, least):
-    """Return the contrasts of oedema, necrosis and enhancing tumour of a case."""
+def class_contrasts(modality, draws):
+    """Return the contrasts of oedema, necrosis and enhancing tumour of a case.
+
+    Parameters
+    ----------
+    modality : str
+    draws : (4,) sequence of float
+        A row as in `draw_patient`.
+
+    Returns
+    -------
+    contrasts : (3,) array
+        In SDs of the brain.
+    """
     mean, sd = np.transpose(CONTRASTS[modality])
-    contrasts = mean + sd * (0.85 * draws[0] + 0.53 * np.array(draws[1:]))
-    # Python floats leave float32 images as they are; NumPy's would make them float64.
-    oedema, necrosis, enhancing = contrasts.tolist()
-    if modality == "t1ce":
-        enhancing = max(enhancing, necrosis + least)
-    return oedema, necrosis, enhancing
+    return mean + sd * (SHARED * draws[0] + OWN * np.array(draws[1:]))
 
 
 def _bright_spots(rng, head):
@@ -450,7 +458,10 @@ def draw_images(
         for weight, tissue in zip(TISSUES[modality], tissues, strict=True):
             normal += weight * rng.lognormal(0, 0.25 * spread) * tissue
         normal -= normal.mean()
-        oedema, necrosis, enhancing = _class_contrasts(modality, own_draws, enhancement)
+        # Python floats leave float32 images as they are; NumPy's make them float64.
+        oedema, necrosis, enhancing = class_contrasts(modality, own_draws).tolist()
+        if modality == "t1ce":
+            enhancing = max(enhancing, necrosis + enhancement)
         tumour = oedema + (necrosis - oedema) * core
         tumour += (enhancing - necrosis) * enhancing_part
         tumour += head.at_voxels(

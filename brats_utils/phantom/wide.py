@@ -26,7 +26,9 @@ LARGEST_ML, BRAIN_ML = 250, 1471
 # enhances completely, and a core that enhances in at most a tenth of its volume.
 HEALTHY, LOW_GRADE, SOLID, FAINT = 0.1, 0.25, 0.15, 0.25
 SPREAD = (0.8, 2.0)  # of contrasts, tissues and textures: factor on the calibrated one
-LEAST_ENHANCEMENT = 0.8  # in SDs of the brain, above necrosis
+# In SDs of the brain: enhancement above T1 on T1CE, the least above necrosis there, and
+# how much T1CE differs from T1 by itself.
+ENHANCEMENT, LEAST_ENHANCEMENT, T1CE_SD = (0.5, 4.0), 0.8, 0.3
 GAMMA, BIAS_SD, SLICE_MM = (0.6, 1.7), 0.15, (1.5, 6)
 
 
@@ -102,6 +104,20 @@ def _degrade(rng, head, image):
     return image + noise * rng.standard_normal(len(image), np.float32)
 
 
+def _draw_contrasts(rng, spread):
+    """Draw what sets the contrasts: for each modality a row, as in `draw_patient`.
+
+    T1CE shows what T1 does, and in addition the enhancement.
+    """
+    draws = spread * rng.uniform(-1.8, 1.8, (4, 4))
+    contrasts = anatomy.class_contrasts("t1", draws[1])
+    contrasts[:2] += T1CE_SD * rng.standard_normal(2)
+    contrasts[2] += rng.uniform(*ENHANCEMENT)
+    mean, sd = np.transpose(anatomy.CONTRASTS["t1ce"])
+    draws[2] = 0, *(contrasts - mean) / (anatomy.OWN * sd)
+    return draws.tolist()
+
+
 def draw_wide_patient(seed, shape):
     """Draw one patient from a very wide range of appearances.
 
@@ -125,7 +141,7 @@ def draw_wide_patient(seed, shape):
     head = anatomy.draw_head(rng, shape, **changes)
     labels, regions = _draw_tumours(rng, head)
     brightness, spread = rng.lognormal(0, 0.5), rng.uniform(*SPREAD)
-    draws = (spread * rng.uniform(-1.8, 1.8, (4, 4))).tolist()
+    draws = _draw_contrasts(rng, spread)
     worse = {"spread": spread, "degrade": _degrade, "enhancement": LEAST_ENHANCEMENT}
     images = anatomy.draw_images(rng, head, draws, regions, brightness, **worse)
     for name, values in chain([("seg", labels)], images):
