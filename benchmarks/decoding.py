@@ -23,7 +23,7 @@ import seed_recipe
 from brats_utils.evaluation import score_case, summarise_scores
 from brats_utils.files import atomic_write, project_root
 from brats_utils.inference import decode_probabilities, load_model, predict_scan
-from brats_utils.model import PHANTOM_DECODING
+from brats_utils.model import PHANTOM_DECODING, PHANTOM_WEIGHTS, read_model
 from brats_utils.nifti import load_labels, spacing_mm
 
 RESULTS = project_root(Path(__file__).parent) / "benchmarks/results/decoding.csv"
@@ -67,7 +67,7 @@ def main():
     parser.add_argument("--print", action="store_true", help="nothing is predicted")
     options = parser.parse_args()
     network, rows = options.name if options.kept else "phantom", []
-    share, start = options.share, load_model("phantom").model.get_weights()
+    share = options.share
     name = f"{network}, share {share}" if share else network
     name += ", flips" * options.flips
     data = project_root(Path(__file__).parent) / "data/real"
@@ -76,7 +76,8 @@ def main():
         if options.kept:
             path = options.kept / fold.name / f"{network}.keras"
         trained = load_model(path)
-        pairs = zip(trained.model.get_weights(), start, strict=True)
+        start, _ = read_model(PHANTOM_WEIGHTS, trained.description["modalities"])
+        pairs = zip(trained.model.get_weights(), start.get_weights(), strict=True)
         trained.model.set_weights([(1 - share) * w + share * w0 for w, w0 in pairs])
         for case in seed_recipe.split_cases(fold)[1]:
             rows += score(name, trained, case, options.flips)

@@ -2,7 +2,8 @@
 
 `make pretrain` runs it; hours on two cores. Stopped, it resumes. The same seed gives
 the same weights on the same machine. BRATS_PATIENTS and BRATS_EPOCHS shorten it.
-BRATS_START and BRATS_SEED go on from weights that are there, with other patients.
+BRATS_START=phantom and BRATS_SEED go on from weights that are there, with other
+patients. The network takes all four images, but must do without T1 now and then.
 """
 
 import json
@@ -35,10 +36,10 @@ def prepare(data, n_patients, seed):
     return data / "split"
 
 
-def change(image, labels, rng):
+def change(image, labels, rng, share=WITHOUT_T1):
     """Augment a patch, and blank its T1 now and then: not every scan comes with one."""
     image, labels = augment.augment(image, labels, rng)
-    if rng.random() < WITHOUT_T1:
+    if rng.random() < share:
         image = np.array(image)
         image[..., ALL_MODALITIES.index("t1")] = 0
     return image, labels
@@ -55,7 +56,9 @@ def write_with(modalities, path):
             kernel = np.zeros(new.shape, np.float32)
             kernel[..., channels, :] = np.array(old)
         new.assign(kernel)
-    write_model(model, path, {**trained.description, "modalities": [*modalities]})
+    with files.atomic_write(path) as temporary:
+        description = {**trained.description, "modalities": [*modalities]}
+        write_model(model, temporary, description)
 
 
 def pretrain(data, n_patients, epochs, weights, *, seed=7, start=None):
@@ -84,7 +87,7 @@ def pretrain(data, n_patients, epochs, weights, *, seed=7, start=None):
     )
     n_before = 0
     if start == "phantom":  # they name how many patients they were trained on
-        n_before = int(inference.load_model(start).description["about"].split()[0])
+        n_before = int(inference.load_model(first).description["about"].split()[0])
     write_weights(data / "run", weights, n_before)
     return history
 

@@ -98,7 +98,12 @@ def adding_t1(train_cases, split, minutes, seed, folder, **options):
     """Train ours with T1 as a fourth channel, prepared into a folder of its own."""
     data, modalities = split.parents[1] / "with_t1", (*MODALITIES, "t1")
     fold_folders(data, modalities=modalities)
-    split, start = data / "folds" / split.name, folder / "start.keras"
+    given, split = split, data / "folds" / split.name
+    if sorted(os.listdir(given / "val/masks")) != sorted(
+        os.listdir(split / "val/masks")
+    ):
+        raise SystemExit(f"{split} is another split than {given}")
+    start = folder / "start.keras"
     pretrain.write_with(modalities, start)
     options |= {"start": start, "channels": 4}
     return recipes.ours(train_cases, split, minutes, seed, folder, **options)

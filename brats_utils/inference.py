@@ -92,21 +92,29 @@ def load_model(path):
         If the file is missing, damaged, an HDF5 file or an HTML page, contains code
         (Lambda layers), or does not fit its own description.
     """
+    return _load(path)
+
+
+def _load(path, modalities=None):
+    """Load a model; leave out optional modalities of "phantom" that are not given."""
     path = find_model("model", path)
-    model, description = read_model(path)
+    model, description = read_model(path, modalities)
     model.jit_compile = False  # XLA would recompile for each size of brain
     return TrainedModel(model, description, path)
 
 
-def _as_trained(models):
+def _as_trained(models, modalities=None):
     """Return a model or a path, or a list of them, as a list of TrainedModel."""
     if isinstance(models, (list, tuple)):
         files.check_option("model", models, len, "at least one model")
-        return [trained for model in models for trained in _as_trained(model)]
+        return [
+            trained for model in models for trained in _as_trained(model, modalities)
+        ]
     if isinstance(models, keras.Model):
         check_model(models)
         models = TrainedModel(models, {})
-    return [models if isinstance(models, TrainedModel) else load_model(models)]
+    loaded = isinstance(models, TrainedModel)
+    return [models if loaded else _load(models, modalities)]
 
 
 def _gaussian(shape):
@@ -221,10 +229,6 @@ def _choose_modalities(trained, modalities):
     n_channels = trained.model.input_shape[-1]
     stored = trained.description.get("modalities") or CHANNELS.get(trained.model)
     usual = {3: labels.MODALITIES, 4: labels.ALL_MODALITIES}.get(n_channels, ())
-    optional = trained.description.get("optional", ())
-    needed = [name for name in stored or () if name not in optional]
-    if optional and isinstance(modalities, (list, tuple)) and [*modalities] == needed:
-        modalities = stored
     if modalities is None:  # guess for models in memory, not from a file
         modalities = stored or (usual if trained.path is None else ())
     valid = isinstance(modalities, (list, tuple)) and len(modalities) == n_channels
@@ -233,7 +237,7 @@ def _choose_modalities(trained, modalities):
         problem = f"modalities is {modalities!r}, {trained.path or 'the model'} takes "
         which = f"say which of {labels.ALL_MODALITIES} they are, in order: modalities="
         takes = f"{n_channels} channels; {which}(...)"
-        takes = f"{stored}, the same for all models" if valid else takes
+        takes = f"{stored}, the same for all models" if stored else takes
         raise ValueError(problem + takes)
     return modalities
 
@@ -317,8 +321,7 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     """
     names = _choose_modalities(models[0], modalities)
     optional = set.intersection(*({*m.description.get("optional", ())} for m in models))
-    there = {*case.images} & {*(modalities or names)} | {*names} - optional
-    taken = [name for name in names if name in there]
+    taken = [name for name in names if name in case.images or name not in optional]
     scan = read_scan(case, taken, labelled=False)
     nifti.check_spacing(scan.header, case.id)
     for doubt in scan.doubts:
@@ -368,10 +371,10 @@ def predict_case(
         Its segmentation, if it has one, is not read.
     modalities : sequence of str, optional
         The channels, in order. By default those that the model was trained with, which
-        cannot be changed. Those that its description calls "optional" may be left out
-        and are not used if a case lacks them. If the channels are unknown, a file needs
-        this argument; a `keras.Model` defaults to FLAIR, T1CE, T2 or, with four
-        channels, to all.
+        cannot be changed. A case may lack those that the model's description calls
+        "optional"; their channel is then 0. For the path "phantom" they can also be
+        left out here. If the channels are unknown, a file needs this argument; a
+        `keras.Model` defaults to FLAIR, T1CE, T2 or, with four channels, to all.
     flips, patch_shape
         As in `predict_probabilities`. The default shape is that of the training
         patches, if the model has a description.
@@ -402,7 +405,7 @@ def predict_case(
     options = {"modalities": modalities, "flips": flips, "patch_shape": patch_shape}
     options |= {"thresholds": thresholds, "min_island": min_island}
     options["min_et_voxels"] = min_et_voxels
-    models = _as_trained(model)
+    models = _as_trained(model, modalities)
     check_options(models, {**options, "uncertainty": uncertainty, "engine": engine})
     models = _choose_engine(models, engine)
     segmentation, spread, _ = _predict_maps(models, case, **options)
@@ -459,7 +462,7 @@ def predict_cases(model, cases, out_dir, *, uncertainty=False, **options):
         As in `predict_case`; or if `out_dir` holds something else, or a label map that
         was edited since it was written.
     """
-    models, failed = _as_trained(model), []
+    models, failed = _as_trained(model, options.get("modalities")), []
     check_options(models, {**options, "uncertainty": uncertainty})
     cases = check_distinct(cases)
     files.check_option("cases", cases, len, "one Case or more")

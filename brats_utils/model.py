@@ -421,15 +421,16 @@ def write_model(model, path, description):
 def _read_phantom_weights(modalities):
     """Return the network that was trained on phantoms, and its description.
 
-    If `modalities` lacks some that are optional, their kernels are left out: the result
-    equals that of blank channels, which the network was trained with as well.
+    Kernels of optional modalities that `modalities` lacks are left out: the result is
+    that of a channel of zeros, which the network has seen in training.
     """
     weights, record = files.read_arrays(PHANTOM_WEIGHTS)
     description = {**record["description"], "decoding": {**PHANTOM_DECODING}}
     stored = description["modalities"]
     needed = {*stored}.difference(description.get("optional", ()))
-    if modalities and needed <= {*modalities} <= {*stored}:
-        description["modalities"] = [*modalities]
+    names = [*map(str, modalities)] if isinstance(modalities, (list, tuple)) else []
+    if needed <= {*names} <= {*stored} and len(names) == len({*names}):
+        description["modalities"] = names
     channels = [stored.index(name) for name in description["modalities"]]
     model = unet((None, None, None, len(channels)), **record["network"])
     for variable, half in zip(model.weights, weights, strict=True):
@@ -614,6 +615,7 @@ def check_description(model, description, path):
         "normalisation": (description.get("normalisation"), NORMALISATION),
         "orientation": (description.get("orientation"), "LPS"),
         "decoding": (type(description.get("decoding", {})), dict),
+        "optional": (type(description.get("optional", [])), list),
         "train_cases": (type(description.get("train_cases", [])), list),
         "train_images": (type(description.get("train_images", [])), list),
         f"Keras (install keras=={version})": (major, our_major),

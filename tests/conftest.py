@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from brats_utils.prepare import prepare_dataset
+from brats_utils.volumes import NORMALISATION
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
@@ -61,7 +62,14 @@ def tiny_weights(tmp_path, monkeypatch):
     network = {"filters": 2, "depth": 2, "stem_stride": 2}
     weights = models.unet((None, None, None, 4), **network).get_weights()
     names = ["flair", "t1", "t1ce", "t2"]
-    description = {"modalities": names, "optional": ["t1"], "outputs": "labels 0..3"}
+    description = {
+        "modalities": names,
+        "optional": ["t1"],
+        "outputs": "labels 0..3",
+        "normalisation": NORMALISATION,
+        "orientation": "LPS",
+        "about": "5 synthetic patients, no real scan",
+    }
     record = json.dumps({"network": network, "description": description})
     arrays = {f"w{i:03}": array.astype(np.float16) for i, array in enumerate(weights)}
     path = tmp_path / "weights.npz"

@@ -13,7 +13,6 @@ from conftest import AFFINE, SHAPE, toy_volumes, tree, write_case
 from keras import layers
 
 from brats_utils import files
-from brats_utils import model as models
 from brats_utils.cases import BratsDataError, find_cases, load_case
 from brats_utils.evaluation import (
     score_cases,
@@ -31,7 +30,7 @@ from brats_utils.inference import (
     predict_scan,
 )
 from brats_utils.labels import REGIONS
-from brats_utils.model import size_factor, unet, write_model
+from brats_utils.model import read_model, size_factor, unet, write_model
 from brats_utils.nifti import load_labels, read_volume, save_volume, to_lps
 from brats_utils.prepare import prepare_case
 from brats_utils.split import name_images
@@ -908,18 +907,21 @@ def test_an_optional_modality_is_left_out_where_a_case_lacks_it(tmp_path, tiny_w
     write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
     [case] = find_cases(tmp_path / "raw")
     lacking = replace(case, images={name: case.images[name] for name in OWN})
-    options = {"thresholds": None, "min_island": 0.0}
-    with_t1 = predict_scan([load_model("phantom")], case).probabilities
-    without = predict_scan([load_model("phantom")], lacking).probabilities
+    trained = load_model("phantom")
+    narrow = TrainedModel(*read_model(tiny_weights, OWN))
+    assert narrow.description["modalities"] == OWN and narrow.model.input_shape[-1] == 3
+    with_t1 = predict_scan([trained], case).probabilities
+    without = predict_scan([trained], lacking).probabilities
     assert np.abs(with_t1 - without).max() > 1e-3
-    left_out = predict_scan([load_model("phantom")], case, modalities=OWN)
-    np.testing.assert_array_equal(left_out.probabilities, without)
-    narrow, description = models.read_model(tiny_weights, OWN)
-    assert description["modalities"] == OWN and narrow.input_shape[-1] == 3
-    found = predict_scan([TrainedModel(narrow, description)], lacking)
-    np.testing.assert_allclose(found.probabilities, without, atol=1e-5)
-    [path] = predict_cases("phantom", [lacking], tmp_path / "out", **options)
-    expected = predict_case("phantom", case, modalities=OWN, **options)
+    found = predict_scan([narrow], case).probabilities
+    np.testing.assert_allclose(found, without, atol=1e-5)
+    how = {"thresholds": (0.75, 0.5, 0.25), "min_island": 0.0}
+    expected = predict_case("phantom", case, modalities=OWN, **how)
+    [path] = predict_cases("phantom", [lacking], tmp_path / "out", **how)
+    np.testing.assert_array_equal(load_labels(path)[0], expected)
+    [path] = predict_cases("phantom", [case], tmp_path / "out", **how)  # now it has T1
+    assert (expected != load_labels(path)[0]).any()
+    expected = predict_case("phantom", case, **how)
     np.testing.assert_array_equal(load_labels(path)[0], expected)
 
 
@@ -929,13 +931,27 @@ def test_a_modality_that_is_not_optional_is_not_left_out(tmp_path, tiny_weights)
     images = {name: case.images[name] for name in ("flair", "t1", "t1ce")}
     with pytest.raises(BratsDataError, match="t2"):
         predict_case("phantom", replace(case, images=images))
-    with pytest.raises(ValueError, match="modalities is .*takes .*flair"):
-        predict_case("phantom", case, modalities=("flair", "t1", "t1ce"))
-    odd = replace(load_model("phantom"), description={**DESCRIPTION, "optional": []})
-    odd.description["modalities"] = ["flair", "t1", "t1ce", "t2"]
+    for wrong in (("flair", "t1", "t1ce"), [*OWN, "t2"], [OWN], "t1", 5):
+        with pytest.raises(ValueError, match="modalities is .*takes .*flair"):
+            predict_case("phantom", case, modalities=wrong)
+    trained = load_model("phantom")
+    with pytest.raises(ValueError, match="modalities is .*takes .*, 't1', "):
+        predict_case(trained, case, modalities=OWN)  # it is loaded with all of them
+    odd = replace(trained, description={**trained.description, "optional": []})
     lacking = replace(case, images={name: case.images[name] for name in OWN})
-    with pytest.raises(BratsDataError, match="t1"):  # one of two models needs T1
-        predict_case([load_model("phantom"), odd], lacking)
+    with pytest.raises(BratsDataError, match=r"\bt1\b"):  # one of two models needs T1
+        predict_case([trained, odd], lacking)
+
+
+def test_I4_models_of_different_channels_are_no_ensemble(tmp_path, tiny_weights):
+    write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
+    [case] = find_cases(tmp_path / "raw")
+    narrow = TrainedModel(*read_model(tiny_weights, OWN))
+    for mixed in ([narrow, "phantom"], ["phantom", narrow]):
+        with pytest.raises(ValueError, match="modalities is .*takes"):
+            predict_case(mixed, case)
+    both = predict_case([narrow, "phantom"], case, modalities=OWN)
+    np.testing.assert_array_equal(both, predict_case(narrow, case))
 
 
 def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):

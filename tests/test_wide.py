@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from brats_utils.cases import check_cases, find_cases
 from brats_utils.files import read_manifest
+from brats_utils.model import read_model
 from brats_utils.phantom import write_phantom
 from brats_utils.phantom.wide import draw_wide_patient
 
@@ -96,7 +97,30 @@ def test_written_they_are_a_valid_data_set(tmp_path):
         write_phantom(tmp_path / "c", 1, wide=1)
 
 
-def test_pretraining_again_gives_the_same_weights(tmp_path, monkeypatch):
+def contrast(volumes, name, label):
+    """Return how much brighter a label is than normal brain, in its SDs."""
+    image, labels = volumes[name].astype(float), volumes["seg"]
+    normal = image[(image > 0) & (labels == 0)]
+    return (image[labels == label].mean() - normal.mean()) / normal.std()
+
+
+def test_t1ce_shows_what_t1_does_and_enhancement(patients):
+    pairs, added = [], []
+    for volumes in patients:
+        for label in (1, 2, 4):
+            if np.count_nonzero(volumes["seg"] == label) > 50:
+                pair = [contrast(volumes, name, label) for name in ("t1", "t1ce")]
+                if label == 4:
+                    added.append(pair[1] - pair[0])
+                else:
+                    pairs.append(pair)
+    assert np.corrcoef(np.transpose(pairs))[0, 1] > 0.5
+    assert np.mean(np.array(added) > 0.3) > 0.8
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Load pretrain.py, with a tiny network, patches and brains."""
     spec = importlib.util.spec_from_file_location("pretrain", PRETRAIN)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -105,6 +129,30 @@ def test_pretraining_again_gives_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "NETWORK", network)
     patches = {"batch_size": 1, "patch_shape": (16, 16, 16)}
     monkeypatch.setattr(script, "PATCHES", patches)
+    return script
+
+
+def test_pretraining_goes_on_from_the_weights_that_are_there(
+    tmp_path, script, tiny_weights
+):
+    order = ("t1ce", "t1", "flair", "t2")
+    script.write_with(order, tmp_path / "a.keras")
+    model, description = read_model(tmp_path / "a.keras")
+    assert description["modalities"] == [*order]
+    image = np.random.default_rng(1).normal(size=(1, 16, 16, 16, 4)).astype(np.float32)
+    before = read_model(tiny_weights)[0](image[..., [2, 1, 0, 3]])
+    np.testing.assert_allclose(model(image), before, atol=1e-5)
+    path = tmp_path / "weights-2.npz"
+    script.pretrain(tmp_path / "data", 17, 1, path, start="phantom")
+    with np.load(path) as saved:
+        description = json.loads(saved["record"].item())["description"]
+    assert description["about"] == "20 synthetic patients, no real scan"
+    assert description["optional"] == ["t1"]
+    history = script.pretrain(tmp_path / "data", 17, 1, path, start="phantom")
+    assert len(history) == 1  # finished: resumed, from the same file
+
+
+def test_pretraining_again_gives_the_same_weights(tmp_path, script):
     for name in "ab":
         path = tmp_path / f"{name}.npz"
         history = script.pretrain(tmp_path / name, 17, 2, path)

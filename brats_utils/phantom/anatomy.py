@@ -45,7 +45,7 @@ CONTRASTS = {
     "t1ce": ((-0.15, 0.45), (-0.55, 0.55), (2.6, 1.0)),
     "t2": ((1.2, 0.75), (1.85, 0.95), (1.3, 0.85)),
 }
-SHARED, OWN = 0.85, 0.53  # shares of a contrast that all classes have, or each of them
+SHARED, OWN = 0.85, 0.53  # weights of what all classes share and of each one's own
 # Raw mean of the brain (median, lowest and highest over cases), SD / mean, brightest
 # voxel / 99.5th percentile.
 SCANNER = {

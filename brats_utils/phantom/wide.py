@@ -26,8 +26,8 @@ LARGEST_ML, BRAIN_ML = 250, 1471
 # enhances completely, and a core that enhances in at most a tenth of its volume.
 HEALTHY, LOW_GRADE, SOLID, FAINT = 0.1, 0.25, 0.15, 0.25
 SPREAD = (0.8, 2.0)  # of contrasts, tissues and textures: factor on the calibrated one
-# In SDs of the brain: enhancement above T1 on T1CE, the least above necrosis there, and
-# how much T1CE differs from T1 by itself.
+# On T1CE, in SDs of the brain: what contrast agent adds to the enhancing tumour, by how
+# much this exceeds necrosis at least, and by how much the rest differs from T1.
 ENHANCEMENT, LEAST_ENHANCEMENT, T1CE_SD = (0.5, 4.0), 0.8, 0.3
 GAMMA, BIAS_SD, SLICE_MM = (0.6, 1.7), 0.15, (1.5, 6)
 
