@@ -237,7 +237,7 @@ def _choose_modalities(trained, modalities):
         problem = f"modalities is {modalities!r}, {trained.path or 'the model'} takes "
         which = f"say which of {labels.ALL_MODALITIES} they are, in order: modalities="
         takes = f"{n_channels} channels; {which}(...)"
-        takes = f"{stored}, the same for all models" if stored else takes
+        takes = f"{stored}, the same for all models" if valid else takes
         raise ValueError(problem + takes)
     return modalities
 
@@ -321,7 +321,8 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     """
     names = _choose_modalities(models[0], modalities)
     optional = set.intersection(*({*m.description.get("optional", ())} for m in models))
-    taken = [name for name in names if name in case.images or name not in optional]
+    there = getattr(case, "images", ())  # what is no Case is refused below
+    taken = [name for name in names if name in there or name not in optional]
     scan = read_scan(case, taken, labelled=False)
     nifti.check_spacing(scan.header, case.id)
     for doubt in scan.doubts:

@@ -429,15 +429,14 @@ def _read_phantom_weights(modalities):
     stored = description["modalities"]
     needed = {*stored}.difference(description.get("optional", ()))
     names = [*map(str, modalities)] if isinstance(modalities, (list, tuple)) else []
-    if needed <= {*names} <= {*stored} and len(names) == len({*names}):
-        description["modalities"] = names
-    channels = [stored.index(name) for name in description["modalities"]]
-    model = unet((None, None, None, len(channels)), **record["network"])
+    if not needed <= {*names} <= {*stored} or len(names) != len({*names}):
+        names = stored  # what does not fit is refused where the data are known
+    model = unet((None, None, None, len(names)), **record["network"])
     for variable, half in zip(model.weights, weights, strict=True):
-        whole = half.astype(np.float32)
-        sees_image = variable.path in IMAGE_KERNELS
-        variable.assign(whole[..., channels, :] if sees_image else whole)
-    return model, description
+        if variable.path in IMAGE_KERNELS:
+            half = half[..., [stored.index(name) for name in names], :]
+        variable.assign(half.astype(np.float32))
+    return model, {**description, "modalities": names}
 
 
 def find_model(name, path):
@@ -562,7 +561,8 @@ def start_from(start, model, train_data, val_data):
     if start is None:
         return None, ()
     path = find_model("start", start)
-    source, description = read_model(path, train_data.modalities)
+    modalities = train_data.modalities if path == PHANTOM_WEIGHTS else None
+    source, description = read_model(path, modalities)
     if description and [*description["modalities"]] != [*train_data.modalities]:
         problem = f"start={start!r} takes {description['modalities']}, train_data has "
         raise ValueError(f"{problem}{train_data.modalities}. {NO_START}")

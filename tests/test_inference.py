@@ -934,6 +934,8 @@ def test_a_modality_that_is_not_optional_is_not_left_out(tmp_path, tiny_weights)
     for wrong in (("flair", "t1", "t1ce"), [*OWN, "t2"], [OWN], "t1", 5):
         with pytest.raises(ValueError, match="modalities is .*takes .*flair"):
             predict_case("phantom", case, modalities=wrong)
+    with pytest.raises(ValueError, match="case is None"):
+        predict_case("phantom", None)
     trained = load_model("phantom")
     with pytest.raises(ValueError, match="modalities is .*takes .*, 't1', "):
         predict_case(trained, case, modalities=OWN)  # it is loaded with all of them
