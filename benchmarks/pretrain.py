@@ -3,9 +3,11 @@
 `make pretrain` runs it; hours on two cores. Stopped, it resumes. The same seed gives
 the same weights on the same machine. BRATS_PATIENTS and BRATS_EPOCHS shorten it.
 BRATS_START=phantom and BRATS_SEED go on from weights that are there, with other
-patients. The network takes all four images, but must do without T1 now and then.
+patients. With BRATS_MODALITIES=flair,t1,t1ce,t2 the network takes T1, too, but must do
+without it now and then.
 """
 
+import functools
 import json
 
 import keras
@@ -13,7 +15,7 @@ import numpy as np
 
 from brats_utils import augment, files, inference, losses
 from brats_utils.generator import BratsGenerator
-from brats_utils.labels import ALL_MODALITIES
+from brats_utils.labels import MODALITIES
 from brats_utils.model import IMAGE_KERNELS, PHANTOM_WEIGHTS, unet, write_model
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
@@ -26,22 +28,22 @@ PLAN = {"average": 0.999, "validation_freq": 4}
 WITHOUT_T1 = 0.4  # share of the patches that the network sees without T1
 
 
-def prepare(data, n_patients, seed):
+def prepare(data, n_patients, seed, modalities):
     """Draw the patients and prepare them; return the folder of the split."""
     raw, shape = data / "raw", files.setting("SHAPE", (240, 240, 155))
     write_phantom(raw, n_patients, seed=seed, wide=True, shape=shape)
     options = {"crop_shape": None, "min_labelled": 0.0}  # healthy brains belong to it
-    prepare_dataset(raw, data / "prepared", modalities=ALL_MODALITIES, **options)
+    prepare_dataset(raw, data / "prepared", modalities=modalities, **options)
     split_dataset(data / "prepared", data / "split", ratio=(0.94, 0.06), seed=seed)
     return data / "split"
 
 
-def change(image, labels, rng, share=WITHOUT_T1):
-    """Augment a patch, and blank its T1 now and then: not every scan comes with one."""
+def change(image, labels, rng, *, channel, share):
+    """Augment a patch, and blank a channel now and then: not every scan has T1."""
     image, labels = augment.augment(image, labels, rng)
     if rng.random() < share:
         image = np.array(image)
-        image[..., ALL_MODALITIES.index("t1")] = 0
+        image[..., channel] = 0
     return image, labels
 
 
@@ -61,19 +63,24 @@ def write_with(modalities, path):
         write_model(model, temporary, description)
 
 
-def pretrain(data, n_patients, epochs, weights, *, seed=7, start=None):
+def pretrain(
+    data, n_patients, epochs, weights, *, seed=7, start=None, modalities=MODALITIES
+):
     """Train, or resume training, and write the weights; return the history."""
     there = files.read_manifest(data / "split").get("cases", {})
     done = len(there) == n_patients
-    split = data / "split" if done else prepare(data, n_patients, seed)
-    more = {"augment": change, "tumour_share": 1 / 3, "seed": seed}
+    split = data / "split" if done else prepare(data, n_patients, seed, modalities)
+    more = {"augment": True, "tumour_share": 1 / 3, "seed": seed}
+    if "t1" in modalities:
+        blank = {"channel": modalities.index("t1"), "share": WITHOUT_T1}
+        more["augment"] = functools.partial(change, **blank)
     train_data = BratsGenerator(split / "train", **PATCHES, **more)
     val_data = BratsGenerator(split / "val", **PATCHES, tumour_share=1.0)
     keras.utils.set_random_seed(seed)
-    model = unet((None, None, None, len(ALL_MODALITIES)), **NETWORK)
+    model = unet((None, None, None, len(modalities)), **NETWORK)
     first = data / "start.keras" if start == "phantom" else start
     if start == "phantom" and not first.exists():  # its checksum is part of the run
-        write_with(ALL_MODALITIES, first)
+        write_with(modalities, first)
     history = train(
         model,
         train_data,
@@ -101,7 +108,7 @@ def write_weights(run_dir, path, n_before=0):
     keys = "modalities normalisation orientation outputs patch_shape keras".split()
     kept = {key: trained.description[key] for key in keys}
     n_cases = n_before + len(trained.description["train_cases"])
-    kept["optional"] = ["t1"]
+    kept["optional"] = [name for name in kept["modalities"] if name == "t1"]
     kept["about"] = f"{n_cases} synthetic patients, no real scan"
     record = json.dumps({"network": NETWORK, "description": kept})
     weights = {f"w{i:03}": w for i, w in enumerate(trained.model.get_weights())}
@@ -117,5 +124,6 @@ if __name__ == "__main__":
     n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 28)
     weights = files.setting("WEIGHTS", PHANTOM_WEIGHTS)
     more = {"seed": seed, "start": files.setting("START", None)}
+    more["modalities"] = files.setting("MODALITIES", MODALITIES)
     history = pretrain(folder, n_patients, epochs, weights, **more)
     print(f"{history['seconds'].sum() / 3600:.1f} hours; {weights}")

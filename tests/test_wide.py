@@ -143,12 +143,13 @@ def test_pretraining_goes_on_from_the_weights_that_are_there(
     before = read_model(tiny_weights)[0](image[..., [2, 1, 0, 3]])
     np.testing.assert_allclose(model(image), before, atol=1e-5)
     path = tmp_path / "weights-2.npz"
-    script.pretrain(tmp_path / "data", 17, 1, path, start="phantom")
+    call = {"start": "phantom", "modalities": MODALITIES}
+    script.pretrain(tmp_path / "data", 17, 1, path, **call)
     with np.load(path) as saved:
         description = json.loads(saved["record"].item())["description"]
     assert description["about"] == "20 synthetic patients, no real scan"
     assert description["optional"] == ["t1"]
-    history = script.pretrain(tmp_path / "data", 17, 1, path, start="phantom")
+    history = script.pretrain(tmp_path / "data", 17, 1, path, **call)
     assert len(history) == 1  # finished: resumed, from the same file
 
 

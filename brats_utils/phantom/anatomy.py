@@ -368,7 +368,7 @@ def draw_tumour(rng, head, heights, sizes, enhances):
     return labels, [*regions, soft_step(rim - limit, 0.3) * regions[1]]
 
 
-def class_contrasts(modality, draws):
+def class_contrasts(modality, draws, enhancement=0.0):
     """Return the contrasts of oedema, necrosis and enhancing tumour of a case.
 
     Parameters
@@ -376,6 +376,8 @@ def class_contrasts(modality, draws):
     modality : str
     draws : (4,) sequence of float
         A row as in `draw_patient`.
+    enhancement : float
+        As in `draw_images`; matters on T1CE only.
 
     Returns
     -------
@@ -383,7 +385,10 @@ def class_contrasts(modality, draws):
         In SDs of the brain.
     """
     mean, sd = np.transpose(CONTRASTS[modality])
-    return mean + sd * (SHARED * draws[0] + OWN * np.array(draws[1:]))
+    contrasts = mean + sd * (SHARED * draws[0] + OWN * np.array(draws[1:]))
+    if modality == "t1ce":
+        contrasts[2] = max(contrasts[2], contrasts[1] + enhancement)
+    return contrasts
 
 
 def _bright_spots(rng, head):
@@ -458,10 +463,9 @@ def draw_images(
         for weight, tissue in zip(TISSUES[modality], tissues, strict=True):
             normal += weight * rng.lognormal(0, 0.25 * spread) * tissue
         normal -= normal.mean()
+        contrasts = class_contrasts(modality, own_draws, enhancement)
         # Python floats leave float32 images as they are; NumPy's make them float64.
-        oedema, necrosis, enhancing = class_contrasts(modality, own_draws).tolist()
-        if modality == "t1ce":
-            enhancing = max(enhancing, necrosis + enhancement)
+        oedema, necrosis, enhancing = contrasts.tolist()
         tumour = oedema + (necrosis - oedema) * core
         tumour += (enhancing - necrosis) * enhancing_part
         tumour += head.at_voxels(
