@@ -147,7 +147,7 @@ class Scan:
         return nifti.from_lps(volume, self.affine)
 
 
-def _read_description(folder, descriptions, need_channels=True):
+def read_description(folder, descriptions, need_channels=True):
     """Return the channels and the naming that a folder's `dataset.json` states.
 
     The channels are a tuple of modalities, empty if they are not named or not needed.
@@ -176,7 +176,7 @@ def _identify(path, descriptions):
     """Return the place (folder, case id) of a file's case, and the file's content.
 
     The content is a tuple of modalities, or ("seg",), or () if the name is unknown.
-    `descriptions` is the cache of `_read_description`.
+    `descriptions` is the cache of `read_description`.
     """
     root, match = path.parent.parent, _TASK_PATH.fullmatch("/".join(path.parts[-2:]))
     # In labelsTr, P1_T1 is the id of the images P1_T1_0000 and so on.
@@ -190,7 +190,7 @@ def _identify(path, descriptions):
     kind, stem, case_id, number = match.groups()
     if kind == "labels":
         return (root, stem), ("seg",)
-    channels = _read_description(root, descriptions)[0]
+    channels = read_description(root, descriptions)[0]
     folder, suffix = root / f"labels{path.parent.name[-2:]}", path.name[len(stem) :]
     # Label maps have no channel number: if one is named a_0001, that is the case id.
     if (folder / path.name).exists() and not (folder / f"{case_id}{suffix}").exists():
@@ -215,7 +215,7 @@ def _group_files(root):
     """Group the NIfTI files below a folder by case.
 
     Returns {place: {modality or "seg": path}} with places as in `_identify`, a list of
-    the files that belong to no case, and the cache of `_read_description`.
+    the files that belong to no case, and the cache of `read_description`.
     """
     groups, leftovers, descriptions = {}, [], {}
     paths = (p for p in walk(root) if p.name.lower().endswith((".nii", ".nii.gz")))
@@ -356,7 +356,7 @@ def _decide_labels(root, groups, descriptions, told):
     for place, files in groups.items():
         folders = [place[0], *files.get("seg", root).parents]
         inside = [f for f in folders if f == place[0] or f.is_relative_to(root)]
-        stated = [_read_description(f, descriptions, False)[1] for f in inside]
+        stated = [read_description(f, descriptions, False)[1] for f in inside]
         as_task01 = {f.name for f in folders} & {"labelsTr", "labelsTs"}
         namings[place] = next(filter(None, stated), labels.naming(place[1], as_task01))
     if told != "auto" and len({*namings.values()}) == 1:

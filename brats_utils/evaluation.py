@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
 from brats_utils import files, nifti
-from brats_utils.cases import read_scan
+from brats_utils.cases import read_description, read_scan
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
@@ -312,6 +312,20 @@ def _find_prediction(folder, case):
     return found[0] if found else None
 
 
+def _check_convention(folder, paths):
+    """Raise if a `dataset.json` beside label maps says that 1 and 2 mean other things.
+
+    nnU-Net copies it there. It writes no 4: if there is one, the maps were converted.
+    """
+    stated = read_description(folder, {}, need_channels=False)[1]
+    same = not stated or "=" in stated[1] or stated[1] in ("0124", "0123")
+    if not same and not any(4 in values for values in nifti.threes_and_fours(paths)):
+        problem = f"label maps beside it have labels {stated[1]}, not 0, 1, 2 and 4"
+        advice = "Convert them (see labels.relabel) and score them in another folder"
+        where = {"file": folder / "dataset.json", "advice": advice}
+        raise nifti.BratsDataError(problem, **where)
+
+
 def _score_file(path, case, lesions):
     """Return the scores of one file, which must be on the grid of its case."""
     prediction, affine = nifti.load_labels(path)
@@ -346,7 +360,8 @@ def score_cases(predictions_dir, cases, *, lesions=False):
     ------
     ValueError
         If cases have no segmentation or no prediction (the message lists them), or a
-        prediction is outdated, edited or not on the grid of its case.
+        prediction is outdated, edited or not on the grid of its case, or a
+        `dataset.json` beside them states other labels.
     """
     cases = _check_labelled(cases)
     folder = files.check_path("predictions_dir", predictions_dir)
@@ -362,6 +377,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         edited = files.find_changed(folder, recorded)
         problem = "changed since it was predicted: score it in a folder of its own"
         _raise_for(edited, f"{problem}, or predict again")
+    _check_convention(folder, [path for _, path in found])
     return pd.DataFrame([_score_file(path, case, lesions) for case, path in found])
 
 

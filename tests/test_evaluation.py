@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import numpy as np
@@ -169,6 +170,27 @@ def test_score_cases_rejects_predictions_that_do_not_fit(tmp_path):
     save_volume(truth + 3, path, affine=AFFINE)
     with pytest.raises(BratsDataError, match="found 3 in 216.*use 0, 1, 2 and 4"):
         score_cases(path.parent, [case])
+
+
+def test_I1_maps_of_nnunet_are_not_scored_as_if_1_were_core(tmp_path):
+    truth = np.zeros((6, 6, 6), np.uint8)
+    truth[1:5, 2:4, 2], truth[2, 2, 2] = 2, 1
+    case, out = write_case(tmp_path, "toy", truth), tmp_path / "predictions"
+    out.mkdir()
+    written = np.choose(truth, (0, 2, 1))  # 1 is oedema, and nothing enhances
+    save_volume(written.astype(np.uint8), out / "toy.nii.gz", affine=AFFINE)
+    names = {"background": 0, "edema": 1, "necrotic core": 2, "enhancing tumor": 3}
+    (out / "dataset.json").write_text(json.dumps({"labels": names}))
+    with pytest.raises(BratsDataError, match="dataset.json.*0213.*convert"):
+        score_cases(out, [case])
+    names.update({"edema": 2, "necrotic core": 1})  # as BraTS has it, but for the 3
+    (out / "dataset.json").write_text(json.dumps({"labels": names}))
+    assert score_cases(out, [case])["dice_TC"][0] == 0
+    names.update({"edema": 1, "necrotic core": 2})
+    (out / "dataset.json").write_text(json.dumps({"labels": names}))
+    truth[3, 2, 2] = 4  # only a converted map has a 4
+    save_volume(truth, out / "toy.nii.gz", affine=AFFINE)
+    assert score_cases(out, [case])["dice_TC"][0] == pytest.approx(2 / 3)
 
 
 def test_score_cases_on_real_scans(real_cases, tmp_path):
