@@ -181,7 +181,7 @@ def test_I1_maps_of_nnunet_are_not_scored_as_if_1_were_core(tmp_path):
     save_volume(written.astype(np.uint8), out / "toy.nii.gz", affine=AFFINE)
     names = {"background": 0, "edema": 1, "necrotic core": 2, "enhancing tumor": 3}
     (out / "dataset.json").write_text(json.dumps({"labels": names}))
-    with pytest.raises(BratsDataError, match="dataset.json.*0213.*convert"):
+    with pytest.raises(BratsDataError, match="dataset.json.*0213.*Convert"):
         score_cases(out, [case])
     names.update({"edema": 2, "necrotic core": 1})  # as BraTS has it, but for the 3
     (out / "dataset.json").write_text(json.dumps({"labels": names}))
