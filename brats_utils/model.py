@@ -285,7 +285,8 @@ def _output_shapes(model, tensors, input_shape):
 def grid_sizes(model, tensors):
     """Return the number of voxels of each tensor along its shortest spatial axis.
 
-    An input size of None counts as 2**10: no U-Net halves its resolution ten times.
+    An input size of None counts as 2**10: no U-Net halves its resolution ten times. A
+    tensor without the input's axes, as in channel attention, counts as one voxel.
 
     Parameters
     ----------
@@ -297,8 +298,8 @@ def grid_sizes(model, tensors):
     -------
     sizes : list of int
     """
-    shape = [size or 2**10 for size in model.input_shape[1:]]
-    return [min(s[1:-1], default=1) for s in _output_shapes(model, tensors, shape)]
+    shapes = _output_shapes(model, tensors, [n or 2**10 for n in model.input_shape[1:]])
+    return [min(s[1:-1]) if len(s) == len(model.input_shape) else 1 for s in shapes]
 
 
 def size_factor(model):

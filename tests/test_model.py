@@ -267,7 +267,19 @@ def foreign_network():
     return keras.Model(image, layers.Conv2D(4, 1)(x))
 
 
+def attentive_network():
+    """Return a 2D network with efficient channel attention: vectors of 4 channels."""
+    image = keras.Input((None, None, 3))
+    x = layers.Conv2D(4, 3, padding="same")(image)
+    gate = layers.Reshape((4, 1))(layers.GlobalAveragePooling2D()(x))
+    gate = layers.Conv1D(1, 3, padding="same", activation="sigmoid")(gate)
+    x = layers.Multiply()([x, layers.Reshape((1, 1, 4))(gate)])
+    x = layers.UpSampling2D(2)(layers.MaxPooling2D(2)(x))
+    return keras.Model(image, layers.Conv2D(4, 1)(x))
+
+
 def test_size_factor_of_other_networks():
+    assert size_factor(attentive_network()) == 2
     assert size_factor(foreign_network()) == 8
     assert size_factor(unet((16, 16, 16, 1), filters=2, depth=5)) == 16  # one voxel
     assert size_factor(unet(ANY_SIZE, filters=2, depth=1)) == 1
