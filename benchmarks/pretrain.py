@@ -25,7 +25,7 @@ from brats_utils.training import train
 NETWORK = {"n_classes": 4, "filters": 16, "depth": 5, "stem_stride": 2}
 PATCHES = {"batch_size": 1, "patch_shape": (96, 96, 96)}
 PLAN = {"average": 0.999, "validation_freq": 4}
-WITHOUT_T1 = 0.4  # share of the patches that the network sees without T1
+WITHOUT_T1 = 1 / 3  # share of the patches that the network sees without T1
 
 
 def prepare(data, n_patients, seed, modalities):

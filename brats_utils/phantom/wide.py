@@ -29,6 +29,7 @@ SPREAD = (0.8, 2.0)  # of contrasts, tissues and textures: factor on the calibra
 # On T1CE, in SDs of the brain: what contrast agent adds to the enhancing tumour, by how
 # much this exceeds necrosis at least, and by how much the rest differs from T1.
 ENHANCEMENT, LEAST_ENHANCEMENT, T1CE_SD = (0.5, 4.0), 0.8, 0.3
+LINKED = 0.7  # share of the patients whose T1CE shows what T1 does
 GAMMA, BIAS_SD, SLICE_MM = (0.6, 1.7), 0.15, (1.5, 6)
 
 
@@ -107,14 +108,16 @@ def _degrade(rng, head, image):
 def _draw_contrasts(rng, spread):
     """Draw what sets the contrasts: for each modality a row, as in `draw_patient`.
 
-    T1CE shows what T1 does, and in addition the enhancement.
+    In most patients T1CE shows what T1 does, and in addition the enhancement; in the
+    others it is drawn like the rest, for variety.
     """
     draws = spread * rng.uniform(-1.8, 1.8, (4, 4))
-    contrasts = anatomy.class_contrasts("t1", draws[1])
-    contrasts[:2] += T1CE_SD * rng.standard_normal(2)
-    contrasts[2] += rng.uniform(*ENHANCEMENT)
-    mean, sd = np.transpose(anatomy.CONTRASTS["t1ce"])
-    draws[2] = 0, *(contrasts - mean) / (anatomy.OWN * sd)
+    if rng.random() < LINKED:
+        contrasts = anatomy.class_contrasts("t1", draws[1])
+        contrasts[:2] += T1CE_SD * rng.standard_normal(2)
+        contrasts[2] += rng.uniform(*ENHANCEMENT)
+        mean, sd = np.transpose(anatomy.CONTRASTS["t1ce"])
+        draws[2] = 0, *(contrasts - mean) / (anatomy.OWN * sd)
     return draws.tolist()
 
 
