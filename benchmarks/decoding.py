@@ -22,7 +22,13 @@ import seed_recipe
 
 from brats_utils.evaluation import score_case, summarise_scores
 from brats_utils.files import atomic_write, project_root
-from brats_utils.inference import decode_probabilities, load_model, predict_scan
+from brats_utils.inference import (
+    TrainedModel,
+    decode_probabilities,
+    load_model,
+    predict_scan,
+)
+from brats_utils.labels import ALL_MODALITIES, MODALITIES
 from brats_utils.model import PHANTOM_DECODING, PHANTOM_WEIGHTS, read_model
 from brats_utils.nifti import load_labels, spacing_mm
 
@@ -63,19 +69,20 @@ def main():
     parser.add_argument("--kept", type=Path, help="folder of `real.py --keep`")
     parser.add_argument("--name", default="from phantoms-10-0", help="of its files")
     parser.add_argument("--share", type=float, default=0.0, help="of the start")
+    parser.add_argument("--without-t1", action="store_true", help="the weights only")
     parser.add_argument("--flips", action="store_true", help="average 8 mirror images")
     parser.add_argument("--print", action="store_true", help="nothing is predicted")
     options = parser.parse_args()
     network, rows = options.name if options.kept else "phantom", []
     share = options.share
     name = f"{network}, share {share}" if share else network
-    name += ", flips" * options.flips
+    name += ", without T1" * options.without_t1 + ", flips" * options.flips
     data = project_root(Path(__file__).parent) / "data/real"
     for fold in () if options.print else real.fold_folders(data):
-        path = "phantom"
+        channels = MODALITIES if options.without_t1 else ALL_MODALITIES
+        trained = TrainedModel(*read_model(PHANTOM_WEIGHTS, channels))
         if options.kept:
-            path = options.kept / fold.name / f"{network}.keras"
-        trained = load_model(path)
+            trained = load_model(options.kept / fold.name / f"{network}.keras")
         start, _ = read_model(PHANTOM_WEIGHTS, trained.description["modalities"])
         pairs = zip(trained.model.get_weights(), start.get_weights(), strict=True)
         trained.model.set_weights([(1 - share) * w + share * w0 for w, w0 in pairs])

@@ -16,7 +16,7 @@ import numpy as np
 from brats_utils import augment, files, inference, losses
 from brats_utils.generator import BratsGenerator
 from brats_utils.labels import MODALITIES
-from brats_utils.model import IMAGE_KERNELS, PHANTOM_WEIGHTS, unet, write_model
+from brats_utils.model import PHANTOM_WEIGHTS, unet
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
@@ -47,22 +47,6 @@ def change(image, labels, rng, *, channel, share):
     return image, labels
 
 
-def write_with(modalities, path):
-    """Write the phantom weights for more channels: the kernels of new ones are 0."""
-    trained = inference.load_model("phantom")
-    channels = [modalities.index(name) for name in trained.description["modalities"]]
-    model = unet((None, None, None, len(modalities)), **NETWORK)
-    for old, new in zip(trained.model.weights, model.weights, strict=True):
-        kernel = np.array(old)
-        if new.path in IMAGE_KERNELS:  # (..., C, filters)
-            kernel = np.zeros(new.shape, np.float32)
-            kernel[..., channels, :] = np.array(old)
-        new.assign(kernel)
-    with files.atomic_write(path) as temporary:
-        description = {**trained.description, "modalities": [*modalities]}
-        write_model(model, temporary, description)
-
-
 def pretrain(
     data, n_patients, epochs, weights, *, seed=7, start=None, modalities=MODALITIES
 ):
@@ -78,23 +62,20 @@ def pretrain(
     val_data = BratsGenerator(split / "val", **PATCHES, tumour_share=1.0)
     keras.utils.set_random_seed(seed)
     model = unet((None, None, None, len(modalities)), **NETWORK)
-    first = data / "start.keras" if start == "phantom" else start
-    if start == "phantom" and not first.exists():  # its checksum is part of the run
-        write_with(modalities, first)
     history = train(
         model,
         train_data,
         val_data,
         data / "run",
         epochs=epochs,
-        start=first,
+        start=start,
         learning_rate=2e-3 if start else 3e-3,
         loss=losses.batch_dice_cross_entropy_loss,
         **PLAN,
     )
     n_before = 0
     if start == "phantom":  # they name how many patients they were trained on
-        n_before = int(inference.load_model(first).description["about"].split()[0])
+        n_before = int(inference.load_model(start).description["about"].split()[0])
     write_weights(data / "run", weights, n_before)
     return history
 

@@ -7,8 +7,8 @@ scored as whole scans, so that each is scored once. "no training" scores the pha
 weights as they are, and those of `make run` if they are in data/models. Everything else
 is as in recipes.py: a row a run in benchmarks/results/real.csv, one for each case in
 real_cases.csv, and runs that are there are skipped. Rows named after islands of 0.2,
-plain decoding or the first round are of former weights or decodings. Nothing else
-should run meanwhile.
+plain decoding, or the first or second round are of former weights or decodings; in the
+second round, "from phantoms" had no T1. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -19,15 +19,15 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import pretrain
 import recipes
 from scipy.ndimage import distance_transform_edt
 
 from brats_utils import augment
-from brats_utils.cases import MODALITIES, find_cases
+from brats_utils.cases import find_cases
 from brats_utils.files import project_root
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import predict_case
+from brats_utils.labels import ALL_MODALITIES, MODALITIES
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_folds
 
@@ -94,19 +94,16 @@ def changing_intensities_more(*arguments, **options):
         return recipes.ours(*arguments, **options)
 
 
-def adding_t1(train_cases, split, minutes, seed, folder, **options):
-    """Train ours with T1 as a fourth channel, prepared into a folder of its own."""
-    data, modalities = split.parents[1] / "with_t1", (*MODALITIES, "t1")
-    fold_folders(data, modalities=modalities)
+def with_t1(train_cases, split, *arguments, **options):
+    """Train ours on four channels, prepared into a folder of their own."""
+    data = split.parents[1] / "with_t1"
+    fold_folders(data, modalities=ALL_MODALITIES)
     given, split = split, data / "folds" / split.name
     if sorted(os.listdir(given / "val/masks")) != sorted(
         os.listdir(split / "val/masks")
     ):
         raise SystemExit(f"{split} is another split than {given}")
-    start = folder / "start.keras"
-    pretrain.write_with(modalities, start)
-    options |= {"start": start, "channels": 4}
-    return recipes.ours(train_cases, split, minutes, seed, folder, **options)
+    return recipes.ours(train_cases, split, *arguments, channels=4, **options)
 
 
 def fold_folders(data, **options):
@@ -125,12 +122,16 @@ ISLAND = 0.5  # as the phantom weights are decoded; chosen with decoding.py
 FROM_PHANTOMS = {"start": "phantom", "learning_rate": 1e-3, "start_share": 0.35}
 RECIPES = {
     "no training": untrained,
+    "no training, without T1": partial(untrained, modalities=MODALITIES),
     "no training, flips": partial(untrained, flips=True),
     "no training, all islands": partial(untrained, min_island=0.0),
     "no training, thresholds 0.5": partial(untrained, thresholds=(0.5, 0.5, 0.5)),
     "no training, make run": partial(untrained, model=PHANTOM_RUN),
     "from nothing": partial(recipes.ours, min_island=ISLAND),
-    "from phantoms": partial(recipes.ours, min_island=ISLAND, **FROM_PHANTOMS),
+    "from phantoms": partial(with_t1, min_island=ISLAND, **FROM_PHANTOMS),
+    "from phantoms, without T1": partial(
+        recipes.ours, min_island=ISLAND, **FROM_PHANTOMS
+    ),
     "from phantoms, no share of the start": partial(
         recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "start_share": 0}
     ),
@@ -145,9 +146,6 @@ RECIPES = {
     ),
     "from phantoms, patches of 64": partial(
         recipes.ours, min_island=ISLAND, patch_shape=(64,) * 3, **FROM_PHANTOMS
-    ),
-    "from phantoms, T1 as fourth channel": partial(
-        adding_t1, min_island=ISLAND, **FROM_PHANTOMS
     ),
     "from phantoms, averaged weights": partial(
         recipes.ours, min_island=ISLAND, average=0.99, **FROM_PHANTOMS
