@@ -16,7 +16,13 @@ import numpy as np
 from brats_utils import augment, files, inference, losses
 from brats_utils.generator import BratsGenerator
 from brats_utils.labels import MODALITIES
-from brats_utils.model import PHANTOM_WEIGHTS, unet
+from brats_utils.model import (
+    PHANTOM_WEIGHTS,
+    find_model,
+    read_model,
+    unet,
+    write_model,
+)
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
@@ -60,6 +66,11 @@ def pretrain(
         more["augment"] = functools.partial(change, **blank)
     train_data = BratsGenerator(split / "train", **PATCHES, **more)
     val_data = BratsGenerator(split / "val", **PATCHES, tumour_share=1.0)
+    first = data / "start.keras" if start == "phantom" else start
+    if start == "phantom" and not first.exists():  # its checksum is part of the run
+        former, description = read_model(find_model("start", start), modalities)
+        with files.atomic_write(first) as temporary:
+            write_model(former, temporary, description)
     keras.utils.set_random_seed(seed)
     model = unet((None, None, None, len(modalities)), **NETWORK)
     history = train(
@@ -68,14 +79,14 @@ def pretrain(
         val_data,
         data / "run",
         epochs=epochs,
-        start=start,
+        start=first,
         learning_rate=2e-3 if start else 3e-3,
         loss=losses.batch_dice_cross_entropy_loss,
         **PLAN,
     )
     n_before = 0
     if start == "phantom":  # they name how many patients they were trained on
-        n_before = int(inference.load_model(start).description["about"].split()[0])
+        n_before = int(inference.load_model(first).description["about"].split()[0])
     write_weights(data / "run", weights, n_before)
     return history
 

@@ -104,12 +104,19 @@ def _load(path, modalities=None):
 
 
 def _as_trained(models, modalities=None):
-    """Return a model or a path, or a list of them, as a list of TrainedModel."""
+    """Return a model or a path, or a list of them, as a list of TrainedModel.
+
+    If one of a list lacks optional modalities of "phantom", that is read without them.
+    """
     if isinstance(models, (list, tuple)):
         files.check_option("model", models, len, "at least one model")
-        return [
-            trained for model in models for trained in _as_trained(model, modalities)
-        ]
+        trained = [m for model in models for m in _as_trained(model, modalities)]
+        takes = [m.description.get("modalities") for m in trained]
+        fewest = min(filter(None, takes), key=len, default=None)
+        for i, own in enumerate(takes):
+            if own != fewest and trained[i].description.get("optional"):
+                trained[i] = _load(trained[i].path, fewest)
+        return trained
     if isinstance(models, keras.Model):
         check_model(models)
         models = TrainedModel(models, {})
@@ -374,8 +381,9 @@ def predict_case(
         The channels, in order. By default those that the model was trained with, which
         cannot be changed. A case may lack those that the model's description calls
         "optional"; their channel is then 0. For the path "phantom" they can also be
-        left out here. If the channels are unknown, a file needs this argument; a
-        `keras.Model` defaults to FLAIR, T1CE, T2 or, with four channels, to all.
+        left out here, and are if another model of an ensemble lacks them. If the
+        channels are unknown, a file needs this argument; a `keras.Model` defaults to
+        FLAIR, T1CE, T2 or, with four channels, to all.
     flips, patch_shape
         As in `predict_probabilities`. The default shape is that of the training
         patches, if the model has a description.

@@ -891,7 +891,8 @@ def test_the_phantom_weights_predict_without_another_file(tmp_path):
     write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
     [case] = find_cases(tmp_path / "raw")
     trained = load_model("phantom")
-    assert trained.description["modalities"] == ["flair", "t1ce", "t2"]
+    assert trained.description["modalities"] == ["flair", "t1", "t1ce", "t2"]
+    assert trained.description["optional"] == ["t1"]
     assert not {"train_cases", "val_cases"} & {*trained.description}
     found = predict_case("phantom", case)
     np.testing.assert_array_equal(found, predict_case(trained, case))
@@ -945,15 +946,19 @@ def test_a_modality_that_is_not_optional_is_not_left_out(tmp_path, tiny_weights)
         predict_case([trained, odd], lacking)
 
 
-def test_I4_models_of_different_channels_are_no_ensemble(tmp_path, tiny_weights):
+def test_an_optional_modality_is_left_out_where_an_ensemble_lacks_it(
+    tmp_path, tiny_weights
+):
     write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
     [case] = find_cases(tmp_path / "raw")
     narrow = TrainedModel(*read_model(tiny_weights, OWN))
-    for mixed in ([narrow, "phantom"], ["phantom", narrow]):
-        with pytest.raises(ValueError, match="modalities is .*takes"):
-            predict_case(mixed, case)
-    both = predict_case([narrow, "phantom"], case, modalities=OWN)
-    np.testing.assert_array_equal(both, predict_case(narrow, case))
+    expected = predict_case(narrow, case)
+    phantom = load_model("phantom")
+    for mixed in ([narrow, "phantom"], [phantom, narrow], ["phantom", [narrow]]):
+        np.testing.assert_array_equal(predict_case(mixed, case), expected)
+    assert (predict_case([phantom, "phantom"], case) != expected).any()
+    with pytest.raises(ValueError, match="modalities is .*takes"):
+        predict_case([narrow, unet((None, None, None, 4), filters=2, depth=2)], case)
 
 
 def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):
@@ -969,10 +974,10 @@ def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):
 def test_I4_other_modalities_than_the_models_own_are_refused(tmp_path):
     write_case(tmp_path, "BraTS20_Training_001")
     (case,), trained = find_cases(tmp_path), load_model("phantom")
-    for others in (("t2", "t1ce", "flair"), ("t1", "t1", "t1"), ("t1", "t1ce", "t2")):
+    own = ("flair", "t1", "t1ce", "t2")
+    for others in (own[::-1], ("t1",) * 4, own[1:]):
         with pytest.raises(ValueError, match="modalities is .*takes .*flair"):
             predict_case(trained, case, modalities=others)
-    own = ("flair", "t1ce", "t2")
     found = predict_case(trained, case, modalities=own)
     np.testing.assert_array_equal(found, predict_case(trained, case))
 
