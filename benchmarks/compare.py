@@ -18,7 +18,7 @@ from brats_utils.files import project_root
 from brats_utils.labels import REGIONS
 
 RUN = ["split", "recipe", "minutes", "seed"]
-TABLES = {"recipes": ["ours"], "real": ["no training", "from phantoms"]}
+TABLES = {"recipes": ["ours"], "real": ["no training", "from phantoms", "second round"]}
 
 
 def print_table(title, table):

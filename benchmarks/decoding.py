@@ -2,7 +2,7 @@
 
     BRATS_REAL_CASES=folder:another python benchmarks/decoding.py
     BRATS_REAL_CASES=folder:another python benchmarks/decoding.py --kept folder
-    ... decoding.py --kept folder --name "from phantoms, rate 1e-3-10-0" --share 0.35
+    ... --kept folder --name "without T1, no share of the start-10-0" --share 0.35
 
 Every scan of the folds of real.py is predicted once, by the phantom weights or by the
 network of its fold that `real.py --keep folder` has kept, and decoded in several ways.
@@ -22,12 +22,7 @@ import seed_recipe
 
 from brats_utils.evaluation import score_case, summarise_scores
 from brats_utils.files import atomic_write, project_root
-from brats_utils.inference import (
-    TrainedModel,
-    decode_probabilities,
-    load_model,
-    predict_scan,
-)
+from brats_utils.inference import decode_probabilities, load_model, predict_scan
 from brats_utils.labels import ALL_MODALITIES, MODALITIES
 from brats_utils.model import PHANTOM_DECODING, PHANTOM_WEIGHTS, read_model
 from brats_utils.nifti import load_labels, spacing_mm
@@ -69,10 +64,14 @@ def main():
     parser.add_argument("--kept", type=Path, help="folder of `real.py --keep`")
     parser.add_argument("--name", default="from phantoms-10-0", help="of its files")
     parser.add_argument("--share", type=float, default=0.0, help="of the start")
-    parser.add_argument("--without-t1", action="store_true", help="the weights only")
+    parser.add_argument(
+        "--without-t1", action="store_true", help="phantom weights only"
+    )
     parser.add_argument("--flips", action="store_true", help="average 8 mirror images")
     parser.add_argument("--print", action="store_true", help="nothing is predicted")
     options = parser.parse_args()
+    if options.kept and options.without_t1:
+        parser.error("--without-t1 is for the phantom weights")
     network, rows = options.name if options.kept else "phantom", []
     share = options.share
     name = f"{network}, share {share}" if share else network
@@ -80,7 +79,7 @@ def main():
     data = project_root(Path(__file__).parent) / "data/real"
     for fold in () if options.print else real.fold_folders(data):
         channels = MODALITIES if options.without_t1 else ALL_MODALITIES
-        trained = TrainedModel(*read_model(PHANTOM_WEIGHTS, channels))
+        trained = load_model("phantom", channels)
         if options.kept:
             trained = load_model(options.kept / fold.name / f"{network}.keras")
         start, _ = read_model(PHANTOM_WEIGHTS, trained.description["modalities"])

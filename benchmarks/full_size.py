@@ -26,10 +26,10 @@ from brats_utils import export
 from brats_utils.cases import find_cases, load_labels
 from brats_utils.evaluation import score_case
 from brats_utils.generator import BratsGenerator
-from brats_utils.inference import TrainedModel, predict_case
+from brats_utils.inference import TrainedModel, load_model, predict_case
 from brats_utils.labels import MODALITIES
 from brats_utils.losses import batch_dice_cross_entropy_loss
-from brats_utils.model import PHANTOM_WEIGHTS, has_gpu, read_model, unet
+from brats_utils.model import has_gpu, unet
 from brats_utils.phantom import write_phantom
 from brats_utils.prepare import prepare_dataset
 from brats_utils.split import split_dataset
@@ -143,7 +143,7 @@ def predicting(model, split, case):
 
 def comparing(split):
     """Print the mean Dice of the phantom weights on real scans, by both engines."""
-    trained = TrainedModel(*read_model(PHANTOM_WEIGHTS, MODALITIES))  # as the split
+    trained = load_model("phantom", MODALITIES)  # as the split
     fast, result = to_int8(trained, split)
     kept, rows = result["kept"], []
     for folder in os.environ["BRATS_REAL_CASES"].split(os.pathsep):

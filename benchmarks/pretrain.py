@@ -3,8 +3,8 @@
 `make pretrain` runs it; hours on two cores. Stopped, it resumes. The same seed gives
 the same weights on the same machine. BRATS_PATIENTS and BRATS_EPOCHS shorten it.
 BRATS_START=phantom and BRATS_SEED go on from weights that are there, with other
-patients. With BRATS_MODALITIES=flair,t1,t1ce,t2 the network takes T1, too, but must do
-without it now and then.
+patients. The network takes FLAIR, T1, T1CE and T2, but must do without T1 now and then;
+BRATS_MODALITIES=flair,t1ce,t2 leaves it out.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 
 from brats_utils import augment, files, inference, losses
 from brats_utils.generator import BratsGenerator
-from brats_utils.labels import MODALITIES
+from brats_utils.labels import ALL_MODALITIES
 from brats_utils.model import (
     PHANTOM_WEIGHTS,
     find_model,
@@ -54,7 +54,7 @@ def change(image, labels, rng, *, channel, share):
 
 
 def pretrain(
-    data, n_patients, epochs, weights, *, seed=7, start=None, modalities=MODALITIES
+    data, n_patients, epochs, weights, *, seed=7, start=None, modalities=ALL_MODALITIES
 ):
     """Train, or resume training, and write the weights; return the history."""
     there = files.read_manifest(data / "split").get("cases", {})
@@ -116,6 +116,6 @@ if __name__ == "__main__":
     n_patients, epochs = files.setting("PATIENTS", 212), files.setting("EPOCHS", 28)
     weights = files.setting("WEIGHTS", PHANTOM_WEIGHTS)
     more = {"seed": seed, "start": files.setting("START", None)}
-    more["modalities"] = files.setting("MODALITIES", MODALITIES)
+    more["modalities"] = files.setting("MODALITIES", ALL_MODALITIES)
     history = pretrain(folder, n_patients, epochs, weights, **more)
     print(f"{history['seconds'].sum() / 3600:.1f} hours; {weights}")

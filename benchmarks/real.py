@@ -7,8 +7,8 @@ scored as whole scans, so that each is scored once. "no training" scores the pha
 weights as they are, and those of `make run` if they are in data/models. Everything else
 is as in recipes.py: a row a run in benchmarks/results/real.csv, one for each case in
 real_cases.csv, and runs that are there are skipped. Rows named after islands of 0.2,
-plain decoding, or the first or second round are of former weights or decodings; in the
-second round, "from phantoms" had no T1. Nothing else should run meanwhile.
+plain decoding, or the first or second round are of former weights or decodings; those
+of "second round" have no T1 and start from phantoms. Nothing else should run meanwhile.
 """
 
 import argparse
@@ -129,28 +129,26 @@ RECIPES = {
     "no training, make run": partial(untrained, model=PHANTOM_RUN),
     "from nothing": partial(recipes.ours, min_island=ISLAND),
     "from phantoms": partial(with_t1, min_island=ISLAND, **FROM_PHANTOMS),
-    "from phantoms, without T1": partial(
-        recipes.ours, min_island=ISLAND, **FROM_PHANTOMS
-    ),
-    "from phantoms, no share of the start": partial(
+    "without T1": partial(recipes.ours, min_island=ISLAND, **FROM_PHANTOMS),
+    "without T1, no share of the start": partial(
         recipes.ours, min_island=ISLAND, **{**FROM_PHANTOMS, "start_share": 0}
     ),
-    "from phantoms, lesions copied": partial(
+    "without T1, lesions copied": partial(
         copying_lesions, min_island=ISLAND, **FROM_PHANTOMS
     ),
-    "from phantoms, two thirds centred": partial(
+    "without T1, two thirds centred": partial(
         recipes.ours, min_island=ISLAND, data={"tumour_share": 2 / 3}, **FROM_PHANTOMS
     ),
-    "from phantoms, stronger intensities": partial(
+    "without T1, stronger intensities": partial(
         changing_intensities_more, min_island=ISLAND, **FROM_PHANTOMS
     ),
-    "from phantoms, patches of 64": partial(
+    "without T1, patches of 64": partial(
         recipes.ours, min_island=ISLAND, patch_shape=(64,) * 3, **FROM_PHANTOMS
     ),
-    "from phantoms, averaged weights": partial(
+    "without T1, averaged weights": partial(
         recipes.ours, min_island=ISLAND, average=0.99, **FROM_PHANTOMS
     ),
-    "from phantoms, deep supervision": partial(
+    "without T1, deep supervision": partial(
         recipes.ours, min_island=ISLAND, deep_supervision=2, **FROM_PHANTOMS
     ),
     "tutorial": recipes.tutorial,

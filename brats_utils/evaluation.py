@@ -12,7 +12,7 @@ from scipy.stats import bootstrap
 
 from brats_utils import files, nifti
 from brats_utils.cases import read_description, read_scan
-from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels
+from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels, label_table
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
 
@@ -313,15 +313,19 @@ def _find_prediction(folder, case):
 
 
 def _check_convention(folder, paths):
-    """Raise if a `dataset.json` beside label maps says that 1 and 2 mean other things.
+    """Raise if a `dataset.json` beside label maps gives their values other meanings.
 
-    nnU-Net copies it there. It writes no 4: if there is one, the maps were converted.
+    nnU-Net copies it there. A 4 that it does not list shows that they were converted.
     """
     stated = read_description(folder, {}, need_channels=False)[1]
-    same = not stated or "=" in stated[1] or stated[1] in ("0124", "0123")
-    if not same and not any(4 in values for values in nifti.threes_and_fours(paths)):
-        problem = f"label maps beside it have labels {stated[1]}, not 0, 1, 2 and 4"
-        advice = "Convert them (see labels.relabel) and score them in another folder"
+    if not stated or "=" in stated[1]:  # no labels, or none that are understood
+        return
+    table = label_table(stated[1])
+    others = [f"{v} for {x}" for v, x in table.items() if v in (1, 2, 4) and v != x]
+    found = set().union(*nifti.threes_and_fours(paths)) - {*table}
+    if others and 4 not in found:
+        problem = f"by its names, label maps beside it use {' and '.join(others)}"
+        advice = "Score them in a folder of their own, converted (see labels.relabel)"
         where = {"file": folder / "dataset.json", "advice": advice}
         raise nifti.BratsDataError(problem, **where)
 

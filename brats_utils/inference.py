@@ -72,7 +72,7 @@ class Prediction:
         return np.ascontiguousarray(self.scan.restore(volume))
 
 
-def load_model(path):
+def load_model(path, modalities=None):
     """Load a saved model without executing any code that the file may contain.
 
     Parameters
@@ -80,6 +80,9 @@ def load_model(path):
     path : path
         A `.keras` file; the folder of a run, whose `best.keras` is used; or "phantom",
         the network that comes with this package, trained on synthetic patients only.
+    modalities : sequence of str, optional
+        The channels of "phantom", which can do without those that its description calls
+        "optional". By default, and if they do not fit, all.
 
     Returns
     -------
@@ -92,11 +95,6 @@ def load_model(path):
         If the file is missing, damaged, an HDF5 file or an HTML page, contains code
         (Lambda layers), or does not fit its own description.
     """
-    return _load(path)
-
-
-def _load(path, modalities=None):
-    """Load a model; leave out optional modalities of "phantom" that are not given."""
     path = find_model("model", path)
     model, description = read_model(path, modalities)
     model.jit_compile = False  # XLA would recompile for each size of brain
@@ -106,22 +104,20 @@ def _load(path, modalities=None):
 def _as_trained(models, modalities=None):
     """Return a model or a path, or a list of them, as a list of TrainedModel.
 
-    If one of a list lacks optional modalities of "phantom", that is read without them.
+    In a list, "phantom" leaves out the optional modalities that the others lack.
     """
     if isinstance(models, (list, tuple)):
         files.check_option("model", models, len, "at least one model")
-        trained = [m for model in models for m in _as_trained(model, modalities)]
-        takes = [m.description.get("modalities") for m in trained]
-        fewest = min(filter(None, takes), key=len, default=None)
-        for i, own in enumerate(takes):
-            if own != fewest and trained[i].description.get("optional"):
-                trained[i] = _load(trained[i].path, fewest)
-        return trained
+        loaded = [m if m == "phantom" else _as_trained(m, modalities) for m in models]
+        others = [trained for m in loaded if m != "phantom" for trained in m]
+        if modalities is None and others and "phantom" in loaded:
+            modalities = _choose_modalities(others[0], None)
+        return [m for each in loaded for m in _as_trained(each, modalities)]
     if isinstance(models, keras.Model):
         check_model(models)
         models = TrainedModel(models, {})
     loaded = isinstance(models, TrainedModel)
-    return [models if loaded else _load(models, modalities)]
+    return [models if loaded else load_model(models, modalities)]
 
 
 def _gaussian(shape):

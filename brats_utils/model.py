@@ -298,8 +298,9 @@ def grid_sizes(model, tensors):
     -------
     sizes : list of int
     """
-    shapes = _output_shapes(model, tensors, [n or 2**10 for n in model.input_shape[1:]])
-    return [min(s[1:-1]) if len(s) == len(model.input_shape) else 1 for s in shapes]
+    sizes = [n or 2**10 for n in model.input_shape[1:]]
+    shapes = _output_shapes(model, tensors, sizes)
+    return [min(s[1:-1], default=1) if len(s) > len(sizes) else 1 for s in shapes]
 
 
 def size_factor(model):
@@ -610,15 +611,14 @@ def check_description(model, description, path):
     modalities, version = description.get("modalities"), str(description.get("keras"))
     n_inputs = len(modalities) if isinstance(modalities, list) else 0
     major, our_major = (v.split(".")[0] for v in (version, keras.__version__))
+    lists = "optional", "train_cases", "train_images"
     expected = {  # what the description says, and what is found
         "channels in": (n_inputs, model.input_shape[-1]),
         "channels out": (n_outputs, model.output_shape[-1]),
         "normalisation": (description.get("normalisation"), NORMALISATION),
         "orientation": (description.get("orientation"), "LPS"),
         "decoding": (type(description.get("decoding", {})), dict),
-        "optional": (type(description.get("optional", [])), list),
-        "train_cases": (type(description.get("train_cases", [])), list),
-        "train_images": (type(description.get("train_images", [])), list),
+        **{k: (type(description.get(k, [])), list) for k in lists},
         f"Keras (install keras=={version})": (major, our_major),
     }
     differ = [f"{k}: {a}, found {b}" for k, (a, b) in expected.items() if a != b]

@@ -172,25 +172,34 @@ def test_score_cases_rejects_predictions_that_do_not_fit(tmp_path):
         score_cases(path.parent, [case])
 
 
-def test_I1_maps_of_nnunet_are_not_scored_as_if_1_were_core(tmp_path):
+NAMES = {"background": 0, "necrotic core": 1, "edema": 2, "enhancing tumor": 3}
+
+
+@pytest.mark.parametrize(
+    "changes, highest, refused",
+    [
+        ({"edema": 1, "necrotic core": 2}, 2, True),
+        ({"edema": 1, "necrotic core": 2}, 4, False),  # only a converted map has a 4
+        ({"edema": 4, "enhancing tumor": 1, "necrotic core": 2}, 4, True),
+        ({}, 2, False),  # as in BraTS but for the 3
+        ({"enhancing tumor": 4}, 4, False),
+        ({"cavity": 4}, 2, False),  # not understood: another program's, perhaps
+    ],
+)
+def test_I1_maps_of_nnunet_are_not_scored_as_if_1_were_core(
+    tmp_path, changes, highest, refused
+):
     truth = np.zeros((6, 6, 6), np.uint8)
-    truth[1:5, 2:4, 2], truth[2, 2, 2] = 2, 1
+    truth[1:5, 2:4, 2], truth[2, 2, 2], truth[3, 2, 2] = 2, 1, highest
     case, out = write_case(tmp_path, "toy", truth), tmp_path / "predictions"
     out.mkdir()
-    written = np.choose(truth, (0, 2, 1))  # 1 is oedema, and nothing enhances
-    save_volume(written.astype(np.uint8), out / "toy.nii.gz", affine=AFFINE)
-    names = {"background": 0, "edema": 1, "necrotic core": 2, "enhancing tumor": 3}
-    (out / "dataset.json").write_text(json.dumps({"labels": names}))
-    with pytest.raises(BratsDataError, match="dataset.json.*0213.*Convert"):
-        score_cases(out, [case])
-    names.update({"edema": 2, "necrotic core": 1})  # as BraTS has it, but for the 3
-    (out / "dataset.json").write_text(json.dumps({"labels": names}))
-    assert score_cases(out, [case])["dice_TC"][0] == 0
-    names.update({"edema": 1, "necrotic core": 2})
-    (out / "dataset.json").write_text(json.dumps({"labels": names}))
-    truth[3, 2, 2] = 4  # only a converted map has a 4
     save_volume(truth, out / "toy.nii.gz", affine=AFFINE)
-    assert score_cases(out, [case])["dice_TC"][0] == pytest.approx(2 / 3)
+    (out / "dataset.json").write_text(json.dumps({"labels": {**NAMES, **changes}}))
+    if refused:
+        with pytest.raises(BratsDataError, match="dataset.json.*1 for .*converted"):
+            score_cases(out, [case])
+    else:
+        assert score_cases(out, [case])["dice_WT"][0] == 1
 
 
 def test_score_cases_on_real_scans(real_cases, tmp_path):

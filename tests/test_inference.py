@@ -954,11 +954,24 @@ def test_an_optional_modality_is_left_out_where_an_ensemble_lacks_it(
     narrow = TrainedModel(*read_model(tiny_weights, OWN))
     expected = predict_case(narrow, case)
     phantom = load_model("phantom")
-    for mixed in ([narrow, "phantom"], [phantom, narrow], ["phantom", [narrow]]):
+    for mixed in ([narrow, "phantom"], ["phantom", narrow], ["phantom", [narrow]]):
         np.testing.assert_array_equal(predict_case(mixed, case), expected)
+    np.testing.assert_array_equal(
+        predict_case([narrow.model, "phantom"], case), expected
+    )
     assert (predict_case([phantom, "phantom"], case) != expected).any()
-    with pytest.raises(ValueError, match="modalities is .*takes"):
-        predict_case([narrow, unet((None, None, None, 4), filters=2, depth=2)], case)
+    for mixed in ([narrow, phantom], [phantom, narrow]):  # it may have been changed
+        with pytest.raises(ValueError, match="modalities is .*takes"):
+            predict_case(mixed, case)
+
+
+def test_the_phantom_weights_are_loaded_without_t1(tiny_weights):
+    model, description = read_model(tiny_weights, OWN)
+    found = load_model("phantom", OWN)
+    assert found.description == description and description["modalities"] == OWN
+    for ours, theirs in zip(found.model.weights, model.weights, strict=True):
+        np.testing.assert_array_equal(np.array(ours), np.array(theirs))
+    assert load_model("phantom", ["t1"]).model.input_shape[-1] == 4  # needs the others
 
 
 def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):
