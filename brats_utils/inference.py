@@ -112,7 +112,8 @@ def _as_trained(models, modalities=None):
         others = [trained for m in loaded if m != "phantom" for trained in m]
         if modalities is None and others and "phantom" in loaded:
             modalities = _choose_modalities(others[0], None)
-        return [m for each in loaded for m in _as_trained(each, modalities)]
+        phantom = load_model("phantom", modalities) if "phantom" in loaded else None
+        return [t for m in loaded for t in ([phantom] if m == "phantom" else m)]
     if isinstance(models, keras.Model):
         check_model(models)
         models = TrainedModel(models, {})
