@@ -952,14 +952,13 @@ def test_an_optional_modality_is_left_out_where_an_ensemble_lacks_it(
     write_case(tmp_path / "raw", "BraTS20_Training_001", seed=1)
     [case] = find_cases(tmp_path / "raw")
     narrow = TrainedModel(*read_model(tiny_weights, OWN))
-    expected = predict_case(narrow, case)
-    phantom = load_model("phantom")
+    how = {"thresholds": (0.75, 0.5, 0.25), "min_island": 0.0}
+    expected, phantom = predict_case(narrow, case, **how), load_model("phantom")
     for mixed in ([narrow, "phantom"], ["phantom", narrow], ["phantom", [narrow]]):
-        np.testing.assert_array_equal(predict_case(mixed, case), expected)
-    plain = {"thresholds": (0.5, 0.5, 0.5), "min_island": 0.0}
-    found = predict_case([narrow.model, "phantom"], case, **plain)
-    np.testing.assert_array_equal(found, predict_case(narrow, case, **plain))
-    assert (predict_case([phantom, "phantom"], case) != expected).any()
+        np.testing.assert_array_equal(predict_case(mixed, case, **how), expected)
+    found = predict_case([narrow.model, "phantom"], case, **how)
+    np.testing.assert_array_equal(found, expected)
+    assert (predict_case([phantom, "phantom"], case, **how) != expected).any()
     for mixed in ([narrow, phantom], [phantom, narrow]):  # it may have been changed
         with pytest.raises(ValueError, match="modalities is .*takes"):
             predict_case(mixed, case)
