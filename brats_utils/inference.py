@@ -81,8 +81,8 @@ def load_model(path, modalities=None):
         A `.keras` file; the folder of a run, whose `best.keras` is used; or "phantom",
         the network that comes with this package, trained on synthetic patients only.
     modalities : sequence of str, optional
-        The channels of "phantom", which can do without those that its description calls
-        "optional". By default, and if they do not fit, all.
+        The channels, in order. Those of "phantom" may be in any order, and those that
+        its description calls "optional" may be left out. By default all.
 
     Returns
     -------
@@ -93,12 +93,15 @@ def load_model(path, modalities=None):
     ------
     ValueError
         If the file is missing, damaged, an HDF5 file or an HTML page, contains code
-        (Lambda layers), or does not fit its own description.
+        (Lambda layers), or does not fit its own description or `modalities`.
     """
     path = find_model("model", path)
     model, description = read_model(path, modalities)
     model.jit_compile = False  # XLA would recompile for each size of brain
-    return TrainedModel(model, description, path)
+    trained = TrainedModel(model, description, path)
+    if modalities is not None:
+        _choose_modalities(trained, modalities)  # raises if they do not fit
+    return trained
 
 
 def _as_trained(models, modalities=None):

@@ -970,7 +970,10 @@ def test_the_phantom_weights_are_loaded_without_t1(tiny_weights):
     assert found.description == description and description["modalities"] == OWN
     for ours, theirs in zip(found.model.weights, model.weights, strict=True):
         np.testing.assert_array_equal(np.array(ours), np.array(theirs))
-    assert load_model("phantom", ["t1"]).model.input_shape[-1] == 4  # needs the others
+    turned = load_model("phantom", OWN[::-1]).model.weights[0]
+    np.testing.assert_array_equal(np.array(turned)[..., ::-1, :], model.weights[0])
+    with pytest.raises(ValueError, match="modalities is .*takes"):
+        load_model("phantom", OWN[1:])
 
 
 def test_the_phantom_weights_are_not_tuned_in_place(tmp_path):

@@ -40,6 +40,7 @@ from brats_utils.inference import (
 from brats_utils.labels import region_volumes_ml
 from brats_utils.losses import RegionDice, supervise_deeply
 from brats_utils.model import (
+    PHANTOM_WEIGHTS,
     model_table,
     start_from,
     unet,
@@ -209,6 +210,11 @@ OF_THE_NETWORK = [
     ),
     (RegionDice, [], {"region": ("XX", None, 3, [], ("WT",))}),
     (load_model, [], {"path=model": (*PATH, "nowhere.keras", "old.h5")}),
+    (
+        load_model,
+        [("path", PHANTOM_WEIGHTS)],
+        {"modalities": (5, True, "flair", [], ("FLAIR",), ("flair", "t1"), ["t1"] * 4)},
+    ),
     (
         predict_case,
         ["model", "case"],
