@@ -150,11 +150,26 @@ class Scan:
 def read_description(folder, descriptions, need_channels=True):
     """Return the channels and the naming that a folder's `dataset.json` states.
 
-    The channels are a tuple of modalities, empty if they are not named or not needed.
-    If they are not needed, the file may be another program's, and is ignored if it
-    cannot be read. The naming is as in `labels.naming`, or () if the labels are not
-    named; if their names are not understood, its second item is a hint for `labels=`.
-    `descriptions` caches {folder: (channels, naming)}.
+    Parameters
+    ----------
+    folder : Path
+    descriptions : dict
+        Caches {folder: (channels, naming)}.
+    need_channels : bool
+        If False, the file may be another program's: one that cannot be read is ignored.
+
+    Returns
+    -------
+    channels : tuple of str
+        Modalities; empty if they are not named or not needed.
+    naming : tuple
+        As in `labels.naming`, or () if the labels are not named; if their names are not
+        understood, its second item is a hint for `labels=`.
+
+    Raises
+    ------
+    BratsDataError
+        If the channels are needed and the file cannot be read.
     """
     path = folder / "dataset.json"
     if folder in descriptions or not path.is_file():
