@@ -29,7 +29,7 @@ update:
 run: $(STAMP)
 	@$(BIN)/python notebooks/run.py $(NOTEBOOKS)
 
-# The weights that come with the package, from nothing: hours.
+# New pretrained weights, from nothing: hours. They overwrite those of the package.
 pretrain: $(STAMP)
 	$(BIN)/python benchmarks/pretrain.py
 

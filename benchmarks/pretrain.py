@@ -2,9 +2,9 @@
 
 `make pretrain` runs it; hours on two cores. Stopped, it resumes. The same seed gives
 the same weights on the same machine. BRATS_PATIENTS and BRATS_EPOCHS shorten it.
-BRATS_START=phantom and BRATS_SEED go on from weights that are there, with other
-patients. The network takes FLAIR, T1, T1CE and T2, but must do without T1 now and then;
-BRATS_MODALITIES=flair,t1ce,t2 leaves it out.
+BRATS_START=phantom and another BRATS_SEED continue from the package's weights, with new
+patients. The network takes FLAIR, T1, T1CE and T2, but sees a third of the patches
+without T1; BRATS_MODALITIES=flair,t1ce,t2 leaves it out. BRATS_WEIGHTS is the file.
 """
 
 import functools

@@ -62,28 +62,14 @@ class Case:
         return len(self.images) // len(set(self.images.values()))
 
 
-def check_case(case):
-    """Raise a ValueError if an argument is not a valid case.
-
-    Parameters
-    ----------
-    case : Case
-
-    Raises
-    ------
-    ValueError
-        If it is not a Case, has no images or has no valid id.
-    """
-    expected = "a Case as find_cases returns it: images, and an id without / or \\"
-    check_option("case", case, lambda c: _ID.fullmatch(c.id) and c.images, expected)
-
-
-def check_distinct(cases):
+def check_distinct(cases, n_images=1):
     """Return cases as a list; raise if a case is not valid or an id is repeated.
 
     Parameters
     ----------
     cases : iterable of Case
+    n_images : int
+        How many images each must have at least.
 
     Returns
     -------
@@ -95,10 +81,12 @@ def check_distinct(cases):
         The message names the case, or the repeated id and both folders.
     """
     check_option("cases", cases, iter, "a list of Case")
+    expected = "a Case as find_cases returns it: images, and an id without / or \\"
     seen, cases = {}, [*cases]
     for case in cases:
-        check_case(case)
-        folder = next(iter(case.images.values())).parent
+        fits = (lambda c: _ID.fullmatch(c.id) and len(c.images) >= n_images), expected
+        check_option("case", case, *fits)
+        folder = next(iter(case.images.values()), Path(case.segmentation or "")).parent
         if (other := seen.setdefault(case.id.lower(), folder)) is not folder:
             problem = f"cases is a list with {case.id} twice, in {other} and {folder}"
             raise ValueError(f"{problem}; expected each id once")
@@ -232,6 +220,10 @@ def _group_files(root):
     Returns {place: {modality or "seg": path}} with places as in `_identify`, a list of
     the files that belong to no case, and the cache of `read_description`.
     """
+    if not root.is_dir():
+        unpack = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
+        advice = unpack if root.is_file() else "Check the path; see data/README.md"
+        raise BratsDataError(f"there is no folder {root}", advice=advice)
     groups, leftovers, descriptions = {}, [], {}
     paths = (p for p in walk(root) if p.name.lower().endswith((".nii", ".nii.gz")))
     for path in paths:
@@ -286,17 +278,18 @@ def _check_complete(root, groups, leftovers, modalities):
         problem = f"no BraTS case (<id>_flair.nii, ...) in {root}; it holds: {here}"
         raise BratsDataError(problem, advice="Pass the folder that holds the cases")
     problems, seen = [], {}
-    for (folder, case_id), files in groups.items():
+    for place, files in groups.items():
+        folder, case_id = place
         unknown = [p.name for p in leftovers if p.parent == folder]
         if missing := [m for m in modalities if m not in files]:
             note = f"; not understood there: {', '.join(unknown)}" if unknown else ""
             problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}{note}")
-        if (other := seen.setdefault(case_id.lower(), folder)) != folder:
-            problems.append(f"{case_id} appears twice: {other} and {folder}")
+        if (other := seen.setdefault(case_id.lower(), place)) != place:
+            places = " and ".join(str(Path(*each)) for each in (other, place))
+            problems.append(f"{case_id} appears twice: {places}")
     if problems:
-        raise BratsDataError(
-            "; ".join(problems), advice="Complete, rename or remove them"
-        )
+        advice = "Complete, rename or remove them"
+        raise BratsDataError("; ".join(problems), advice=advice)
 
 
 def find_cases(root, *, labels="auto", modalities=MODALITIES):
@@ -337,10 +330,7 @@ def find_cases(root, *, labels="auto", modalities=MODALITIES):
     """
     check_option("modalities", modalities, are_modalities, f"some of {ALL_MODALITIES}")
     labels = labels if str(labels) == "auto" else label_code(labels)
-    if not (root := nifti.absolute(root)).is_dir():
-        unpack = "It is a file: unpack it with `prepare.extract`, or in notebook 01"
-        advice = unpack if root.is_file() else "Check the path; see data/README.md"
-        raise BratsDataError(f"there is no folder {root}", advice=advice)
+    root = nifti.absolute(root)
     groups, leftovers, descriptions = _group_files(root)
     for (_, case_id), path in _add_odd_segmentations(groups, leftovers).items():
         warnings.warn(f"{case_id}: {path.name} is its segmentation", stacklevel=2)
@@ -512,7 +502,7 @@ def read_scan(case, modalities=MODALITIES, *, labelled=True):
     BratsDataError
         As in `load_case`; the message names the case and the file.
     """
-    check_case(case)
+    check_distinct([case])
     case, problems = case if labelled else replace(case, segmentation=None), []
     volumes, first = _read_files(case, modalities, problems)
     if problems:
@@ -582,7 +572,8 @@ def check_cases(cases, *, voxels=True, modalities=None):
     for case in check_distinct(cases):
         problems, folder = [], next(iter(case.images.values())).parent
         _attempt(problems, folder, _files_to_read, case, required)
-        names = [m for m in case.images if modalities is None or m in modalities]
+        wanted = ALL_MODALITIES if modalities is None else modalities
+        names = [name for name in case.images if name in wanted]
         found, first = _read_files(case, names, problems, voxels=voxels, thorough=True)
         if first:
             _attempt(problems, first[0], nifti.check_spacing, first[1])

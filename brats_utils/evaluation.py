@@ -11,7 +11,7 @@ from scipy.spatial import KDTree
 from scipy.stats import bootstrap
 
 from brats_utils import files, nifti
-from brats_utils.cases import read_description, read_scan
+from brats_utils.cases import check_distinct, read_description, read_scan
 from brats_utils.labels import ENCODED_REGIONS, REGIONS, encode_labels, label_table
 from brats_utils.split import name_images
 from brats_utils.volumes import bounding_box, dice, nonzero_statistics
@@ -292,13 +292,9 @@ def _raise_for(case_ids, problem):
 
 def _check_labelled(cases):
     """Return the cases; raise unless there are some, all with a segmentation."""
-    expected = "one Case or more, as find_cases returns them"
-    files.check_option("cases", cases, iter, expected)
-    cases = [*cases]
-    files.check_option("cases", cases, lambda c: [case.id for case in c], expected)
+    cases = check_distinct(cases, n_images=0)
+    files.check_option("cases", cases, len, "one Case or more")
     _raise_for([c.id for c in cases if c.segmentation is None], "have no segmentation")
-    ids = [case.id.lower() for case in cases]
-    files.check_option("cases", ids, lambda i: len(i) == len({*i}), "each id once")
     return cases
 
 

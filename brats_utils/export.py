@@ -184,6 +184,8 @@ def to_openvino(trained):
         raise ValueError(f"{model.name}: {KERAS_ONLY} ({str(error)[:200]})") from None
     model = _convert_model(model, ranges) if ranges else converted
     engine = f"OpenVINO {'int8' if ranges else 'float32'}"
+    if trained.model in generator.CHANNELS:  # for a model not from a file
+        generator.CHANNELS[model] = generator.CHANNELS[trained.model]
     description = {**trained.description, "engine": engine}
     return dataclasses.replace(trained, model=model, description=description)
 
@@ -212,8 +214,9 @@ def calibrate_int8(trained, train_data, val_data):
     """
     model = trained.model
     generator.check_pair(train_data, val_data, model, size_factor(model))
+    plain = to_openvino(dataclasses.replace(trained, description={})).model
+    ranges = _find_ranges(model, train_data)
     trained.description.pop("int8", None)
-    plain, ranges = to_openvino(trained).model, _find_ranges(model, train_data)
     models = {"float32": plain, "int8": _convert_model(model, ranges)}
     result = {name: _mean_dice(each, val_data) for name, each in models.items()}
     if result["float32"] - result["int8"] < LARGEST_FALL:

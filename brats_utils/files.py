@@ -16,7 +16,7 @@ import sys
 import time
 from configparser import ConfigParser
 from numbers import Integral, Real
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -62,7 +62,7 @@ def setting(name, default, or_none=False):
     if text.lower() == "none" and (or_none or default is None):
         return None
     if isinstance(default, Path):
-        return project_root() / Path(text).expanduser()
+        return project_root() / check_path(f"BRATS_{name}", text)
     if isinstance(default, tuple) and isinstance(default[0], str):
         return tuple(part.strip() for part in text.split(","))
     with contextlib.suppress(KeyError, ValueError):
@@ -141,11 +141,8 @@ def check_path(name, path):
     ValueError
         The message names the argument and its value.
     """
-    check_option(name, path, lambda p: isinstance(p, str | os.PathLike), "a path")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise ValueError(f"{name} is {path!r}: {error}") from None
+    check_option(name, path, lambda p: Path(p).expanduser(), "a path; ~user must exist")
+    return Path(path).expanduser()
 
 
 def is_whole(value, least=0):
@@ -435,7 +432,7 @@ def read_manifest(folder):
     manifest = read_json(path)
     if not all(isinstance(manifest.get(key), dict) for key in ("files", "cases")):
         raise ValueError(f"{path} is not a manifest of this project")
-    if any({"..", "/", "//"} & {*PurePosixPath(n).parts} for n in manifest["files"]):
+    if _find_outside(manifest["files"]):
         raise ValueError(f"{path} lists files outside its folder")
     if manifest.get("format") != FORMAT or not manifest.keys() >= {"kind", "made_from"}:
         raise ValueError(f"{path} is of another version; delete the folder yourself")
@@ -463,10 +460,15 @@ def lies_in(folder, kind):
     return False
 
 
+def _find_outside(names):
+    """Return the relative paths that lead out of their folder, here or on Windows."""
+    return [n for n in names if ".." in (p := PureWindowsPath(n)).parts or p.anchor]
+
+
 def _is_intact(path, noted):
     """Return whether a file is as recorded; None means that it was never completed."""
-    same_size = noted and path.is_file() and path.stat().st_size == noted["bytes"]
-    return bool(same_size) and describe_file(path) == noted
+    there = isinstance(noted, dict) and path.is_file()
+    return there and describe_file(path) == noted
 
 
 def find_changed(folder, files):
@@ -568,7 +570,7 @@ class OutputFolder:
         self.final.parent.mkdir(parents=True, exist_ok=True)
         holder, path = "", Path(self._lock.lock_file)
         with contextlib.suppress(OSError):
-            holder = path.read_text(encoding="utf-8")
+            holder = path.read_text(encoding="utf-8", errors="replace")
         # The text is empty or cut short if its process was killed while writing it.
         if not holder.startswith("process "[: len(holder)]):
             raise ValueError(f"{path} is not a lock of this project; move it")
@@ -642,7 +644,7 @@ class OutputFolder:
             If a path leads outside the folder, or to a file that is not ours.
         """
         names = set(names)
-        if out := [n for n in names if {"..", "/", "//"} & {*PurePosixPath(n).parts}]:
+        if out := _find_outside(names):
             raise ValueError(f"{out[:5]} would be outside {self.final}")
         for folder, ours in ((self.path, self.manifest), (self.final, self.former)):
             new = names - ours["files"].keys()
@@ -676,9 +678,10 @@ class OutputFolder:
         """
         changed = []
         for name, noted in self.manifest["files"].items():
-            path = self.path / name
-            complete = noted and path.is_file() and not path.is_symlink()
-            if complete and path.stat().st_size != noted["bytes"]:
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            complete = isinstance(noted, dict) and not file.is_symlink()
+            if complete and size not in (None, noted["bytes"]):
                 changed.append(name)
         if changed:
             problem = f"{self.path} holds files that were changed: {changed[:5]}"
@@ -744,8 +747,8 @@ class OutputFolder:
         """
         names = self.manifest["files"].keys() & set(names)
         _unlink(self.path, names)
-        for name in names:
-            del self.manifest["files"][name]
+        kept = {k: v for k, v in self.manifest["files"].items() if k not in names}
+        self.manifest["files"] = kept
         self.save()
 
     def put_in_place(self):

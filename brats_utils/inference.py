@@ -175,8 +175,10 @@ def _choose_patch(model, channels, patch_shape):
         )
     patch = sizes if patch_shape is None else tuple(patch_shape)
     factor = size_factor(model) if None in sizes else 1
-    takes = sizes if factor == 1 else f"multiples of {factor}"
-    if patch != sizes and (None not in sizes or any(n % factor for n in patch)):
+    takes = f"multiples of {factor} in {sizes}" if factor > 1 else sizes
+    pairs = zip(patch, sizes, strict=True)
+    fits = all(n == size if size else n and n % factor == 0 for n, size in pairs)
+    if not fits and {*patch} != {None}:
         raise ValueError(f"patch_shape is {patch}, the model takes patches of {takes}")
     return None if None in patch else patch
 
@@ -219,11 +221,10 @@ def predict_probabilities(model, image, *, flips=False, patch_shape=None):
     counts = range(4) if flips else [0]
     flipped_axes = [a for n in counts for a in itertools.combinations(range(3), n)]
     n_passes = len(models) * len(flipped_axes)
-    for trained in models:
-        shape = _choose_patch(trained.model, image.shape[-1], patch_shape)
+    for network in (trained.model for trained in models):
+        shape = _choose_patch(network, np.shape(image)[-1], patch_shape)
         for axes in flipped_axes:
-            flipped = _predict_once(trained.model, np.flip(image, axes), shape)
-            found = np.flip(flipped, axes)
+            found = np.flip(_predict_once(network, np.flip(image, axes), shape), axes)
             if n_passes == 1:
                 return found, np.zeros(found.shape[:3], np.float32)
             total, squares = total + found, squares + found**2
@@ -329,19 +330,19 @@ def predict_scan(models, case, *, modalities=None, flips=False, patch_shape=None
     names = _choose_modalities(models[0], modalities)
     optional = set.intersection(*({*m.description.get("optional", ())} for m in models))
     there = getattr(case, "images", ())  # what is no Case is refused below
-    taken = [name for name in names if name in there or name not in optional]
-    scan = read_scan(case, taken, labelled=False)
+    taken = {i: m for i, m in enumerate(names) if m in there or m not in optional}
+    scan = read_scan(case, [*taken.values()], labelled=False)
     nifti.check_spacing(scan.header, case.id)
     for doubt in scan.doubts:
         warnings.warn(f"{case.id}: {doubt}", stacklevel=2)
-    for name, volume in zip(taken, scan.volumes, strict=True):
+    for name, volume in zip(taken.values(), scan.volumes, strict=True):
         volumes.check_outliers(volume, case.images[name])
         volumes.check_grey_levels(volume, path=case.images[name])
     box = volumes.bounding_box(scan.brain_mask)
     # All non-zero voxels are in the box, so mean and SD are those of the whole scan.
     stacked = np.stack([volume[box] for volume in scan.volumes], axis=-1)
     image = np.zeros((*stacked.shape[:3], len(names)), np.float32)
-    image[..., [names.index(name) for name in taken]] = volumes.standardise(stacked)
+    image[..., [*taken]] = volumes.standardise(stacked)
     options = _fill_in(models[0], {"flips": flips, "patch_shape": patch_shape})
     found, spread = predict_probabilities(models, image, **options)
     if not np.isfinite(found).all():

@@ -500,11 +500,14 @@ def describe(description):
     ValueError
         If a loss or another object has an attribute that cannot be described.
     """
-    try:
-        return json.loads(json.dumps(description, default=describe_object))
-    except (NotImplementedError, RecursionError, TypeError, ValueError) as error:
-        problem = f"loss is {description.get('loss')!r}, expected attributes that JSON"
-        raise ValueError(f"{problem} can hold: {error}") from None
+    described = {}
+    for key, value in description.items():
+        try:
+            described[key] = json.loads(json.dumps(value, default=describe_object))
+        except (NotImplementedError, RecursionError, TypeError, ValueError) as error:
+            problem = f"{key} is {value!r:.300}, expected attributes that JSON can hold"
+            raise ValueError(f"{problem}: {error}") from None
+    return described
 
 
 def _captured_values(function):

@@ -276,17 +276,17 @@ def check_model(model):
     files.check_option("model", model, lambda m: len(m.inputs) == 1, single)
 
 
-def _output_shapes(model, tensors, input_shape):
-    """Return the shapes of a model's tensors for one sample of `input_shape`."""
-    function = keras.Function(model.inputs[0], tensors)
-    return function.compute_output_shape((1, *input_shape))
+def _output_shapes(model, tensors, shape):
+    """Return the shapes of a model's tensors for one sample of a given shape."""
+    return keras.Function(model.inputs[0], tensors).compute_output_shape((1, *shape))
 
 
 def grid_sizes(model, tensors):
     """Return the number of voxels of each tensor along its shortest spatial axis.
 
-    An input size of None counts as 2**10: no U-Net halves its resolution ten times. A
-    tensor without the input's axes, as in channel attention, counts as one voxel.
+    If sizes of the input may vary, only these axes count, with 2**10 voxels: no U-Net
+    halves its resolution ten times. A tensor without the input's axes, as in channel
+    attention, counts as one voxel.
 
     Parameters
     ----------
@@ -298,9 +298,10 @@ def grid_sizes(model, tensors):
     -------
     sizes : list of int
     """
-    sizes = [n or 2**10 for n in model.input_shape[1:]]
-    shapes = _output_shapes(model, tensors, sizes)
-    return [min(s[1:-1], default=1) if len(s) > len(sizes) else 1 for s in shapes]
+    full = model.input_shape
+    axes = [i for i, n in enumerate(full) if i and n is None] or range(1, len(full) - 1)
+    shapes = _output_shapes(model, tensors, [n or 2**10 for n in full[1:]])
+    return [min((s[i] for i in axes if len(s) == len(full)), default=1) for s in shapes]
 
 
 def size_factor(model):
@@ -438,6 +439,7 @@ def _read_phantom_weights(modalities):
         if variable.path in IMAGE_KERNELS:
             half = half[..., [stored.index(name) for name in names], :]
         variable.assign(half.astype(np.float32))
+    CHANNELS[model] = names
     return model, {**description, "modalities": names}
 
 
@@ -506,15 +508,14 @@ def read_model(path, modalities=None):
             unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > MOST_UNPACKED * path.stat().st_size:
                 raise ValueError(f"it would unpack to {unpacked / 1e6:.0f} MB")
-            has_description = DESCRIPTION in archive.namelist()
-            text = archive.read(DESCRIPTION) if has_description else "{}"
-            description = dict(json.loads(text))
+            named = DESCRIPTION in archive.namelist()
+            description = dict(json.loads(archive.read(DESCRIPTION) if named else "{}"))
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except Exception as error:  # whatever Keras, HDF5 and zip raise for damaged files
         found = "damaged, contains code (Lambda layers) or is of another version"
         problem = f"{path} cannot be loaded: it is {found} than Keras"
         raise ValueError(f"{problem} {keras.__version__}: {error}") from None
-    if has_description:
+    if named:
         check_description(model, description, path)
         SEEN[model] = {*map(str, description.get("train_images", ()))}
         CHANNELS[model] = description["modalities"]
@@ -542,7 +543,8 @@ def start_from(start, model, train_data, val_data):
     ----------
     start : path, "phantom" or None
         A `.keras` file, the folder of a run, or the weights of this package: a U-Net
-        with the same channels, filters, depth and stride. None changes nothing.
+        with the same channels, filters, depth and stride (of "phantom", the kernels of
+        T1 are left out if the data have none). None changes nothing.
     model : keras.Model
         Its weights are replaced.
     train_data, val_data : BratsGenerator

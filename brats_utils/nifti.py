@@ -266,7 +266,8 @@ def check_unedited(folder, files):
     complete = {name: noted for name, noted in files.items() if noted}
     for path in (Path(folder, name) for name in find_changed(folder, complete)):
         with contextlib.suppress(BratsDataError):
-            read_volume(path)  # a damaged one is not an edit, and may be overwritten
+            if path.name.endswith((".nii", ".nii.gz")) or not path.exists():
+                read_volume(path)  # a damaged one is not an edit, and is overwritten
             problem = f"{path} was changed after it was written"
             raise ValueError(f"{problem}; move it, or choose another folder")
 

@@ -26,7 +26,7 @@ from brats_utils.volumes import best_slice, bounding_box, bounding_boxes, surfac
 PLANES = ("sagittal", "coronal", "axial")
 EDGES = ("APSI", "RLSI", "RLAP")  # left, right, top and bottom of each plane
 # 9 voxels on either side of a slice(start, stop); pixel 0 extends from -0.5 to 0.5.
-FRAME_MARGIN = np.array([-9.5, 8.5])
+MARGIN = np.array([-9.5, 8.5])
 LABEL_COLOURS = {LABELS[value]: colour for value, colour in COLOURS.items()}
 # Labels, errors, boxes and regions have different colours, so that they are not mixed
 # up. Enhancing tumour has one colour, because the label and the region are the same.
@@ -99,8 +99,8 @@ def _comparison(truth=None, prediction=None, spread=None):
 
 
 def _best_slice_of(overlays, shape, axis):
-    """Return the best slice of the first overlay that is not empty, or the middle."""
-    filled = [each.volume for each in overlays if each and each.volume.any()]
+    """Return the best slice of the first filled overlay of a shape, or the middle."""
+    filled = [v for o in overlays if o and (v := o.volume).shape == shape and v.any()]
     return best_slice(filled[0], axis) if filled else shape[axis] // 2
 
 
@@ -127,8 +127,7 @@ def _find_frames(volumes, boxes):
     for mask, box in zip(masks, boxes, strict=True):
         if box is not None:
             mask[box] = True
-    limits = [[(s.start, s.stop) for s in part] for part in bounding_boxes(masks)]
-    return [np.array(each) + FRAME_MARGIN for each in limits]
+    return [MARGIN + [(s.start, s.stop) for s in box] for box in bounding_boxes(masks)]
 
 
 def _make_axes(axes, n, size):
@@ -241,7 +240,8 @@ def plot_slices(
         A box to outline in each volume, as `crop_box` returns it.
     index : int or sequence of int, optional
         Index of the slice, or one for each volume. By default the slice with the most
-        tumour in the first label map that has any, otherwise the middle slice.
+        tumour in the first label map of the volume's shape that has any, otherwise the
+        middle slice.
     axis : int
         The axis across which to slice: 2 is axial, 1 coronal, 0 sagittal.
     spacing_mm : (3,) sequence of float
@@ -273,7 +273,8 @@ def plot_slices(
     for scan, o in zip(volumes, overlays, strict=True):
         if o and o.volume.shape != scan.shape:
             raise ValueError(f"expected labels of {scan.shape}, got {o.volume.shape}")
-    index = _best_slice_of(overlays, volumes[0].shape, axis) if index is None else index
+    if index is None:
+        index = [_best_slice_of(overlays, volume.shape, axis) for volume in volumes]
     indices = _slice_indices(index, [volume.shape[axis] for volume in volumes])
     frames = _find_frames(volumes, boxes)
     across, up = _in_plane(np.ptp(frames[0], axis=1) * spacing_mm, axis)
@@ -514,7 +515,7 @@ class _Browser:
 
     def go_to_tumour(self, _=None):
         """Go to the slice of this plane with the most tumour."""
-        shape, axis = self.image.shape, self.plane.value
+        shape, axis = np.shape(self.image)[:3], self.plane.value
         self.index.max = shape[axis] - 1
         self.index.value = _best_slice_of(self.overlays.values(), shape, axis)
 

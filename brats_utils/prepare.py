@@ -184,7 +184,8 @@ def _prepare_all(cases, output, options, jobs):
             output.manifest["files"] |= records
             output.note_case(case.id, {"made_of": made_of[case.id], "row": row})
     except KeyboardInterrupt:
-        n_done = len(output.manifest["cases"])
+        done = output.manifest["cases"]
+        n_done = sum(done.get(i, {}).get("made_of") == m for i, m in made_of.items())
         text = f"{n_done} of {len(cases)} cases are done; run again to resume"
         raise KeyboardInterrupt(text) from None
     failed, prepared = {error.case for error in errors}, output.manifest["cases"]
@@ -270,8 +271,7 @@ def _find_input(raw, label_option):
     `raw` and `label_option` are `raw` and `labels` of `prepare_dataset`.
     """
     is_list = isinstance(raw, (list, tuple))
-    fits = is_list or isinstance(raw, str | os.PathLike)
-    files.check_option("raw", raw, lambda _: fits, "a path or a list of cases")
+    raw = raw if is_list else files.check_path("raw", raw)
     cases = raw if is_list else find_cases(raw, labels=label_option, modalities=())
     check_distinct(cases)
     if is_list and str(label_option) != "auto":
@@ -284,7 +284,8 @@ def _find_input(raw, label_option):
         raise BratsDataError(f"none of the {len(cases)} cases has a segmentation")
     # The folder of a set holds a folder for each case, or the files of all cases.
     sets = {f.parent if f.name == c.id else f for c in cases for f in _folders([c])}
-    roots = sets if is_list else {files.check_path("raw", raw).resolve()}
+    # A single folder may lie anywhere, as among downloads.
+    roots = (sets if len(folders) > 1 else folders) if is_list else {raw.resolve()}
     return roots, folders if is_list else roots | folders, cases, labelled
 
 

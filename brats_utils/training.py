@@ -80,6 +80,7 @@ def _compile(model, loss, learning_rate, average, steps):
     metrics = [losses.RegionDice(region) for region in ENCODED_REGIONS]
     # XLA makes TensorFlow's 3-D convolutions ten times slower on a CPU; JAX needs it.
     slow = keras.backend.backend() == "tensorflow" and not has_gpu()
+    slow = slow or getattr(model, "without_xla", False)
     model.compile(optimizer, loss, metrics=metrics, jit_compile=not slow and "auto")
     # Not `optimizer`: with mixed_float16, Keras wraps it to scale the loss.
     model.optimizer.build(model.trainable_variables)
@@ -369,6 +370,7 @@ def _fit(model, checkpoint, epochs, stop, validation_freq, callbacks):
         text = f"XLA failed ({str(error)[:200]}): continuing without it, more slowly"
         warnings.warn(text, stacklevel=3)
         model.jit_compile, model.train_function, model.test_function = False, None, None
+        model.without_xla = True  # also after a new plan
         checkpoint.run.resume(model)  # undo the changes of the unfinished epoch
         fit(initial_epoch=len(checkpoint.run.rows))
 
@@ -389,12 +391,12 @@ def _follow_plan(
         total, stop = previous = plan
         compile_for(total * len(train_data))
         run.resume(model)
+        if len(run.rows) < stop and not checkpoint.begun:
+            checkpoint.begin(model)
         run.seen |= train_data.name_images()
         CHANNELS[checkpoint.base_model] = train_data.modalities
         bar.n, bar.total = len(run.rows), total
         if len(run.rows) < stop:
-            if not checkpoint.begun:
-                checkpoint.begin(model)
             _fit(model, checkpoint, total, stop, validation_freq, extra)
             if model.stop_training:
                 break
@@ -463,7 +465,7 @@ def train(
     start : path or "phantom", optional
         Start from the weights of this model instead of random ones: a `.keras` file,
         the folder of a run, or "phantom", the weights that come with this package.
-        Channels, filters, depth and stride must be the same.
+        Channels, filters, depth and stride must be the same; "phantom" does without T1.
     start_share : float
         Share of the weights of `start` in the weights that are validated and saved; the
         trained weights make up the rest. A short run on few cases then forgets less of
@@ -517,9 +519,8 @@ def train(
     levels = deep_supervision
     trained = losses.supervise_deeply(model, levels) if levels else model
     compile_for = partial(_compile, trained, loss, learning_rate, average)  # of steps
-    inputs = [train_data.root, val_data.root]
-    with files.OutputFolder(run_dir, "run", inputs=inputs) as output:
-        data = train_data, val_data
+    data = train_data, val_data
+    with files.OutputFolder(run_dir, "run", inputs=[d.root for d in data]) as output:
         checkpoint = Checkpoint(output, description, model, data, averaged, verbose)
         with checkpoint.bar, advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, callbacks, **times)

@@ -129,7 +129,7 @@ def scale_to_store(volume, box, shape, method):
     offset, divisor = _offset_and_divisor(volume, method)
     mean, sd = nonzero_statistics(volume)
     # Background after scaling: 0 if it is the minimum, as in skull-stripped scans.
-    zero = 0.0 if method == "zscore" else (0 - offset) / divisor
+    zero = float(_scale(np.zeros(1), offset, divisor, method)[0])  # as in the crop
     crop = pad(_scale(volume[box], offset, divisor, method), shape, zero)
     stored = crop.astype(np.float16)
     check_outliers(volume, statistics=(mean, sd))

@@ -1211,3 +1211,24 @@ def test_R2_ids_that_end_like_a_modality_are_ids(tmp_path):
         cases = find_cases(tmp_path / folder)
         assert [case.id for case in cases] == sorted(ids)
         assert all(len(c.images) == 4 and load_case(c)[1].any() for c in cases)
+
+
+def test_A22_ids_that_differ_in_case_only_are_one_id_also_in_one_folder(tmp_path):
+    for case_id in ("p1", "P1"):
+        folder = write_case(tmp_path / case_id, case_id)
+        for path in folder.iterdir():
+            path.rename(tmp_path / path.name)
+    with pytest.raises(BratsDataError, match="p1 appears twice: .*P1 and .*p1"):
+        find_cases(tmp_path)
+
+
+def test_A25_a_missing_folder_has_no_segmentation_to_rename(tmp_path):
+    with pytest.raises(BratsDataError, match="there is no folder .*nowhere"):
+        rename_odd_segmentation(tmp_path / "nowhere")
+
+
+def test_an_image_that_nobody_asked_for_is_not_checked(tmp_path):
+    write_case(tmp_path, "P1")
+    (case,) = find_cases(tmp_path, labels="0124")
+    other = replace(case, images={**case.images, "adc": tmp_path / "missing.nii"})
+    assert check_cases([other]).empty

@@ -9,7 +9,7 @@ from keras import layers
 from brats_utils import export
 from brats_utils.cases import find_cases
 from brats_utils.evaluation import store_description
-from brats_utils.generator import BratsGenerator
+from brats_utils.generator import CHANNELS, BratsGenerator
 from brats_utils.inference import (
     TrainedModel,
     load_model,
@@ -207,3 +207,25 @@ def test_layers_that_openvino_computes_differently_are_refused(kind):
     model = keras.Model(inputs, layers.Conv3D(4, 1, activation="softmax")(x))
     with pytest.raises(ValueError, match="use engine='keras'"):
         export.to_openvino(TrainedModel(model, DESCRIPTION))
+
+
+@missing
+def test_I4_the_channels_of_a_network_in_memory_are_kept(data, tmp_path):
+    write_case(tmp_path / "scans", "toy", seed=5)
+    (case,) = find_cases(tmp_path / "scans", labels="0124")
+    model = small(depth=2)
+    CHANNELS[model] = ["t2", "t1", "flair"]
+    maps = [predict_case(model, case, engine=name) for name in ("keras", "openvino")]
+    assert np.mean(maps[0] == maps[1]) > 0.99
+    assert not np.array_equal(maps[0], predict_case(small(depth=2), case))
+
+
+@missing
+def test_ranges_of_int8_stay_if_the_network_cannot_be_converted(trained, data):
+    trained.description["int8"] = {"encoder1_conv1": [0.0, 1.0]}
+    inputs = trained.model.inputs[0]
+    odd = layers.BatchNormalization()(trained.model.outputs[0])
+    trained.model = keras.Model(inputs, odd)
+    with pytest.raises(ValueError, match="use engine='keras'"):
+        export.calibrate_int8(trained, *data)
+    assert trained.description["int8"]

@@ -713,12 +713,43 @@ def test_a_folder_in_ours_a_link_to_it_and_one_beside_it(tmp_path):
         assert lies_in(tmp_path / "ours" / "set" / "case", "phantoms")
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x"])
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/x", r"a\..\..\x", "C:/x"])
 def test_a_file_outside_its_folder_is_refused(tmp_path, name):
     with OutputFolder(tmp_path / "out", "thing") as output:
         output.begin({})
         with pytest.raises(ValueError, match="outside"):
             output.claim([name])
+
+
+def test_H1_a_manifest_that_leads_elsewhere_on_windows_is_refused(tmp_path):
+    for name in (r"..\victim", "C:/victim", r"C:\victim", r"\\server\share\victim"):
+        text = json.dumps({**MANIFEST, "files": {name: {"bytes": 1, "sha256": ""}}})
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="lists files outside its folder"):
+            read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("noted", [5, "x", [], {}])
+def test_R3_a_manifest_with_entries_of_another_kind_counts_as_changed(tmp_path, noted):
+    fill(tmp_path / "out", ["one"])
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "files": {"one": noted}}))
+    files = read_manifest(tmp_path / "out")["files"]
+    assert find_changed(tmp_path / "out", files) == ["one"]
+
+
+def test_H4_a_binary_file_in_the_place_of_the_lock_is_named(tmp_path):
+    (tmp_path / ".out.lock").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"\.out\.lock is not a lock of this project"):
+        fill(tmp_path / "out", ["one"])
+    assert (tmp_path / ".out.lock").read_bytes() == b"\xff\xfe"
+
+
+def test_J4_a_home_folder_of_nobody_is_named_with_its_setting(monkeypatch):
+    monkeypatch.setenv("BRATS_RAW", "~nobody-here/scans")
+    with pytest.raises(ValueError, match="BRATS_RAW is '~nobody-here/scans'"):
+        setting("RAW", Path("x"))
 
 
 @pytest.mark.parametrize("kind", ["names", "front", "bzip2"])

@@ -1103,3 +1103,34 @@ def test_a_subclassed_model_is_refused_in_plain_words(case):
 
     with pytest.raises(ValueError, match="functional keras.Model"):
         predict_case(Own(), case)
+
+
+def test_I4_the_phantom_networks_own_model_keeps_its_channels(tmp_path):
+    write_case(tmp_path, "BraTS20_Training_001")
+    (case,) = find_cases(tmp_path)
+    trained = load_model("phantom", ["t2", "t1ce", "flair"])
+    options = {**trained.description["decoding"], "patch_shape": (96, 96, 96)}
+    found = predict_case(trained.model, case, **options)
+    np.testing.assert_array_equal(found, predict_case(trained, case))
+
+
+def test_I4_a_modality_named_twice_fills_both_channels(case):
+    model = keras.Sequential([keras.Input((None, None, None, 3)), layers.Softmax()])
+    found = predict_scan(
+        [TrainedModel(model, {})], case, modalities=("t2", "flair", "t2")
+    )
+    inside = found.scan.brain_mask[found.box]
+    first, _, last = found.probabilities[inside].T
+    np.testing.assert_array_equal(first, last)
+
+
+def test_J3_patches_fit_every_axis_of_a_network_that_fixes_one(case, tmp_path):
+    network = unet((None, None, 16, 3), filters=2, depth=2)
+    for shape in (None, (8, 8, 8), (8, 7, 16)):
+        told = r"patch_shape is .*takes patches of multiples of 2 in \(None, None, 16\)"
+        with pytest.raises(ValueError, match=told):
+            predict_cases(network, [case], tmp_path / "out", patch_shape=shape)
+    assert not (tmp_path / "out").exists()
+    image = np.zeros((20, 18, 12, 3), np.float32)
+    found, _ = predict_probabilities(network, image, patch_shape=(8, 8, 16))
+    assert found.shape == (20, 18, 12, 4)

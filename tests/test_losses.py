@@ -9,6 +9,7 @@ from brats_utils.losses import (
     RegionDice,
     batch_dice_cross_entropy_loss,
     check_loss,
+    describe,
     dice_cross_entropy_loss,
     dice_focal_loss,
     dice_loss,
@@ -196,3 +197,17 @@ def test_J4_other_numbers_of_outputs_are_no_regions(n_outputs):
     found = np.zeros((1, 2, 2, 2, n_outputs), np.float32)
     with pytest.raises(ValueError, match=f"expected 4 outputs .*got {n_outputs}"):
         RegionDice("ET").update_state(labels, found)
+
+
+def test_an_object_that_cannot_be_described_is_named():
+    class Odd:
+        def __init__(self):
+            self.table = {(0, 1): 2}
+
+        def __call__(self, image, labels, rng):
+            return image, labels
+
+    for name in ("loss", "train_data"):
+        described = {"modalities": ["flair"], name: {"augment": Odd()}}
+        with pytest.raises(ValueError, match=f"{name} is .*Odd.*that JSON can hold"):
+            describe(described)

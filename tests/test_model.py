@@ -284,6 +284,8 @@ def test_size_factor_of_other_networks():
     assert size_factor(keras.Model(vector, layers.Dense(4)(vector))) == 1  # no grid
     assert size_factor(foreign_network()) == 8
     assert size_factor(unet((16, 16, 16, 1), filters=2, depth=5)) == 16  # one voxel
+    assert size_factor(unet((None, None, 16, 1), filters=2, depth=5)) == 16
+    assert size_factor(unet((None, 48, 16, 1), filters=2, depth=5)) == 16
     assert size_factor(unet(ANY_SIZE, filters=2, depth=1)) == 1
     assert size_factor(unet_cicek2016(ANY_SIZE)) == 8
 

@@ -276,3 +276,15 @@ def test_J4_options_of_numpy_and_more_jobs_than_patients(tmp_path):
     [case] = write_phantom(tmp_path, 1, jobs=100_000, **options)
     assert case.images["t2"].name == "BraTS20_Training_001_t2.nii.gz"
     assert case.images["t2"].is_file()
+
+
+def test_H1_a_table_that_was_edited_is_not_replaced(tmp_path):
+    write_phantom(tmp_path, 3, shape=SHAPE)
+    table = next(tmp_path.rglob("name_mapping.csv"))
+    edited = table.read_text().replace("HGG", "LGG").replace("phantom", "PHANTOM")
+    assert len(edited) == table.stat().st_size and edited != table.read_text()
+    table.write_text(edited)
+    for seed in (42, 43):
+        with pytest.raises(ValueError, match="name_mapping.csv was changed after"):
+            write_phantom(tmp_path, 3, shape=SHAPE, seed=seed)
+    assert table.read_text() == edited

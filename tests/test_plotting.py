@@ -318,6 +318,10 @@ def test_each_volume_has_its_own_slice():
     assert len(axes) == 2
     with pytest.raises(ValueError, match="index is .8, 4., expected a slice from 0"):
         plot_slices(volumes, index=[8, 4])
+    tumour = np.zeros((9, 9, 9), np.uint8)
+    tumour[4, 4, 7] = 2
+    axes = plot_slices([*volumes, volumes[0]], overlays=[None, None, tumour])
+    assert [each.texts[0].get_text()[-1] for each in axes] == ["7", "2", "7"]
 
 
 @pytest.mark.parametrize(

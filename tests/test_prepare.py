@@ -621,3 +621,30 @@ def test_I2_a_list_of_cases_finds_the_table_above_the_set(tmp_path, folder):
     cases = find_cases(tmp_path / "set", labels="0124")
     report = prepare_dataset(cases, tmp_path / "out", **SMALL)
     assert {*report["patient"]} == {"P"}
+
+
+def test_a_single_case_given_as_a_list_leaves_its_neighbours_alone(tmp_path):
+    folder = write_case(tmp_path, "BraTS20_Training_001")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    (tmp_path / "other" / "deep" / "down").mkdir(parents=True)
+    table = tmp_path / "other" / "deep" / "down" / "name_mapping.csv"
+    table.write_text("patient,scan\nA,B\n")
+    report = prepare_dataset(find_cases(folder), tmp_path / "out", min_labelled=0)
+    assert report["kept"].all() and report.attrs["patients"] == []
+
+
+def test_C11_cases_of_other_settings_are_not_counted_as_done(tmp_path, monkeypatch):
+    for number in range(1, 4):
+        write_case(tmp_path / "raw", f"BraTS20_Training_{number:03}", seed=number)
+    note, noted = OutputFolder.note_case, []
+
+    def stop(*arguments):
+        note(*arguments)
+        noted.append(arguments)
+        if len(noted) in (2, 3):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputFolder, "note_case", stop)
+    for scaling, done in (("minmax", 2), ("zscore", 1)):
+        with pytest.raises(KeyboardInterrupt, match=f"{done} of 3 cases are done"):
+            prepare_dataset(tmp_path / "raw", tmp_path / "out", scaling=scaling, jobs=1)

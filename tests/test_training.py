@@ -1861,3 +1861,45 @@ def test_a_nested_model_is_saved_in_full_precision(tmp_path):
         keras.mixed_precision.set_global_policy("float32")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert loaded.layers[-1].layers[0].compute_dtype == "float32"
+
+
+def test_a_failure_of_xla_is_remembered_when_training_is_planned_again(
+    split, tmp_path, monkeypatch
+):
+    fit, compile_as, with_xla = keras.Model.fit, keras.Model.compile, []
+
+    def fail_with_xla(self, *arguments, **options):
+        with_xla.append(bool(self.jit_compile))
+        if self.jit_compile:
+            raise RuntimeError("No valid engine configs for fused conv (CUDNN)")
+        return fit(self, *arguments, **options)
+
+    def compile_on_gpu(self, *arguments, jit_compile, **options):
+        compile_as(self, *arguments, **options, jit_compile=jit_compile == "auto")
+
+    monkeypatch.setattr(keras.Model, "fit", fail_with_xla)
+    monkeypatch.setattr(keras.Model, "compile", compile_on_gpu)
+    monkeypatch.setattr(training, "has_gpu", lambda: True)
+    plans = iter([(4, 1), (4, 2), (4, 4), (4, 4)])
+    monkeypatch.setattr(training, "plan_epochs", lambda *_: next(plans))
+    with pytest.warns(UserWarning, match="XLA failed") as caught:
+        run(split, tmp_path / "run", None, minutes=1)
+    assert sum("XLA failed" in str(w.message) for w in caught) == 1
+    assert with_xla == [True, False, False, False]
+
+
+def test_J3_a_model_that_a_damaged_volume_kept_from_training_is_as_good_as_new(
+    split, tmp_path
+):
+    shutil.copytree(split.parent, tmp_path / "set", symlinks=False)
+    damaged = tmp_path / "set" / "split"
+    path = next((damaged / "train" / "images").glob("*.npy"))
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    model = tiny_unet()
+    with pytest.raises(ValueError, match="damaged|changed|checksum"):
+        run(damaged, tmp_path / "run", 1, model=model)
+    train_data, val_data = data(split)
+    swapped = {"train_data": val_data, "val_data": train_data}
+    run(split, tmp_path / "run", 1, model=model, **swapped)

@@ -244,3 +244,19 @@ def test_J2_a_frequent_value_in_a_brain_is_no_background():
     volume[volume > 150] = 150  # clipped: half of the brain
     assert not background_problem(volume)
     assert not background_problem(np.eye(1, 8000, 1).reshape(20, 20, 20))  # one voxel
+
+
+# Computed in float64, 0 would round to another float16 here than the stored voxels.
+EXTREMES = [
+    (-280.96417236328125, 1049.08984375),
+    (-322.3995361328125, 2058.03955078125),
+]
+
+
+@pytest.mark.parametrize(("low", "high"), EXTREMES)
+def test_the_background_is_recognised_however_it_is_rounded(low, high):
+    volume = np.zeros((2, 12, 12), np.float32)
+    volume[1] = np.linspace(low, high, 144).reshape(12, 12)
+    stored, statistics = scale_to_store(volume, (slice(None),) * 3, None, "minmax")
+    numbers = [[statistics[name]] for name in ("mean", "sd", "zero")]
+    assert not standardise(stored[..., None], numbers)[0].any()
