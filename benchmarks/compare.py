@@ -4,8 +4,8 @@
 
 The second table holds the difference ours - peer, so positive is better for Dice and
 negative for HD95. Scores are paired by case, after averaging over the seeds that both
-have. The interval is a bootstrap over cases: it shows how much the difference varies
-between cases, not between repeated trainings.
+have (a network without training has them all). The interval is a bootstrap over cases:
+it shows how much the difference varies between cases, not between repeated trainings.
 """
 
 import itertools
@@ -37,10 +37,11 @@ def against_peers(cases, ours="ours"):
     columns = ["dice_mean", *columns]
     rows = []
     for split, group in cases.groupby("split"):
-        runs = {
-            run: part.set_index(["seed", "case"])[columns]
-            for run, part in group.groupby(["minutes", "recipe"])
-        }
+        runs, seeds = {}, group[["seed"]].drop_duplicates()
+        for (time, recipe), part in group.groupby(["minutes", "recipe"]):
+            if not time:
+                part = part.drop(columns="seed").merge(seeds, how="cross")
+            runs[time, recipe] = part.set_index(["seed", "case"])[columns]
         for (own_time, own), (time, peer) in itertools.product(runs, runs):
             shorter = time < own_time and "no training" not in peer
             if own != ours or peer == ours or shorter:
