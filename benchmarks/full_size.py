@@ -27,7 +27,7 @@ from brats_utils.cases import find_cases, load_labels
 from brats_utils.evaluation import score_case
 from brats_utils.generator import BratsGenerator
 from brats_utils.inference import TrainedModel, load_model, predict_case
-from brats_utils.labels import MODALITIES
+from brats_utils.labels import ALL_MODALITIES
 from brats_utils.losses import batch_dice_cross_entropy_loss
 from brats_utils.model import has_gpu, unet
 from brats_utils.phantom import write_phantom
@@ -141,9 +141,17 @@ def predicting(model, split, case):
     print_times(title, seconds, ours="Keras", aims=aims)
 
 
-def comparing(split):
+def prepare(raw, folder, **options):
+    """Prepare the phantoms and split them; return the folder of the split."""
+    prepare_dataset(raw, folder / "prepared", min_labelled=0, **options)
+    split_dataset(folder / "prepared", folder / "split")
+    return folder / "split"
+
+
+def comparing(raw, folder):
     """Print the mean Dice of the phantom weights on real scans, by both engines."""
-    trained = load_model("phantom", MODALITIES)  # as the split
+    split = prepare(raw, folder, modalities=ALL_MODALITIES)
+    trained = load_model("phantom")
     fast, result = to_int8(trained, split)
     kept, rows = result["kept"], []
     for folder in os.environ["BRATS_REAL_CASES"].split(os.pathsep):
@@ -170,13 +178,13 @@ def main():
     print(f"# The full profile\n\n{describe_machine()}.")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_phantom(folder / "raw", options.cases)
-        prepare_dataset(folder / "raw", folder / "prepared", min_labelled=0)
-        split_dataset(folder / "prepared", folder / "split")
-        model = training(folder / "split", options.steps, folder)
-        predicting(model, folder / "split", find_cases(folder / "raw")[0])
+        raw = folder / "raw"
+        write_phantom(raw, options.cases)
+        split = prepare(raw, folder)
+        model = training(split, options.steps, folder)
+        predicting(model, split, find_cases(raw)[0])
         if os.environ.get("BRATS_REAL_CASES") and not has_gpu() and export.ov:
-            comparing(folder / "split")
+            comparing(raw, folder / "with_t1")
 
 
 if __name__ == "__main__":
