@@ -285,8 +285,8 @@ def _check_complete(root, groups, leftovers, modalities):
             note = f"; not understood there: {', '.join(unknown)}" if unknown else ""
             problems.append(f"{case_id} ({folder}) lacks {', '.join(missing)}{note}")
         if (other := seen.setdefault(case_id.lower(), place)) != place:
-            places = " and ".join(str(Path(*each)) for each in (other, place))
-            problems.append(f"{case_id} appears twice: {places}")
+            both = f"{other[1]} in {other[0]} and {case_id} in {folder}"
+            problems.append(f"{case_id} appears twice: {both}")
     if problems:
         advice = "Complete, rename or remove them"
         raise BratsDataError("; ".join(problems), advice=advice)
@@ -436,16 +436,12 @@ def _files_to_read(case, modalities):
     # `len` rejects iterators, which can be read only once.
     check_option("modalities", modalities, lambda m: len(m) > -1 and known(m), expected)
     if missing := [name for name in modalities if name not in case.images]:
-        raise BratsDataError(f"lacks {', '.join(missing)}", case=case.id)
+        problem, advice = f"lacks {', '.join(missing)}", "Complete it, or leave it out"
+        raise BratsDataError(problem, case=case.id, advice=advice)
     paths = {next(iter(case.images.values())): []}
     for modality in modalities:
         paths.setdefault(case.images[modality], []).append(modality)
     return paths | ({case.segmentation: ["seg"]} if case.segmentation else {})
-
-
-def _channel(case, volume, modality):
-    """Return one modality (X, Y, Z) of a file's volume, which may hold all of them."""
-    return volume[..., [*case.images].index(modality)] if volume.ndim == 4 else volume
 
 
 def _attempt(problems, path, check, *arguments, **options):
@@ -475,8 +471,9 @@ def _read_files(case, modalities, problems, *, voxels=True, thorough=False):
             volumes["seg"] = found and found[0]
         elif voxels and wanted:
             found = _attempt(problems, path, nifti.read_volume, path, channels)
-            for modality in wanted if found else ():
-                volumes[modality] = volume = _channel(case, found[0], modality)
+            for name in wanted if found else ():
+                i = [*case.images].index(name)
+                volumes[name] = volume = found[0][..., i] if channels > 1 else found[0]
                 _attempt(problems, path, check_image, volume, path, thorough=thorough)
     return volumes, first
 

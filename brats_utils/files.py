@@ -681,7 +681,7 @@ class OutputFolder:
             file = self.path / name
             size = file.stat().st_size if file.is_file() else None
             complete = isinstance(noted, dict) and not file.is_symlink()
-            if complete and size not in (None, noted["bytes"]):
+            if complete and size not in (None, noted.get("bytes")):
                 changed.append(name)
         if changed:
             problem = f"{self.path} holds files that were changed: {changed[:5]}"

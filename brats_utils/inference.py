@@ -178,7 +178,7 @@ def _choose_patch(model, channels, patch_shape):
     takes = f"multiples of {factor} in {sizes}" if factor > 1 else sizes
     pairs = zip(patch, sizes, strict=True)
     fits = all(n == size if size else n and n % factor == 0 for n, size in pairs)
-    if not fits and {*patch} != {None}:
+    if not fits and patch_shape is not None:
         raise ValueError(f"patch_shape is {patch}, the model takes patches of {takes}")
     return None if None in patch else patch
 

@@ -375,8 +375,8 @@ def model_table(model, input_shape=None):
     expected = f"sizes for the model's {own}; if it has None, pass input_shape"
     files.check_option("input_shape", shape, fits, expected)
     shape = tuple(shape)
-    if shape != own:
-        _check_sizes(shape[:-1], size_factor(model))
+    sizes = tuple(n for n, size in zip(shape, own, strict=True) if n != size)
+    _check_sizes(sizes, size_factor(model))
     if None not in own and shape != own:
         model = keras.models.clone_model(model, keras.Input(shape))
     parts = [x for x in model.layers if not isinstance(x, layers.InputLayer)]

@@ -249,14 +249,14 @@ def load_labels(path, labels="0124"):
 
 
 def check_unedited(folder, files):
-    """Raise if a volume was edited: it differs from the manifest and is still valid.
+    """Raise if a file was edited: it differs from the manifest and is still valid.
 
     Parameters
     ----------
     folder : path
         The folder with the manifest.
     files : dict
-        "files" of the manifest: NIfTI volumes.
+        "files" of the manifest: NIfTI volumes and tables.
 
     Raises
     ------
@@ -266,8 +266,9 @@ def check_unedited(folder, files):
     complete = {name: noted for name, noted in files.items() if noted}
     for path in (Path(folder, name) for name in find_changed(folder, complete)):
         with contextlib.suppress(BratsDataError):
-            if path.name.endswith((".nii", ".nii.gz")) or not path.exists():
-                read_volume(path)  # a damaged one is not an edit, and is overwritten
+            is_table = path.name.endswith(".csv") and path.is_file()
+            if not (is_table and path.read_bytes().strip(b"\0")):
+                read_volume(path)  # a damaged file is not an edit, and is overwritten
             problem = f"{path} was changed after it was written"
             raise ValueError(f"{problem}; move it, or choose another folder")
 

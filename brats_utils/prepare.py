@@ -184,8 +184,8 @@ def _prepare_all(cases, output, options, jobs):
             output.manifest["files"] |= records
             output.note_case(case.id, {"made_of": made_of[case.id], "row": row})
     except KeyboardInterrupt:
-        done = output.manifest["cases"]
-        n_done = sum(done.get(i, {}).get("made_of") == m for i, m in made_of.items())
+        states = [record.get("made_of") for record in output.manifest["cases"].values()]
+        n_done = sum(made_of[case.id] in states for case in cases)
         text = f"{n_done} of {len(cases)} cases are done; run again to resume"
         raise KeyboardInterrupt(text) from None
     failed, prepared = {error.case for error in errors}, output.manifest["cases"]
@@ -270,11 +270,11 @@ def _find_input(raw, label_option):
 
     `raw` and `label_option` are `raw` and `labels` of `prepare_dataset`.
     """
-    is_list = isinstance(raw, (list, tuple))
-    raw = raw if is_list else files.check_path("raw", raw)
-    cases = raw if is_list else find_cases(raw, labels=label_option, modalities=())
+    listed, expected = isinstance(raw, (list, tuple)), "a path or a list of cases"
+    files.check_option("raw", raw, lambda r: listed or Path(r), expected)
+    cases = raw if listed else find_cases(raw, labels=label_option, modalities=())
     check_distinct(cases)
-    if is_list and str(label_option) != "auto":
+    if listed and str(label_option) != "auto":
         code = labels.label_code(label_option)
         other = [f"{c.id} has {c.labels}" for c in cases if c.labels != code]
         expected = f"'auto', or what the cases say: {', '.join(other[:3])}"
@@ -283,10 +283,11 @@ def _find_input(raw, label_option):
     if not labelled:
         raise BratsDataError(f"none of the {len(cases)} cases has a segmentation")
     # The folder of a set holds a folder for each case, or the files of all cases.
-    sets = {f.parent if f.name == c.id else f for c in cases for f in _folders([c])}
     # A single folder may lie anywhere, as among downloads.
-    roots = (sets if len(folders) > 1 else folders) if is_list else {raw.resolve()}
-    return roots, folders if is_list else roots | folders, cases, labelled
+    several, pairs = len(folders) > 1, ((f, c.id) for c in cases for f in _folders([c]))
+    sets = {f.parent if several and f.name == case_id else f for f, case_id in pairs}
+    roots = sets if listed else {files.check_path("raw", raw).resolve()}
+    return roots, folders if listed else roots | folders, cases, labelled
 
 
 def prepare_dataset(
@@ -387,7 +388,7 @@ def _remove_others(output, rows, patients):
 def _check_space(cases, output, options):
     """Raise unless the disk has room for the volumes that will be written."""
     records = [*output.manifest["cases"].values(), *output.former["cases"].values()]
-    done = [record["made_of"] for record in records]
+    done = [record.get("made_of") for record in records]
     n_new = sum(_made_of(case, options) not in done for case in cases)
     sizes = {name: options[name] for name in ("crop_shape", "modalities")}
     needed, free = estimate_disk_gb(n_new, **sizes), files.free_gb(output.final)
@@ -418,8 +419,7 @@ def _refuse(bad, skip_bad):
     """Raise one error for all invalid cases, {id: problem}, unless they are skipped."""
     if bad and not skip_bad:
         problem = f"not valid ({len(bad)}): " + " | ".join(bad.values()).rstrip(".")
-        advice = "Correct them, or leave them out with prepare_dataset(skip_bad=True); "
-        advice += "check_cases lists all problems, also inside the files"
+        advice = "prepare_dataset(skip_bad=True) leaves them out; check_cases lists all"
         raise BratsDataError(problem, advice=advice)
 
 

@@ -465,7 +465,8 @@ def train(
     start : path or "phantom", optional
         Start from the weights of this model instead of random ones: a `.keras` file,
         the folder of a run, or "phantom", the weights that come with this package.
-        Channels, filters, depth and stride must be the same; "phantom" does without T1.
+        Channels, filters, depth and stride must be the same; for "phantom", the data
+        may lack T1.
     start_share : float
         Share of the weights of `start` in the weights that are validated and saved; the
         trained weights make up the rest. A short run on few cases then forgets less of

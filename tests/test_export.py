@@ -217,7 +217,7 @@ def test_I4_the_channels_of_a_network_in_memory_are_kept(data, tmp_path):
     CHANNELS[model] = ["t2", "t1", "flair"]
     maps = [predict_case(model, case, engine=name) for name in ("keras", "openvino")]
     assert np.mean(maps[0] == maps[1]) > 0.99
-    assert not np.array_equal(maps[0], predict_case(small(depth=2), case))
+    assert np.mean(maps[0] == predict_case(small(depth=2), case)) < 0.99
 
 
 @missing

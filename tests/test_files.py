@@ -1,5 +1,6 @@
 """Settings, small files, output folders that have an owner, and archives."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -737,6 +738,8 @@ def test_R3_a_manifest_with_entries_of_another_kind_counts_as_changed(tmp_path, 
     path.write_text(json.dumps({**manifest, "files": {"one": noted}}))
     files = read_manifest(tmp_path / "out")["files"]
     assert find_changed(tmp_path / "out", files) == ["one"]
+    with contextlib.suppress(ValueError), OutputFolder(tmp_path / "out", "a") as output:
+        output.start_over({}, ["two"])  # says that "one" was changed, or replaces it
 
 
 def test_H4_a_binary_file_in_the_place_of_the_lock_is_named(tmp_path):

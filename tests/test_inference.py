@@ -1126,7 +1126,7 @@ def test_I4_a_modality_named_twice_fills_both_channels(case):
 
 def test_J3_patches_fit_every_axis_of_a_network_that_fixes_one(case, tmp_path):
     network = unet((None, None, 16, 3), filters=2, depth=2)
-    for shape in (None, (8, 8, 8), (8, 7, 16)):
+    for shape in ((8, 8, 8), (8, 7, 16)):
         told = r"patch_shape is .*takes patches of multiples of 2 in \(None, None, 16\)"
         with pytest.raises(ValueError, match=told):
             predict_cases(network, [case], tmp_path / "out", patch_shape=shape)
@@ -1134,3 +1134,5 @@ def test_J3_patches_fit_every_axis_of_a_network_that_fixes_one(case, tmp_path):
     image = np.zeros((20, 18, 12, 3), np.float32)
     found, _ = predict_probabilities(network, image, patch_shape=(8, 8, 16))
     assert found.shape == (20, 18, 12, 4)
+    found, _ = predict_probabilities(network, np.zeros((20, 18, 16, 3), np.float32))
+    assert found.shape == (20, 18, 16, 4)

@@ -285,7 +285,13 @@ def test_size_factor_of_other_networks():
     assert size_factor(foreign_network()) == 8
     assert size_factor(unet((16, 16, 16, 1), filters=2, depth=5)) == 16  # one voxel
     assert size_factor(unet((None, None, 16, 1), filters=2, depth=5)) == 16
-    assert size_factor(unet((None, 48, 16, 1), filters=2, depth=5)) == 16
+    network = unet((None, 48, 16, 1), filters=2, depth=5)
+    assert size_factor(network) == 16
+    assert model_table(network, (32, 48, 16, 1))["GFLOP"].loc["total"] > 0
+    image = keras.Input((None, None, 5, 1))
+    x = layers.UpSampling3D((2, 2, 1))(layers.MaxPooling3D((2, 2, 1))(image))
+    network = keras.Model(image, layers.Conv3D(4, 1)(x))
+    assert size_factor(network) == 2 and len(model_table(network, (4, 4, 5, 1)))
     assert size_factor(unet(ANY_SIZE, filters=2, depth=1)) == 1
     assert size_factor(unet_cicek2016(ANY_SIZE)) == 8
 

@@ -158,7 +158,7 @@ def write_phantom(
     ------
     ValueError
         If an argument is invalid, no cases are requested, `root` holds only files of
-        other origin, or writing would replace such a file or a scan that was edited
+        other origin, or writing would replace such a file or one that was edited
         since. Nothing is changed then.
     """
     root = files.check_path("root", root)
