@@ -3,6 +3,7 @@
 import contextlib
 import json
 import zipfile
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -300,8 +301,10 @@ def _check_labelled(cases):
 
 def _find_prediction(folder, case):
     """Return the predicted file of a case, None if there is none."""
-    paths = [folder / f"{case.id}{suffix}" for suffix in (".nii.gz", ".nii")]
-    found = [path for path in paths if path.is_file()]
+    names = [f"{case.id}{suffix}" for suffix in (".nii.gz", ".nii")]
+    # macOS may write ü as two characters.
+    names = dict.fromkeys(normalize(form, n) for n in names for form in ("NFC", "NFD"))
+    found = [path for path in map(folder.joinpath, names) if path.is_file()]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise ValueError(f"{folder} holds two predictions, {names}: keep one of them")
@@ -372,7 +375,7 @@ def score_cases(predictions_dir, cases, *, lesions=False):
         states = {case.id: nifti.file_states(case.images.values()) for case in cases}
         stale = [i for i in states if manifest["cases"].get(i) != states[i]]
         problem = "not predicted by this folder's model from these scans: predict again"
-        _raise_for(stale, problem)
+        _raise_for(stale, f"{problem} (or they were moved, or their times changed)")
         recorded = {path.name: manifest["files"].get(path.name) for _, path in found}
         edited = files.find_changed(folder, recorded)
         problem = "changed since it was predicted: score it in a folder of its own"

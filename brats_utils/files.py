@@ -558,10 +558,10 @@ class OutputFolder:
         for path in filter(Path.exists, {self.final, self.path, self._spare}):
             kind = read_manifest(path).get("kind")
             names = {p.name for p in path.iterdir()} if path.is_dir() else {"a file"}
-            found = sorted(names - {UNFINISHED})
-            if found and kind != self.kind:
+            held = sorted(names - {UNFINISHED, ".DS_Store", "desktop.ini", "Thumbs.db"})
+            if held and kind != self.kind:
                 problem = f"{path} is not a folder of this project for {self.kind!r}"
-                problem += f" (kind {kind!r}; it holds {', '.join(found[:5])})"
+                problem += f" (kind {kind!r}; it holds {', '.join(held[:5])})"
                 raise ValueError(f"{problem}; choose another output folder")
 
     def __enter__(self):

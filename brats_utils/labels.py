@@ -36,8 +36,8 @@ _NAME = re.compile(rf"(?:(.+?)[-_])??(?:{_KEY})\.nii(?:\.gz)?", re.I)
 _DAY = r"(?:0[1-9]|1[0-2])[-._]?(?:0[1-9]|[12]\d|3[01])"
 _DATE = rf"(?:19|20)\d\d[-._]?{_DAY}|{_DAY}-(?:19|20)\d\d(?:-.*)?"  # the last: NBIA's
 _TIME = (
-    r"(?:week|month|day|visit|ses(?:sion)?|tp|time-?point)[-_ ]?\d+(?:-\d+)?|fu\d\d?"
-    r"|(?:ses-)?(?:pre|post)(?:-?op)?|anat|baseline|follow-?up[-_ ]?\d*"
+    r"(?:week|month|day|visit|ses(?:sion)?|tp|time(?:-?point)?)[-_ ]?\d+(?:-\d+)?"
+    r"|fu\d\d?|(?:ses-)?(?:pre|post)(?:-?op)?|anat|baseline|follow-?up[-_ ]?\d*"
 )
 VISIT = re.compile(f"{_TIME}|{_DATE}", re.I)
 # The values that files use for background, core, oedema and enhancing tumour.

@@ -27,6 +27,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 import random
 import types
 import warnings
@@ -399,8 +400,9 @@ def check_loss(loss, model):
     Raises
     ------
     ValueError
-        If the loss fails or is higher for the truth than for a wrong map, or the model
-        does not fit or cannot be loaded again.
+        If the loss fails or is higher for the truth than for a wrong map (as losses are
+        that do not know that labels are coded 0 to 3), or the model does not fit or
+        cannot be loaded again.
     """
     check_model(model)
     outputs = model.output_shape[-1]
@@ -412,17 +414,19 @@ def check_loss(loss, model):
     labels = np.indices((8, 8, 8))[:1] // 2  # (1, 8, 8, 8): 0, 0, 1, 1, 2, 2, 3, 3
     truth = ops.convert_to_tensor(labels[..., None], "float32")  # as `fit` passes it
     perfect = _look_up(np.eye(4) if outputs == 4 else IN_REGION, labels)
-    maps = perfect, 1 - perfect, 0 * perfect
+    all_enhancing = perfect[..., -1:, -1:, -1:, :] * (labels > 0)[..., None]
+    maps = perfect, 1 - perfect, 0 * perfect, all_enhancing
     try:
-        right, opposite, empty = [float(ops.mean(function(truth, p))) for p in maps]
+        right, *others = [float(ops.mean(function(truth, p))) for p in maps]
     except Exception as error:  # whatever Keras and its backends raise for other shapes
         found = f"which fails: {str(error)[:100]}"
     else:
         # Not `<=`: a loss of NaN passes here, and `FiniteCheck` reports it in training.
-        if not (right > opposite or right > empty):
+        if not any(right > other + 1e-6 for other in others):
             return
-        found = f"which is {right:.3g} for the truth, {opposite:.3g} for its opposite "
-        found += f"and {empty:.3g} for an empty map"
+        opposite, empty, enhancing = others
+        found = f"which is {right:.3g} for the truth, {opposite:.3g} for its opposite, "
+        found += f"{empty:.3g} for an empty map, {enhancing:.3g} if all is enhancing"
     expected = f"a loss of labels (B, ..., 1) and probabilities (B, ..., {outputs})"
     raise ValueError(f"loss is {loss!r}, {found}; expected {expected}")
 
@@ -552,6 +556,8 @@ def describe_object(value):
     -------
     description : str, list or dict
     """
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if hasattr(value, "__array__"):
         array = np.asarray(value)
         if array.size <= 100 or array.dtype.hasobject:

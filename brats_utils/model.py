@@ -327,7 +327,7 @@ def size_factor(model):
     # With open sizes, a single voxel is not a grid but the output of global pooling, as
     # in squeeze-and-excitation blocks.
     smallest = 2 if None in model.input_shape[1:] else 1
-    return full // min(size for size in sizes if size >= smallest)
+    return full // min((size for size in sizes if size >= smallest), default=full)
 
 
 def _gflop(layer, output_shape):
@@ -656,7 +656,8 @@ def advice_on_memory(model, data):
         Provides the training batches.
     """
     try:
-        with contextlib.suppress(ValueError):  # Keras may not know all shapes
+        # Keras may not know all shapes, and a layer may have several outputs.
+        with contextlib.suppress(AttributeError, TypeError, ValueError):
             # A step keeps at least half of the layers' outputs in memory.
             megabytes = model_table(model, data.input_shape)["activations_mb"]["total"]
             needed, memory = megabytes * data.batch_size * 1e6 / 2, math.inf

@@ -5,6 +5,7 @@ import io
 import math
 import os
 import re
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -485,14 +486,29 @@ def save_volume(volume, path, *, affine=None, like=None, name=""):
         Header to take the geometry from instead. Its text fields, which may name the
         patient, are not copied.
     name : str
-        Written as the header's "intent_name", at most 15 characters.
+        Written as the header's "intent_name", at most 15 characters. Its "aux_file" is
+        then a checksum of the voxels.
     """
     image = nib.Nifti1Image(volume, affine, dtype=volume.dtype)
     image.header.set_slope_inter(1, 0)
     for field in filter(GEOMETRY.match, like or ()):
         image.header[field] = like[field]
     image.header["intent_name"] = name
+    image.header["aux_file"] = _checksum(volume) if name else b""
     nib.save(image, path)
+
+
+def _checksum(volume):
+    """Return the checksum of a volume's voxels, in its own type."""
+    return f"{zlib.crc32(volume.tobytes()):08x}".encode()
+
+
+def _is_ours(path):
+    """Return whether we wrote a label map, and nobody has edited it since."""
+    volume, header = read_volume(path)
+    # Before checksums were written, the field was empty.
+    is_unedited = header["aux_file"] in (b"", _checksum(volume))
+    return is_unedited and header["intent_name"] == WRITTEN_BY.encode()
 
 
 def write_segmentation(segmentation, header, path):
@@ -531,7 +547,8 @@ def save_segmentation(segmentation, case, path):
         The file gets the affine and the header geometry of its images.
     path : path
         Ends in `.nii` or `.nii.gz`; the file holds uint8. A label map that this
-        function wrote is replaced; any other file is left as it is.
+        function wrote and nobody has edited is replaced; any other file is left as it
+        is.
 
     Raises
     ------
@@ -543,9 +560,9 @@ def save_segmentation(segmentation, case, path):
     check_option("case", case, lambda c: len(c.images), "a Case, as find_cases returns")
     if not path.name.lower().endswith((".nii", ".nii.gz")):
         raise ValueError(f"{path}: the name of the file must end in .nii or .nii.gz")
-    if path.exists() and read_header(path)["intent_name"] != WRITTEN_BY.encode():
-        problem = f"{path} already exists and was not written by this project"
-        raise ValueError(f"{problem}; it is left as it is. Choose another path")
+    if path.exists() and not _is_ours(path):
+        what = f"{path} already exists and was not written by this project, or edited"
+        raise ValueError(f"{what}; it is left as it is. Choose another path")
     header = read_header(next(iter(case.images.values())), case.channels)
     with atomic_write(path) as temporary:
         write_segmentation(segmentation, header, temporary)

@@ -328,7 +328,8 @@ def prepare_dataset(
         Number of cases prepared in parallel, in threads; by default, the number of
         cores. An enclosing `joblib.parallel_config` can choose another backend.
     skip_bad : bool
-        Leave invalid cases out, with the reason in the report, instead of raising.
+        Leave invalid cases out, with the reason in the report, instead of raising; one
+        must be valid.
     labels : str or dict
         As in `find_cases`; "auto" has to read all label maps.
 
@@ -352,7 +353,7 @@ def prepare_dataset(
     files.check_option("skip_bad", skip_bad, *files.BOOL)
     roots, sources, cases, labelled = _find_input(raw, labels)
     bad = _bad_headers(labelled, modalities)
-    _refuse(bad, skip_bad)
+    _refuse(bad, skip_bad and len(bad) < len(labelled))
     patients, notes = find_patients(cases, *roots)
     codes = {case.labels for case in labelled}
     code = codes.pop() if len(codes) == 1 else "auto"
@@ -363,7 +364,7 @@ def prepare_dataset(
         _check_space(valid, output, options)
         rows, errors = _prepare_all(valid, output, options, jobs)
         bad |= {error.case: str(error) for error in errors}
-        _refuse(bad, skip_bad)
+        _refuse(bad, skip_bad and len(bad) < len(labelled))
         output.begin(made_from)
         _remove_others(output, rows, patients)
         report = _report(rows, cases, bad, patients)

@@ -41,7 +41,8 @@ _PATIENT_COLUMN = re.compile(
     r"(?i)(?!.*(site|instit|sex|gender|weight|surviv|(?<![a-z])age))"
     rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_ID_WORDS}[\W_]*)*\d*(\(.*)?"
     r"|(?!.*(site|instit|cent|hospital|scan|session|study|device|collect|cohort|visit"
-    r"|rater|reader|series|protocol|data.?set|group|file)).*"
+    r"|rater|reader|series|protocol|data.?set|group|file|annotat|fold(?!er)|split|operator"
+    r"|radiolog|vendor|machine|batch|model|class|task|treat|label)).*"
     r"(?<![a-z])ids?(?![a-z]).*|name|brats[\W_]?(?:20)?\d\d"  # not a doctor's name
 )
 _PERSON_COLUMN = re.compile(r"(?i).*(patient|person|participant|mrn)")
@@ -420,7 +421,8 @@ def _write_split(out, kind, prepared, manifest, ids, choice):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 path.symlink_to(os.path.relpath(prepared / source, final.parent))
-            except OSError:  # Windows without permission to link, some network drives
+            # Windows without permission to link, or on another drive; network drives.
+            except (OSError, ValueError):
                 shutil.copyfile(prepared / source, path)
             output.manifest["files"][name] = manifest["files"][source]
         cases = manifest["cases"].items()

@@ -1232,3 +1232,17 @@ def test_an_image_that_nobody_asked_for_is_not_checked(tmp_path):
     (case,) = find_cases(tmp_path, labels="0124")
     other = replace(case, images={**case.images, "adc": tmp_path / "missing.nii"})
     assert check_cases([other]).empty
+
+
+def test_H1_a_saved_label_map_that_was_edited_is_left_as_it_is(toy_set, tmp_path):
+    case, path = find_cases(toy_set)[0], tmp_path / "map.nii.gz"
+    segmentation = load_case(case)[1]
+    for _ in range(2):  # our own map is replaced
+        save_segmentation(segmentation, case, path)
+    image = nib.load(path)
+    edited = np.array(image.dataobj)
+    edited[0, 0, 0] = 1
+    nib.save(nib.Nifti1Image(edited, image.affine, image.header), path)
+    with pytest.raises(ValueError, match="already exists and was not written by .* or"):
+        save_segmentation(segmentation, case, path)
+    assert nib.load(path).dataobj[0, 0, 0] == 1

@@ -772,3 +772,11 @@ def test_R4_a_damaged_archive_of_any_kind_is_named(tmp_path, kind):
     with pytest.raises(ValueError, match=r"a\.zip.*; download it again"):
         extract(path, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.zip"]
+
+
+def test_H1_files_of_the_system_do_not_make_a_folder_foreign(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"x")
+    for beside in (False, True):
+        fill(tmp_path / "out", ["one"], beside=beside)
+    assert tree(tmp_path / "out")[".DS_Store"]

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from brats_utils.losses import (
     dice_loss,
     focal_loss,
 )
+from brats_utils.model import unet
 
 LOSSES = [
     dice_loss,
@@ -211,3 +213,24 @@ def test_an_object_that_cannot_be_described_is_named():
         described = {"modalities": ["flair"], name: {"augment": Odd()}}
         with pytest.raises(ValueError, match=f"{name} is .*Odd.*that JSON can hold"):
             describe(described)
+
+
+def soft_dice(truth, found):
+    overlap = 2 * keras.ops.sum(truth * found) + 1
+    return 1 - overlap / (keras.ops.sum(truth) + keras.ops.sum(found) + 1)
+
+
+@pytest.mark.parametrize("loss", ["dice", "tversky", "mse", "mae", "huber", soft_dice])
+def test_J2_losses_that_take_labels_for_probabilities_are_refused(loss):
+    model = unet((8, 8, 8, 3), n_classes=3, filters=2, depth=1)
+    with pytest.raises(ValueError, match="loss is .*for the truth.* if all is enhanc"):
+        check_loss(loss, model)
+
+
+def test_I5_a_path_is_described_by_its_text():
+    first, second = Path("a/b"), Path("a/b")
+    assert str(first) and hash(first) and first == second  # fills its caches
+    class_ = type("Change", (), {})
+    changes = class_(), class_()
+    changes[0].folder, changes[1].folder = first, second
+    assert describe({"x": changes[0]}) == describe({"x": changes[1]})

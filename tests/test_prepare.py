@@ -648,3 +648,13 @@ def test_C11_cases_of_other_settings_are_not_counted_as_done(tmp_path, monkeypat
     for scaling, done in (("minmax", 2), ("zscore", 1)):
         with pytest.raises(KeyboardInterrupt, match=f"{done} of 3 cases are done"):
             prepare_dataset(tmp_path / "raw", tmp_path / "out", scaling=scaling, jobs=1)
+
+
+def test_H5_a_finished_set_stays_if_no_case_is_valid_any_more(toy_set, tmp_path):
+    out, report = prepared_toys(toy_set, tmp_path)
+    before = tree(out)
+    for path in toy_set.rglob("*_t2.nii"):
+        path.write_bytes(b"")
+    with pytest.raises(BratsDataError, match="not valid"):
+        prepared_toys(toy_set, tmp_path, skip_bad=True)
+    assert report["kept"].any() and tree(out) == before

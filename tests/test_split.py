@@ -508,7 +508,9 @@ def test_I2_columns_of_patients_by_other_names(tmp_path, column):
 
 
 @pytest.mark.parametrize(
-    "column", ["IDH", "Side", "Residual_tumour", "site_id", "scan_id"]
+    "column",
+    ["IDH", "Side", "Residual_tumour", "site_id", "scan_id", "annotator_id", "fold_id"]
+    + ["split_id", "operator_id", "vendor_id", "batch_id", "task_id", "treatment_id"],
 )
 def test_I2_columns_that_are_not_of_patients_unite_nobody(tmp_path, column):
     for number in range(3):
@@ -905,3 +907,20 @@ def test_I2_a_table_without_rows_and_copies_of_tables(tmp_path):
     assert tables_unite(tmp_path, IDS, a=good) == [IDS[:2], IDS[2:3], IDS[3:]]
     with pytest.raises(ValueError, match="b_mapping.csv has none of these cases"):
         tables_unite(tmp_path, IDS, b=["case_id,patient_id"])
+
+
+def test_I2_ucsf_alptdgs_two_times_are_of_one_patient(tmp_path):
+    ids = [f"{patient}_time{n}" for patient in ("100001", "100002") for n in (1, 2)]
+    patients, _ = find_patients([Case(case_id, {}) for case_id in ids], tmp_path)
+    assert [patients[case_id] for case_id in ids] == ["100001"] * 2 + ["100002"] * 2
+
+
+def test_C10_a_split_on_another_drive_of_windows_copies(toy_set, tmp_path, monkeypatch):
+    def refuse(path, start):
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    out, _ = prepared_toys(toy_set, tmp_path)
+    monkeypatch.setattr("os.path.relpath", refuse)
+    ids = split_dataset(out, tmp_path / "split")
+    path = tmp_path / "split" / "val" / "images" / f"{ids['val'][0]}.npy"
+    assert path.is_file() and not path.is_symlink()
