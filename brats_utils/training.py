@@ -15,17 +15,10 @@ import pandas as pd
 from keras import ops
 
 from brats_utils import files, losses
+from brats_utils import model as networks
 from brats_utils.generator import CHANNELS, SEEN, check_pair
 from brats_utils.labels import ENCODED_REGIONS
-from brats_utils.model import (
-    BEST,
-    advice_on_memory,
-    has_gpu,
-    read_model,
-    size_factor,
-    start_from,
-    write_model,
-)
+from brats_utils.model import BEST, has_gpu, start_from, write_model
 from brats_utils.volumes import NORMALISATION
 
 HISTORY, STATE, FORMER = "history.csv", "last.npz", "last_but_one.npz"
@@ -123,9 +116,8 @@ class Run:
     """
 
     def __init__(self, output, description, seen):
-        self.output, self.description, self.rows = output, description, []
-        self.seen = seen
-        self.former_is_newest = False  # the newest state is damaged
+        self.output, self.description, self.seen = output, description, seen
+        self.rows, self.former_is_newest = [], False  # or the newest state is damaged
 
     def resume(self, model):
         """Restore the run in the folder, if there is one, without writing anything.
@@ -142,8 +134,7 @@ class Run:
             a model without a state.
         """
         folder = self.output.path
-        nothing = {"history": [], "description": {}}
-        arrays, record = self._read_state() or (None, nothing)
+        arrays, record = self._read_state() or (None, dict(history=[], description={}))
         if arrays is None and (folder / BEST).exists():
             raise ValueError(f"{folder} holds {BEST}, but no state. {ANOTHER_RUN}")
         differ = files.find_differences(record["description"], self.description)
@@ -253,6 +244,9 @@ class Checkpoint(keras.callbacks.Callback):
         """Verify the volumes and register the files of the run."""
         self.train_data.verify()
         self.val_data.verify()
+        if self.run.is_new and self.run.seen and not self.run.description["start"]:
+            text = "this model was trained before: the run starts from its weights. "
+            warnings.warn(f"{text}To start anew, create one with unet", stacklevel=4)
         self.run.begin(model)
         self.begun = True
         for region in ENCODED_REGIONS:
@@ -263,6 +257,10 @@ class Checkpoint(keras.callbacks.Callback):
         """Tell the generator which epoch it is."""
         self.train_data.set_epoch(epoch)
         self.start = time.perf_counter()
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Note which batch it is."""
+        self.batch = batch
 
     def on_test_begin(self, logs=None):
         """Switch to the averaged weights, and to the same patches each time."""
@@ -276,6 +274,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Save the results; the state last, because it implies that the rest exists."""
+        if self.batch + 1 < len(self.train_data):  # stopped within it by a callback
+            return
         rows, output = self.run.rows, self.run.output
         seconds = time.perf_counter() - self.start
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -398,6 +398,8 @@ def _follow_plan(
         bar.n, bar.total = len(run.rows), total
         if len(run.rows) < stop:
             _fit(model, checkpoint, total, stop, validation_freq, extra)
+            if model.stop_training and not run.rows:
+                raise ValueError("callbacks stopped training within its first epoch")
             if model.stop_training:
                 break
         plan = plan_epochs(run.rows, minutes, epochs)
@@ -434,8 +436,9 @@ def train(
     Parameters
     ----------
     model : keras.Model
-        For example from `unet`. To resume a run, it must have the same architecture.
-        Afterwards it holds the weights of the best epoch.
+        For example from `unet`. To resume a run, it must have the same architecture. A
+        new run without `start` begins with its weights, and warns if they were trained.
+        Afterwards it holds those of the best epoch.
     train_data, val_data : BratsGenerator
         Validation uses the same patches in every epoch.
     run_dir : path
@@ -478,7 +481,8 @@ def train(
         Your own, such as a logger or early stopping. They are called after the state of
         an epoch is saved, with the model being trained and epochs counted over the
         whole run. They are not part of the run: a call that resumes it may pass others.
-        Those that set the learning rate, which has a schedule, are refused.
+        Those that set the learning rate, which has a schedule, are refused. An epoch
+        within which one stops training is not saved; the next call repeats it.
     verbose : bool
         Whether to show a progress bar.
 
@@ -513,7 +517,7 @@ def train(
     times["max_minutes"] = max_minutes
     others = {"loss": loss, "callbacks": callbacks, "verbose": verbose}
     _check_options(model, start, **settings, **times, **others)
-    check_pair(train_data, val_data, model, size_factor(model))
+    check_pair(train_data, val_data, model, networks.size_factor(model))
     description = _describe_run(model, train_data, val_data, loss, **settings)
     description["start"], initial = start_from(start, model, train_data, val_data)
     averaged = partial(losses.averaged_weights, start=initial, share=start_share)
@@ -523,7 +527,7 @@ def train(
     data = train_data, val_data
     with files.OutputFolder(run_dir, "run", inputs=[d.root for d in data]) as output:
         checkpoint = Checkpoint(output, description, model, data, averaged, verbose)
-        with checkpoint.bar, advice_on_memory(model, train_data):
+        with checkpoint.bar, networks.advice_on_memory(model, train_data):
             _follow_plan(trained, compile_for, checkpoint, callbacks, **times)
-    model.set_weights(read_model(output.path / BEST)[0].get_weights())
+    model.set_weights(networks.read_model(output.path / BEST)[0].get_weights())
     return pd.DataFrame(checkpoint.run.rows)

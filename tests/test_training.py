@@ -1903,3 +1903,40 @@ def test_J3_a_model_that_a_damaged_volume_kept_from_training_is_as_good_as_new(
     train_data, val_data = data(split)
     swapped = {"train_data": val_data, "val_data": train_data}
     run(split, tmp_path / "run", 1, model=model, **swapped)
+
+
+class StopWithin(keras.callbacks.Callback):
+    """Stops training after the first batch of an epoch."""
+
+    def __init__(self, epoch):
+        super().__init__()
+        self.last = epoch
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch == self.last and batch == 0:
+            self.model.stop_training = True
+
+
+def test_I4_a_callback_that_stops_within_an_epoch_leaves_it_to_the_next_call(
+    split, tmp_path, finished
+):
+    with pytest.raises(ValueError, match="stopped training within its first epoch"):
+        run(split, tmp_path / "first", callbacks=[StopWithin(0)])
+    history = run(split, tmp_path / "run", callbacks=[StopWithin(2)])[1]
+    assert history["epoch"].tolist() == [1, 2]
+    history = run(split, tmp_path / "run")[1]
+    assert_same_run(tmp_path / "run", history, (finished[0], *finished[1:3]))
+
+
+def test_I5_a_model_that_was_trained_before_is_said_to_be(split, tmp_path, finished):
+    model = tiny_unet()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="this model was trained before")
+        for _ in range(2):  # the second call resumes
+            run(split, tmp_path / "a", 1, model=model)
+        run(split, tmp_path / "b", 1, start=finished[0])
+    with pytest.warns(UserWarning, match="trained before: the run starts from its"):
+        run(split, tmp_path / "c", 1, model=model, learning_rate=0.01)
