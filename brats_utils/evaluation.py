@@ -3,6 +3,7 @@
 import contextlib
 import json
 import zipfile
+from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
@@ -302,9 +303,9 @@ def _check_labelled(cases):
 def _find_prediction(folder, case):
     """Return the predicted file of a case, None if there is none."""
     names = [f"{case.id}{suffix}" for suffix in (".nii.gz", ".nii")]
-    # macOS may write ü as two characters.
-    names = dict.fromkeys(normalize(form, n) for n in names for form in ("NFC", "NFD"))
-    found = [path for path in map(folder.joinpath, names) if path.is_file()]
+    # macOS may write ü as two characters, and reads a file by either name.
+    pairs = ([folder / normalize(form, n) for form in ("NFC", "NFD")] for n in names)
+    found = [p for pair in pairs if (p := next(filter(Path.is_file, pair), None))]
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise ValueError(f"{folder} holds two predictions, {names}: keep one of them")

@@ -414,7 +414,7 @@ def check_loss(loss, model):
     labels = np.indices((8, 8, 8))[:1] // 2  # (1, 8, 8, 8): 0, 0, 1, 1, 2, 2, 3, 3
     truth = ops.convert_to_tensor(labels[..., None], "float32")  # as `fit` passes it
     perfect = _look_up(np.eye(4) if outputs == 4 else IN_REGION, labels)
-    all_enhancing = np.where(labels[..., None] > 0, perfect[:, -1:, -1:, -1:], perfect)
+    all_enhancing = ops.where(labels[..., None] > 0, perfect[:, -1:, -1:, -1:], perfect)
     maps = perfect, 1 - perfect, 0 * perfect, all_enhancing
     try:
         right, *others = [float(ops.mean(function(truth, p))) for p in maps]

@@ -554,7 +554,7 @@ def save_segmentation(segmentation, case, path):
     ------
     ValueError
         If the shape differs from the case's, a value is not a BraTS label, or `path` is
-        a file that this function did not write.
+        a file that this function did not write or that was edited.
     """
     path = check_path("path", path)
     check_option("case", case, lambda c: len(c.images), "a Case, as find_cases returns")

@@ -274,7 +274,8 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Save the results; the state last, because it implies that the rest exists."""
-        if self.batch + 1 < len(self.train_data):  # stopped within it by a callback
+        # A callback may have stopped within it.
+        if self.model.stop_training and self.batch + 1 < len(self.train_data):
             return
         rows, output = self.run.rows, self.run.output
         seconds = time.perf_counter() - self.start
@@ -503,7 +504,8 @@ def train(
         states, or other files; if a volume has changed since it was prepared; if
         `start` does not fit; if `train_data` and `val_data` share cases, patients or
         images; if `start` or `model` is known to have been trained on a case of
-        `val_data`; or if an option is out of range.
+        `val_data`; if a callback stops training within the first epoch; or if an option
+        is out of range.
 
     References
     ----------

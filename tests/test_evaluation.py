@@ -1,11 +1,14 @@
 import json
+import unicodedata
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.ndimage import gaussian_filter
 
+from brats_utils import evaluation
 from brats_utils.cases import Case, find_cases
 from brats_utils.evaluation import (
     MISSED_LESION_MM,
@@ -346,3 +349,21 @@ def test_a_tilted_grid_scores_as_a_straight_one(tmp_path, degrees):
     case = Case("a", {}, tmp_path / "a_seg.nii.gz")
     scores = score_cases(tmp_path / "predicted", [case], lesions=True)
     assert scores["nsd_WT"].tolist() == [1]
+
+
+def test_A21_a_prediction_is_found_by_its_name_of_macos(tmp_path, monkeypatch):
+    name, written = (unicodedata.normalize(f, "Données_ü") for f in ("NFC", "NFD"))
+    assert written != name
+    case = write_case(tmp_path, name, np.full((3, 3, 3), 4))
+    out = tmp_path / "out"
+    out.mkdir()
+    path = write_case(out, written, np.full((3, 3, 3), 4)).segmentation
+    path.rename(out / f"{written}.nii.gz")
+    assert score_cases(out, [case])["dice_WT"].tolist() == [1]
+    is_file = Path.is_file
+
+    def by_either_name(path):
+        return is_file(path.with_name(unicodedata.normalize("NFD", path.name)))
+
+    monkeypatch.setattr(Path, "is_file", by_either_name)  # as on a Mac
+    assert evaluation._find_prediction(out, case) == out / f"{name}.nii.gz"

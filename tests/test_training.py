@@ -1935,8 +1935,8 @@ def test_I5_a_model_that_was_trained_before_is_said_to_be(split, tmp_path, finis
     model = tiny_unet()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="this model was trained before")
-        for _ in range(2):  # the second call resumes
-            run(split, tmp_path / "a", 1, model=model)
+        for epochs in (1, 2):  # the second call resumes
+            run(split, tmp_path / "a", epochs, model=model)
         run(split, tmp_path / "b", 1, start=finished[0])
     with pytest.warns(UserWarning, match="trained before: the run starts from its"):
         run(split, tmp_path / "c", 1, model=model, learning_rate=0.01)
