@@ -4,7 +4,7 @@
 the same weights on the same machine. BRATS_PATIENTS and BRATS_EPOCHS shorten it.
 BRATS_START=phantom and another BRATS_SEED continue from the package's weights, with new
 patients. The network takes FLAIR, T1, T1CE and T2, but sees a third of the patches
-without T1; BRATS_MODALITIES=flair,t1ce,t2 leaves it out. BRATS_WEIGHTS is the file.
+without T1; BRATS_MODALITIES=flair,t1ce,t2 leaves it out. BRATS_WEIGHTS names the file.
 """
 
 import functools

@@ -42,7 +42,8 @@ _PATIENT_COLUMN = re.compile(
     rf".*(subject|patient|person|participant|case|mrn)s?[\W_]*(?:{_ID_WORDS}[\W_]*)*\d*(\(.*)?"
     r"|(?!.*(site|instit|cent|hospital|scan|session|study|device|collect|cohort|visit"
     r"|rater|reader|series|protocol|data.?set|group|file|annotat|fold(?!er)|split|operator"
-    r"|radiologist|vendor|machine|batch|model|class|task|treat)).*"
+    r"|radiologist|review|grader|observer|expert|physician|clinician"
+    r"|vendor|machine|batch|model|class|task|treat)).*"
     r"(?<![a-z])ids?(?![a-z]).*|name|brats[\W_]?(?:20)?\d\d"  # not a doctor's name
 )
 _PERSON_COLUMN = re.compile(r"(?i).*(patient|person|participant|mrn)")

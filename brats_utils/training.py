@@ -117,7 +117,7 @@ class Run:
 
     def __init__(self, output, description, seen):
         self.output, self.description, self.seen = output, description, seen
-        self.rows, self.former_is_newest = [], False  # or the newest state is damaged
+        self.rows, self.former_is_newest = [], False  # True: the newest is damaged
 
     def resume(self, model):
         """Restore the run in the folder, if there is one, without writing anything.
@@ -246,7 +246,7 @@ class Checkpoint(keras.callbacks.Callback):
         self.val_data.verify()
         if self.run.is_new and self.run.seen and not self.run.description["start"]:
             text = "this model was trained before: the run starts from its weights. "
-            warnings.warn(f"{text}To start anew, create one with unet", stacklevel=4)
+            warnings.warn(f"{text}For new ones, create it with unet", stacklevel=4)
         self.run.begin(model)
         self.begun = True
         for region in ENCODED_REGIONS:
@@ -274,7 +274,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Save the results; the state last, because it implies that the rest exists."""
-        # A callback may have stopped within it.
+        # A callback may have stopped training within the epoch.
         if self.model.stop_training and self.batch + 1 < len(self.train_data):
             return
         rows, output = self.run.rows, self.run.output

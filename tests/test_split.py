@@ -510,7 +510,8 @@ def test_I2_columns_of_patients_by_other_names(tmp_path, column):
 @pytest.mark.parametrize(
     "column",
     ["IDH", "Side", "Residual_tumour", "site_id", "scan_id", "annotator_id", "fold_id"]
-    + ["split_id", "operator_id", "vendor_id", "batch_id", "task_id", "treatment_id"],
+    + ["split_id", "operator_id", "vendor_id", "batch_id", "task_id", "treatment_id"]
+    + ["reviewer_id", "observer_id", "expert_id"],
 )
 def test_I2_columns_that_are_not_of_patients_unite_nobody(tmp_path, column):
     for number in range(3):
